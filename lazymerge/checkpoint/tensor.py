@@ -1,0 +1,121 @@
+"""What is known of a tensor before a byte of it is read: name, dtype, shape, place on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type that both safetensors and torch know.
+
+    name: as in safetensors headers.
+    torch_name: the attribute of the torch module.
+    item_bytes: bytes per element.
+    is_float: takes part in merges; others are only copied.
+    """
+
+    name: str
+    torch_name: str
+    item_bytes: int
+    is_float: bool
+
+
+DTYPES: dict[str, DType] = {
+    dtype.name: dtype
+    for dtype in (
+        DType("F64", "float64", 8, True),
+        DType("F32", "float32", 4, True),
+        DType("F16", "float16", 2, True),
+        DType("BF16", "bfloat16", 2, True),
+        DType("F8_E4M3", "float8_e4m3fn", 1, True),
+        DType("F8_E5M2", "float8_e5m2", 1, True),
+        DType("I64", "int64", 8, False),
+        DType("U64", "uint64", 8, False),
+        DType("I32", "int32", 4, False),
+        DType("U32", "uint32", 4, False),
+        DType("I16", "int16", 2, False),
+        DType("U16", "uint16", 2, False),
+        DType("I8", "int8", 1, False),
+        DType("U8", "uint8", 1, False),
+        DType("BOOL", "bool", 1, False),
+    )
+}
+"""By safetensors name."""
+
+FLOAT_DTYPES_BY_TORCH_NAME: dict[str, DType] = {
+    dtype.torch_name: dtype for dtype in DTYPES.values() if dtype.is_float
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    name: its key in the file.
+    dtype: safetensors name, a key of DTYPES.
+    shape: () for a scalar.
+    file: path of the file that holds it, relative to the checkpoint's folder.
+    start, stop_exclusive: its byte range within that file (absolute, header included).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop_exclusive: int
+
+    @property
+    def element_count(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.stop_exclusive - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file of a checkpoint, as it was when its header was read.
+
+    path: relative to the checkpoint's folder.
+    size_bytes, modified_ns: from stat.
+    header_digest: hex xxh3-128 of the header's bytes (length prefix included).
+    """
+
+    path: str
+    size_bytes: int
+    modified_ns: int
+    header_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's tensors as they lie on disk. Holds no open file.
+
+    reference: as the recipe writes it.
+    folder: absolute path of the folder that the files' paths are relative to.
+    files: in name order.
+    tensors: by name, in the order of files and offsets.
+    config: the parsed config.json, or None where there is none.
+    header_bytes_read: bytes read to learn all this (headers, index, config).
+    """
+
+    reference: str
+    folder: str
+    files: tuple[FileInfo, ...]
+    tensors: dict[str, TensorInfo]
+    config: dict[str, object] | None
+    header_bytes_read: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+    @property
+    def parameter_count(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.element_count for tensor in self.tensors.values())

@@ -1,0 +1,109 @@
+"""A recipe as a value: what the user's YAML says, validated, with nothing resolved yet.
+
+Parameter values stay settings (scalar, gradient or conditions) here; `evaluate` turns a setting
+into the value for one tensor. No file but the recipe is opened, and no torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..errors import Position
+from .signature import Scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Values spread evenly over the layers, the first at layer 0 and the last at the last layer."""
+
+    values: tuple[Scalar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A value for the tensors whose name contains `filter`; None or "*" matches every tensor."""
+
+    value: Scalar | Gradient
+    filter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """Tried in order; the first that matches a tensor gives its value."""
+
+    entries: tuple[Condition, ...]
+
+
+Setting = Scalar | Gradient | Conditions
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One entry of the recipe's `models` list.
+
+    model: the model reference as written.
+    parameters: settings of this entry.
+    position: where the entry's reference stands.
+    parameter_positions: where each parameter's key stands.
+    """
+
+    model: str
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    position: Position | None = field(default=None, compare=False)
+    parameter_positions: Mapping[str, Position] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A validated recipe.
+
+    merge_method: name of a known method.
+    models: in recipe order, as written; a base that is not listed is not among them.
+    base_model: reference of the base, or None.
+    parameters: top-level settings.
+    dtype, out_dtype: torch dtype names (float32, bfloat16, float16, float64 …) or None.
+    text: the YAML as read, byte for byte (decoded as UTF-8).
+    path: where it was read from, for messages.
+    """
+
+    merge_method: str
+    models: tuple[ModelEntry, ...]
+    base_model: str | None = None
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    text: str = field(default="", compare=False)
+    path: str = field(default="recipe", compare=False)
+    base_position: Position | None = field(default=None, compare=False)
+    method_position: Position | None = field(default=None, compare=False)
+    parameter_positions: Mapping[str, Position] = field(default_factory=dict, compare=False)
+
+
+def evaluate(setting: Setting, tensor_name: str, depth: float) -> Scalar | None:
+    """The value of a setting for one tensor.
+
+    tensor_name: what the filters are matched against (substring).
+    depth: the layer's position in its stack, 0.0 (first) to 1.0 (last); 0.0 for tensors
+        outside the layers.
+
+    Returns None when no condition matches: the next scope, then the default, decides.
+
+    A gradient of numbers is interpolated linearly; one of booleans or strings selects the
+    value at or before the position.
+    """
+    if isinstance(setting, Conditions):
+        for condition in setting.entries:
+            if condition.filter in (None, "*") or str(condition.filter) in tensor_name:
+                return evaluate(condition.value, tensor_name, depth)
+        return None
+    if isinstance(setting, Gradient):
+        values = setting.values
+        position = depth * (len(values) - 1)
+        lower = int(position)
+        if any(isinstance(value, (bool, str)) for value in values):
+            return values[lower]
+        upper = min(len(values) - 1, lower + 1)
+        fraction = position - lower
+        return (1 - fraction) * float(values[lower]) + fraction * float(values[upper])
+    return setting
