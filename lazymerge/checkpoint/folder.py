@@ -1,0 +1,333 @@
+"""Open a model on the local disk: its files' headers, its shard index and its config.
+
+A folder is one of these, tried in this order:
+
+    model.safetensors.index.json + the shards it lists    checked against the shards' own headers
+    model.safetensors
+    every *.safetensors in it                             no tensor in two of them
+
+The headers are the truth. The index is checked against them and adds nothing: where they differ,
+nobody can say which tensors make up the model, so it is an error and not a guess.
+
+Nothing outside the model's folder is opened on a file's word: an index may hold plain names only,
+and a link must stay inside the folder, or inside the Hugging Face cache's folder of the same model
+(models--org--name/snapshots/REVISION/* are links into models--org--name/blobs). What the user
+names, the folder or a single file, may be a link to anywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from lazymerge.errors import InputError
+
+from .header import Header, read_header
+from .json_file import read_json_mapping
+from .tensor import Checkpoint, TensorInfo
+
+SUFFIX = ".safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+ADAPTER_NAME = "adapter_model.safetensors"
+INDEX_LIMIT_BYTES = 200_000_000
+CONFIG_LIMIT_BYTES = 10_000_000
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_NAMED_AT_MOST = 5
+"""Names listed in a message before it says how many more there are."""
+
+
+def open_checkpoint(reference: str) -> Checkpoint:
+    """Open a local model: headers, index and config are read, tensor data is not.
+
+    reference: a folder or a .safetensors file; `~` is expanded.
+
+    Raises InputError naming the file, the tensor and the remedy.
+    """
+    path = Path(reference).expanduser() if reference.startswith("~") else Path(reference)
+    if not reference or "\0" in reference:
+        raise InputError(f"model {reference!r}: is not a path.")
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise InputError(f"model {reference!r}: {error.strerror or error}.") from None
+    if is_folder:
+        folder = Path(os.path.realpath(path))
+        files, weight_map, index_bytes = _files_of_folder(folder, reference)
+    elif is_file:
+        if path.suffix != SUFFIX:
+            raise InputError(_explain_other_file(path))
+        # The name as the user wrote it, even when it is a link: the sidecars lie beside the link.
+        folder = Path(os.path.realpath(path.parent))
+        files, weight_map, index_bytes = [path.name], None, 0
+    else:
+        raise InputError(_explain_absent(reference, path))
+
+    headers = [read_header(folder / file, file) for file in sorted(files)]
+    tensors = _gather_tensors(headers, folder)
+    if weight_map is not None:
+        _check_index(weight_map, tensors, folder / INDEX_NAME)
+    if not tensors:
+        raise InputError(f"{path}: holds no tensor.")
+    config, config_bytes = _read_config(folder)
+    return Checkpoint(
+        reference=reference,
+        folder=str(folder),
+        files=tuple(header.file for header in headers),
+        tensors=tensors,
+        config=config,
+        header_bytes_read=index_bytes + config_bytes + sum(header.bytes_read for header in headers),
+    )
+
+
+def checkpoint_file_path(checkpoint: Checkpoint, file: str) -> Path:
+    """Where one of a checkpoint's files is.
+
+    file: as TensorInfo.file and FileInfo.path name it.
+
+    Raises InputError when it is not a plain file name: a checkpoint may come from a saved plan.
+    """
+    if not _is_plain_name(file):
+        raise InputError(f"{checkpoint.folder}: {file!r} is not a plain file name.")
+    return Path(checkpoint.folder) / file
+
+
+def _files_of_folder(folder: Path, reference: str) -> tuple[list[str], dict[str, str] | None, int]:
+    """The names of the files that make up the model, the index's weight map, its bytes."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed: {error.strerror or error}.") from None
+    if INDEX_NAME in names:
+        weight_map, index_bytes = _read_index(folder)
+        files = sorted(set(weight_map.values()))
+        absent = [file for file in files if file not in names]
+        if absent:
+            remedy = "Download what is missing"
+            if SINGLE_NAME in names:
+                remedy += f", or delete the index if {SINGLE_NAME} is the whole model"
+            raise InputError(
+                f"{folder / INDEX_NAME}: lists {_listed(absent)}, absent from the folder "
+                f"({len(absent)} of {len(files)} files). {remedy}."
+            )
+    else:
+        weight_map, index_bytes = None, 0
+        files = (
+            [SINGLE_NAME]
+            if SINGLE_NAME in names
+            else [name for name in names if name.endswith(SUFFIX)]
+        )
+        if not files:
+            raise InputError(_explain_no_safetensors(folder, names))
+        if files == [ADAPTER_NAME]:
+            raise InputError(
+                f"{folder}: holds a LoRA adapter ({ADAPTER_NAME}), not a model. "
+                "Merge it into its base model first."
+            )
+        _check_shard_numbers(files, folder)
+    for file in files:
+        _check_link(folder, file)
+    return files, weight_map, index_bytes
+
+
+def _read_index(folder: Path) -> tuple[dict[str, str], int]:
+    path = folder / INDEX_NAME
+    _check_link(folder, INDEX_NAME)
+    repeated: list[str] = []
+
+    def mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    repeated.append(key)
+                seen.add(key)
+        return result
+
+    document, bytes_read = read_json_mapping(path, INDEX_LIMIT_BYTES, mapping)
+    if repeated:
+        raise InputError(
+            f"{path}: holds the key {repeated[0]!r} twice, so it does not say which one counts. "
+            "Download it again."
+        )
+    weight_map = document.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(
+            f"{path}: has no mapping `weight_map` of tensor names to files. Download it again."
+        )
+    checked: set[str] = set()
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise InputError(
+                f"{path}: tensor {name!r}: its file is not a string. Download it again."
+            )
+        if file in checked:
+            continue
+        checked.add(file)
+        if not _is_plain_name(file):
+            raise InputError(
+                f"{path}: tensor {name!r}: its file {file!r} is not a plain file name; an index "
+                "may only list files of its own folder. Do not use this model unless you know why."
+            )
+        if not file.endswith(SUFFIX):
+            raise InputError(f"{path}: tensor {name!r}: its file {file!r} is not a {SUFFIX} file.")
+    return weight_map, bytes_read
+
+
+def _gather_tensors(headers: list[Header], folder: Path) -> dict[str, TensorInfo]:
+    """All tensors by name, in the order of files and offsets."""
+    tensors: dict[str, TensorInfo] = {}
+    for header in headers:
+        for tensor in header.tensors:
+            other = tensors.setdefault(tensor.name, tensor)
+            if other is not tensor:
+                raise InputError(
+                    f"{folder}: tensor {tensor.name!r} is in both {other.file!r} and "
+                    f"{tensor.file!r}. Give the one .safetensors file to use, or remove the files "
+                    "that are not part of the model."
+                )
+    return tensors
+
+
+def _check_index(
+    weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: Path
+) -> None:
+    """Check a shard index against what the shards hold."""
+    for name, file in weight_map.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise InputError(
+                f"{path}: lists tensor {name!r} in {file!r}, which does not hold it. The index and "
+                "the files are not of the same model: download both again."
+            )
+        if tensor.file != file:
+            raise InputError(
+                f"{path}: lists tensor {name!r} in {file!r}, but it is in {tensor.file!r}. The "
+                "index and the files are not of the same model: download both again."
+            )
+    if len(tensors) > len(weight_map):
+        extra = [name for name in tensors if name not in weight_map]
+        raise InputError(
+            f"{path}: does not list {_listed(extra)}, held by {tensors[extra[0]].file!r} "
+            f"({len(extra)} of {len(tensors)} tensors are not listed). The index is out of date: "
+            "download it again, or delete it if the files are right and complete."
+        )
+
+
+def _read_config(folder: Path) -> tuple[dict[str, object] | None, int]:
+    path = folder / CONFIG_NAME
+    if not os.path.lexists(path):
+        return None, 0
+    _check_link(folder, CONFIG_NAME)
+    return read_json_mapping(path, CONFIG_LIMIT_BYTES)
+
+
+def _is_plain_name(file: str) -> bool:
+    """Whether a name means a file of its own folder, on any system."""
+    return file not in ("", ".", "..") and not any(sign in file for sign in ("/", "\\", "\0", ":"))
+
+
+def _check_link(folder: Path, file: str) -> None:
+    """Refuse a link that leaves the model.
+
+    folder: resolved.
+    """
+    path = folder / file
+    if not path.is_symlink():
+        return
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(root) for root in (folder, *_hub_cache_folders(folder))):
+        raise InputError(
+            f"{path}: is a link to {target}, outside the model's folder. Replace the link with the "
+            "file if you trust it."
+        )
+    if not target.exists():
+        raise InputError(f"{path}: is a link to {target}, which is absent. Download it again.")
+
+
+def _hub_cache_folders(folder: Path) -> list[Path]:
+    """The model's folder of a Hugging Face cache when `folder` is one of its snapshots."""
+    return [
+        snapshots.parent
+        for snapshots in folder.parents
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    ]
+
+
+def _check_shard_numbers(files: list[str], folder: Path) -> None:
+    """Without an index, shard names (model-00001-of-00003) still tell what is missing."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        match = _SHARD.fullmatch(file)
+        if match:
+            key = (match["stem"], int(match["count"]))
+            found.setdefault(key, set()).add(int(match["number"]))
+    for (stem, count), numbers in found.items():
+        missing = [number for number in range(1, count + 1) if number not in numbers]
+        if missing:
+            names = [f"{stem}-{number:05d}-of-{count:05d}{SUFFIX}" for number in missing]
+            raise InputError(
+                f"{folder}: {_listed(names)} absent ({len(missing)} of {count} shards). "
+                "Download what is missing."
+            )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_NAMED_AT_MOST])
+    more = len(names) - _NAMED_AT_MOST
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _explain_no_safetensors(folder: Path, names: list[str]) -> str:
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
+    if pickles:
+        return (
+            f"{folder}: holds {_listed(pickles)} and no {SUFFIX} file. Torch pickles are not "
+            "supported yet. Convert the model once, in Python: transformers.AutoModelForCausalLM"
+            ".from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER) writes safetensors."
+        )
+    if not names:
+        return f"{folder}: the folder is empty. Download the model into it again."
+    return f"{folder}: holds no {SUFFIX} file (it holds {_listed(names)})."
+
+
+def _explain_other_file(path: Path) -> str:
+    if path.suffix in _PICKLE_SUFFIXES:
+        return (
+            f"{path}: torch pickles are not supported yet. Convert the model once, in Python: "
+            "transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')"
+            ".save_pretrained(NEW_FOLDER) writes safetensors."
+        )
+    return f"{path}: is not a {SUFFIX} file. Name a model's folder or a {SUFFIX} file."
+
+
+def _explain_absent(reference: str, path: Path) -> str:
+    if os.path.lexists(path):
+        if path.is_symlink() and not path.exists():
+            return f"model {reference!r}: is a link to {os.readlink(path)!r}, which is absent."
+        return f"model {reference!r}: is neither a folder nor a regular file."
+    resolved = Path(os.path.realpath(path))
+    message = f"model {reference!r}: not found (resolved to {resolved})."
+    try:
+        near = difflib.get_close_matches(resolved.name, os.listdir(resolved.parent), n=3)
+    except OSError:
+        near = []
+    if near:
+        message += f" {resolved.parent} holds {_listed(near)}: is one of them meant?"
+    hub_id = re.split(r"[@+]", reference, maxsplit=1)[0]
+    if _HUB_ID.fullmatch(hub_id):
+        folder_name = hub_id.rpartition("/")[2]
+        message += (
+            " If it is a model of the Hugging Face Hub: this version reads local folders only. "
+            f"Download it with `hf download {hub_id} --local-dir {folder_name}` and write "
+            f"{folder_name} in the recipe."
+        )
+    return message

@@ -1,0 +1,369 @@
+"""Read and check the header of one safetensors file; not a byte of tensor data is touched.
+
+    0        8              8 + n                                  size
+    ├─ n: u64 ┼─ JSON, n bytes ┼─ data section: the tensors, no gaps ──┤
+
+The JSON maps every tensor's name to its dtype, shape and byte range within the data section, and
+may hold `__metadata__`, a mapping of strings. The ranges must tile the data section exactly; this
+is what makes a header safe to believe: no range can point outside the file or into another tensor.
+
+Format: https://github.com/huggingface/safetensors#format. Three things the safetensors library
+lets pass are refused here: a tensor named twice (readers disagree on which one counts), a header
+that does not begin with `{` (the format demands it), and element types absent from DTYPES.
+Fields of an entry beyond the three that the format defines are ignored, as the library does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NoReturn
+
+import xxhash
+from lazymerge.errors import InputError
+
+from .tensor import DTYPES, FileInfo, TensorInfo
+
+LENGTH_BYTES = 8
+HEADER_LIMIT_BYTES = 100_000_000
+"""The largest header that the format allows."""
+
+_UINT64_LIMIT = 2**64
+_DOWNLOAD_AGAIN = "The file is damaged or was not written completely: download it again."
+_NOT_SAFETENSORS = "This is not a safetensors file, or it is damaged: download it again."
+_GIT_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says about itself, checked.
+
+    file: path relative to the checkpoint's folder, size, modification time and header digest.
+    tensors: in the order of their bytes; ranges absolute within the file.
+    metadata: the file's `__metadata__`, empty where there is none.
+    bytes_read: bytes read from the file to learn this.
+    """
+
+    file: FileInfo
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+    bytes_read: int
+
+
+class _BrokenHeaderError(Exception):
+    """A broken invariant, without the file's name yet."""
+
+
+def read_header(path: Path | str, file: str | None = None) -> Header:
+    """Read and validate the header of a safetensors file.
+
+    path: where the file is.
+    file: what FileInfo and TensorInfo call it (path relative to the checkpoint's folder); the
+        file's own name when not given.
+
+    Raises InputError naming the file, the tensor where one is to blame, the broken rule and the
+    remedy.
+    """
+    path = Path(path)
+    name = path.name if file is None else file
+    try:
+        raw, size_bytes, modified_ns = _read_raw(path)
+        tensors, metadata = _parse(raw, size_bytes, name)
+    except _BrokenHeaderError as error:
+        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    info = FileInfo(
+        path=name,
+        size_bytes=size_bytes,
+        modified_ns=modified_ns,
+        header_digest=xxhash.xxh3_128_hexdigest(raw),
+    )
+    return Header(file=info, tensors=tensors, metadata=metadata, bytes_read=len(raw))
+
+
+def _read_raw(path: Path) -> tuple[bytes, int, int]:
+    """The header's bytes with the length prefix, the file's size in bytes and its mtime in ns."""
+    # O_NONBLOCK: opening a named pipe must not wait for a writer. Regular files ignore it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    # Unbuffered, so that what is read from the disk is what is counted.
+    with open(descriptor, "rb", buffering=0) as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _BrokenHeaderError("is not a regular file.")
+        size_bytes = status.st_size
+        if size_bytes < LENGTH_BYTES:
+            raise _BrokenHeaderError(
+                f"holds {size_bytes} bytes, less than the {LENGTH_BYTES} of a safetensors length "
+                f"prefix. {_DOWNLOAD_AGAIN}"
+            )
+        prefix = _read_exactly(stream.fileno(), LENGTH_BYTES)
+        length = int.from_bytes(prefix, "little")
+        if length > HEADER_LIMIT_BYTES:
+            if _GIT_LFS_POINTER.startswith(prefix):
+                raise _BrokenHeaderError(
+                    "looks like a Git LFS pointer, not the file it points to. "
+                    "Run `git lfs pull` in the model's repository."
+                )
+            raise _BrokenHeaderError(
+                f"claims a header of {length:,} bytes; the format allows "
+                f"{HEADER_LIMIT_BYTES:,}. {_NOT_SAFETENSORS}"
+            )
+        if LENGTH_BYTES + length > size_bytes:
+            raise _BrokenHeaderError(
+                f"is truncated inside its header: {LENGTH_BYTES + length - size_bytes:,} bytes of "
+                f"the header are missing ({LENGTH_BYTES + length:,} expected, {size_bytes:,} "
+                f"present). {_DOWNLOAD_AGAIN}"
+            )
+        return (
+            prefix + _read_exactly(stream.fileno(), length),
+            size_bytes,
+            status.st_mtime_ns,
+        )
+
+
+def _read_exactly(descriptor: int, count: int) -> bytes:
+    parts = []
+    missing = count
+    while missing:
+        part = os.read(descriptor, missing)
+        if not part:
+            raise _BrokenHeaderError("became shorter while it was read.")
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)
+
+
+def _parse(
+    raw: bytes, size_bytes: int, file: str
+) -> tuple[tuple[TensorInfo, ...], Mapping[str, str]]:
+    document = _parse_json(raw[LENGTH_BYTES:])
+    metadata = _checked_metadata(document.pop("__metadata__", None))
+    return _checked_tensors(document, len(raw), size_bytes, file), metadata
+
+
+def _parse_json(header: bytes) -> dict[str, object]:
+    """The header's JSON as a mapping, stricter than Python's parser: duplicates, NaN, surrogates.
+
+    Raises _BrokenHeaderError.
+    """
+    if not header.startswith(b"{"):
+        raise _BrokenHeaderError(
+            f"has a header that does not begin with '{{' (it begins {header[:16]!r}). "
+            f"{_NOT_SAFETENSORS}"
+        )
+    try:
+        text = header.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _BrokenHeaderError(
+            f"has a header that is not UTF-8 (byte {LENGTH_BYTES + error.start} of the file). "
+            f"{_NOT_SAFETENSORS}"
+        ) from None
+    try:
+        document = json.loads(
+            text, object_pairs_hook=_mapping_without_duplicates, parse_constant=_refuse_constant
+        )
+        if "\\u" in text:
+            # Escapes can spell half a surrogate pair, which no file can hold as UTF-8.
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise _BrokenHeaderError(
+            f"has a header nested too deeply to be one. {_NOT_SAFETENSORS}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise _BrokenHeaderError(
+            f"has a header that is not JSON ({error.msg} at byte "
+            f"{LENGTH_BYTES + len(text[: error.pos].encode())} of the file). {_NOT_SAFETENSORS}"
+        ) from None
+    except UnicodeEncodeError:
+        raise _BrokenHeaderError(
+            f"has a header with an unpaired surrogate (\\ud800 to \\udfff). {_NOT_SAFETENSORS}"
+        ) from None
+    except ValueError:
+        # Python's limit on the digits of an integer.
+        raise _BrokenHeaderError(
+            f"has a header with a number of thousands of digits. {_NOT_SAFETENSORS}"
+        ) from None
+    if type(document) is not dict:  # unreachable while it begins with '{'; kept for the type
+        raise _BrokenHeaderError(f"has a header that is not a mapping. {_NOT_SAFETENSORS}")
+    return document
+
+
+def _mapping_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _BrokenHeaderError(
+                    f"has a header that holds the key {key!r} twice, so it does not say which one "
+                    "counts. Write the file again with each name once."
+                )
+            seen.add(key)
+    return mapping
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise _BrokenHeaderError(f"has a header that holds {constant}, which is not JSON.")
+
+
+def _checked_metadata(metadata: object) -> Mapping[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict):
+        raise _BrokenHeaderError("has a `__metadata__` that is not a mapping of strings.")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise _BrokenHeaderError(
+                f"has a `__metadata__` whose value for {key!r} is {_kind(value)}, not a string."
+            )
+    return metadata
+
+
+def _checked_tensors(
+    entries: Mapping[str, object], data_start: int, size_bytes: int, file: str
+) -> tuple[TensorInfo, ...]:
+    """The tensors in the order of their bytes, checked one by one, then for tiling the data.
+
+    data_start: bytes before the data section. size_bytes: of the whole file.
+    """
+    tensors = []
+    for name, entry in entries.items():
+        # One pass of plain checks: a model can hold 90,000 tensors. Words are found afterwards.
+        if type(entry) is not dict:
+            raise _BrokenHeaderError(
+                f"tensor {name!r}: its entry is {_kind(entry)}, not a mapping."
+            )
+        try:
+            dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except KeyError as error:
+            raise _BrokenHeaderError(
+                f"tensor {name!r}: its entry has no field {error.args[0]!r}."
+            ) from None
+        dtype = DTYPES.get(dtype_name) if type(dtype_name) is str else None
+        if dtype is None:
+            raise _BrokenHeaderError(_explain_dtype(name, dtype_name))
+        if type(shape) is not list:
+            raise _BrokenHeaderError(f"tensor {name!r}: its shape is {_kind(shape)}, not a list.")
+        for extent in shape:
+            if type(extent) is not int or not 0 <= extent < _UINT64_LIMIT:
+                raise _BrokenHeaderError(
+                    f"tensor {name!r}: its shape holds {_shown(extent)}; extents are whole numbers "
+                    "from 0 to 2^64 - 1."
+                )
+        if type(offsets) is not list or len(offsets) != 2:
+            raise _BrokenHeaderError(
+                f"tensor {name!r}: its data_offsets are not a list of two numbers."
+            )
+        start, stop = offsets
+        if type(start) is not int or type(stop) is not int or start < 0 or stop < 0:
+            raise _BrokenHeaderError(
+                f"tensor {name!r}: its data_offsets hold {_shown(start)} and {_shown(stop)}; both "
+                "must be whole numbers, not negative."
+            )
+        if start > stop:
+            raise _BrokenHeaderError(
+                f"tensor {name!r}: its data_offsets are out of order: it would start at byte "
+                f"{_shown(start)} and end at byte {_shown(stop)}."
+            )
+        expected = prod(shape) * dtype.item_bytes
+        if expected != stop - start or (expected == 0 and _overflows(shape)):
+            raise _BrokenHeaderError(_explain_size(name, dtype_name, shape, start, stop))
+        tensors.append(
+            TensorInfo(name, dtype_name, tuple(shape), file, data_start + start, data_start + stop)
+        )
+    # Empty tensors share their start with the next one; the stop puts them first.
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop_exclusive))
+    _check_tiling(tensors, data_start, size_bytes)
+    return tuple(tensors)
+
+
+def _check_tiling(tensors: list[TensorInfo], data_start: int, size_bytes: int) -> None:
+    position = data_start
+    previous = None
+    for tensor in tensors:
+        if tensor.start != position:
+            before = "the data section begins" if previous is None else f"{previous!r} ends"
+            if tensor.start > position:
+                raise _BrokenHeaderError(
+                    f"tensor {tensor.name!r}: {tensor.start - position:,} bytes between where "
+                    f"{before} and its first byte belong to no tensor; the format allows no gaps. "
+                    f"{_DOWNLOAD_AGAIN}"
+                )
+            raise _BrokenHeaderError(
+                f"tensor {tensor.name!r}: it overlaps {previous!r} by "
+                f"{min(position, tensor.stop_exclusive) - tensor.start:,} bytes. {_DOWNLOAD_AGAIN}"
+            )
+        position = tensor.stop_exclusive
+        previous = tensor.name
+    if position > size_bytes:
+        cut = next(tensor for tensor in tensors if tensor.stop_exclusive > size_bytes)
+        raise _BrokenHeaderError(
+            f"is truncated: {position - size_bytes:,} bytes are missing ({position:,} expected, "
+            f"{size_bytes:,} present); {cut.name!r} is the first tensor that is cut. "
+            f"{_DOWNLOAD_AGAIN}"
+        )
+    if position < size_bytes:
+        raise _BrokenHeaderError(
+            f"has {size_bytes - position:,} bytes after its last tensor that belong to no tensor "
+            f"({position:,} bytes expected, {size_bytes:,} present). {_DOWNLOAD_AGAIN}"
+        )
+
+
+def _overflows(shape: list[int]) -> bool:
+    """Whether multiplying the extents in order passes 2^64 before a zero ends it."""
+    elements = 1
+    for extent in shape:
+        elements *= extent
+        if elements >= _UINT64_LIMIT:
+            return True
+    return False
+
+
+def _explain_dtype(name: str, dtype: object) -> str:
+    if not isinstance(dtype, str):
+        return f"tensor {name!r}: its dtype is {_kind(dtype)}, not a string."
+    return (
+        f"tensor {name!r}: its dtype {_shown(dtype)} is not known to this version (known: "
+        f"{', '.join(DTYPES)}). Convert the model to one of these, or update lazymerge."
+    )
+
+
+def _explain_size(name: str, dtype: str, shape: list[int], start: int, stop: int) -> str:
+    if _overflows(shape):
+        return f"tensor {name!r}: its shape {_shown(shape)} has more than 2^64 elements."
+    return (
+        f"tensor {name!r}: shape {_shown(shape)} of {dtype} takes "
+        f"{prod(shape) * DTYPES[dtype].item_bytes:,} bytes, but its data_offsets hold "
+        f"{_shown(stop - start)}."
+    )
+
+
+_KINDS = {
+    dict: "a mapping",
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    return _KINDS[type(value)]
+
+
+def _shown(value: object) -> str:
+    """A JSON value for a message, short and on one line."""
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError):
+        return _kind(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
