@@ -1,0 +1,373 @@
+"""Recipe + checkpoints → graph: one merge of tensors per output tensor.
+
+    names      every tensor that any model has, in natural order
+    presence   which models have it; what that means is decided here, and said in a notice
+    shapes     must agree (embeddings may be cut, if asked for)
+    dtypes     integers and booleans are copied when equal; floats are merged
+    values     every parameter resolved for this tensor and model
+    nodes      the method adds them; a Write ends each tensor
+
+All problems of all tensors are gathered and raised once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+from ..architecture import LayerStacks, find_layer_stacks, is_optional, is_vocabulary
+from ..checkpoint.tensor import DTYPES, FLOAT_DTYPES_BY_TORCH_NAME, Checkpoint, TensorInfo
+from ..errors import InputError, InputErrors
+from ..methods import METHODS, Contribution, Method, TensorMerge
+from ..recipe.model import Conditions, Recipe, Setting, evaluate
+from ..recipe.signature import BaseModel, Parameter, Scalar, Scope
+from . import operations  # noqa: F401  (registers the shared operations)
+from .graph import Graph
+from .node import Read, Write
+
+MOST_PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTensor:
+    """How one output tensor comes about, for people.
+
+    method: name of the method, or "copy" where there is nothing to merge.
+    parameters: resolved global parameters.
+    by_model: resolved per-model parameters, in recipe order, for the models that take part.
+    """
+
+    name: str
+    method: str
+    parameters: Mapping[str, Scalar | None]
+    by_model: Mapping[str, Mapping[str, Scalar | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledMerge:
+    """A recipe compiled against its checkpoints.
+
+    graph: its writes are the output tensors, in natural order of their names.
+    tensors: how each output tensor comes about, in the order of the writes.
+    notices: what a person should know before running it; one sentence each.
+    stacks: the layer stacks of the output.
+    """
+
+    graph: Graph
+    tensors: tuple[ResolvedTensor, ...]
+    notices: tuple[str, ...]
+    stacks: LayerStacks
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A model in the role it plays in the recipe."""
+
+    model: str
+    checkpoint: Checkpoint
+    settings: Mapping[str, Setting]
+
+
+@dataclass(slots=True)
+class _Notices:
+    """Notices by kind, each with the tensors it concerns: one sentence covers many tensors."""
+
+    tensors: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, sentence: str, tensor: str) -> None:
+        self.tensors[sentence].append(tensor)
+
+    def sentences(self) -> list[str]:
+        return [f"{sentence}: {_some(names)}" for sentence, names in self.tensors.items()]
+
+
+def compile_recipe(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    truncate_embeddings: bool = False,
+) -> CompiledMerge:
+    """Compiles a recipe against the headers of its models.
+
+    checkpoints: by model reference as written in the recipe.
+    truncate_embeddings: merge the common leading rows where vocabularies differ in size.
+
+    Raises:
+        InputErrors: tensors that cannot be merged, every one of them.
+    """
+    return _Compiler(recipe, checkpoints, truncate_embeddings).compile()
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key under which layers.2 comes before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+class _Compiler:
+    def __init__(
+        self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], truncate_embeddings: bool
+    ) -> None:
+        self.recipe = recipe
+        self.method: Method = METHODS[recipe.merge_method]
+        self.truncate_embeddings = truncate_embeddings
+        self.graph = Graph()
+        self.notices = _Notices()
+        self.problems: list[str] = []
+        signature = self.method.signature
+        listed = [
+            _Source(entry.model, checkpoints[entry.model], entry.parameters)
+            for entry in recipe.models
+        ]
+        self.base: _Source | None = None
+        if recipe.base_model is not None and signature.base is not BaseModel.UNUSED:
+            settings = next((s.settings for s in listed if s.model == recipe.base_model), {})
+            self.base = _Source(recipe.base_model, checkpoints[recipe.base_model], settings)
+        self.models = [
+            source for source in listed if self.base is None or source.model != self.base.model
+        ]
+        participants = [*([self.base] if self.base else []), *self.models]
+        self.participants = participants
+        names = {name for source in participants for name in source.checkpoint.tensors}
+        self.names = sorted(names, key=natural_order)
+        self.stacks = find_layer_stacks(self.names)
+
+    def compile(self) -> CompiledMerge:
+        tensors = []
+        for name in self.names:
+            try:
+                resolved = self._tensor(name)
+            except InputError as error:
+                self.problems.append(str(error))
+                continue
+            if resolved is not None:
+                tensors.append(resolved)
+        if not tensors and not self.problems:
+            self.problems.append("the models hold no tensors that can be merged")
+        if self.problems:
+            raise InputErrors(_shortened(self.problems))
+        return CompiledMerge(
+            self.graph,
+            tuple(tensors),
+            (*self.notices.sentences(), *self._unmatched_filters()),
+            self.stacks,
+        )
+
+    def _tensor(self, name: str) -> ResolvedTensor | None:
+        having = [s for s in self.participants if name in s.checkpoint.tensors]
+        lacking = [s for s in self.participants if name not in s.checkpoint.tensors]
+        if lacking:
+            if not is_optional(name):
+                raise InputError(
+                    f"tensor {name} is missing from {_models(lacking)}, "
+                    f"present in {_models(having)}; "
+                    "models of one architecture are needed"
+                )
+            if self.base is not None and self.base in lacking:
+                self.notices.add(
+                    f"left out, since the base model {self.base.model} has no such tensor", name
+                )
+                return None
+            self.notices.add(f"merged without {_models(lacking)}, which lack the tensor", name)
+        reads = self._reads(name, having)
+        shape = next(iter(reads.values())).shape
+        is_float = self._is_float(name, reads)
+        least = self.method.signature.min_models
+        if not is_float:
+            source = self._identical(name, reads)
+            method = "copy"
+        elif len(having) < least or prod(shape) == 0:
+            if len(having) < least:
+                self.notices.add(f"copied from {having[0].model} alone", name)
+            source = self.graph.add(reads[having[0].model])
+            method = "copy"
+        else:
+            return self._merge(name, shape, having, reads)
+        self.graph.add(Write(name, self._output_dtype(reads, is_float), shape, source))
+        return ResolvedTensor(name, method, {}, {s.model: {} for s in having})
+
+    def _merge(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        having: Sequence[_Source],
+        reads: Mapping[str, Read],
+    ) -> ResolvedTensor:
+        depth = self.stacks.depth(name)
+        signature = self.method.signature
+        shared = {
+            p.name: self._resolve(p, [self.recipe.parameters], name, depth, None)
+            for p in signature.parameters
+            if p.scope is Scope.GLOBAL
+        }
+        contributions = {}
+        for source in having:
+            is_base = self.base is not None and source.model == self.base.model
+            values = {
+                p.name: self._resolve(
+                    p, [source.settings, self.recipe.parameters], name, depth, source.model
+                )
+                for p in signature.parameters
+                if p.scope is Scope.MODEL or (p.scope is Scope.NON_BASE and not is_base)
+            }
+            node = self.graph.add(reads[source.model])
+            contributions[source.model] = Contribution(source.model, node, values)
+        base = None if self.base is None else contributions[self.base.model]
+        merge = TensorMerge(
+            name=name,
+            shape=shape,
+            base=base,
+            models=tuple(c for c in contributions.values() if c is not base),
+            parameters=shared,
+            graph=self.graph,
+        )
+        result = self.method.build(merge)
+        self.graph.add(Write(name, self._output_dtype(reads, True), shape, result))
+        by_model = {c.model: c.parameters for c in contributions.values()}
+        return ResolvedTensor(name, signature.name, shared, by_model)
+
+    def _reads(self, name: str, having: Sequence[_Source]) -> dict[str, Read]:
+        """One Read per model, of one shape.
+
+        Raises:
+            InputError: the shapes differ.
+        """
+        infos = {source.model: source.checkpoint.tensors[name] for source in having}
+        shapes = {info.shape for info in infos.values()}
+        if len(shapes) > 1:
+            infos = self._common_rows(name, infos)
+        return {
+            source.model: Read(source.checkpoint.folder, infos[source.model]) for source in having
+        }
+
+    def _common_rows(self, name: str, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        shapes = {model: info.shape for model, info in infos.items()}
+        only_rows_differ = (
+            is_vocabulary(name) and len({shape[1:] for shape in shapes.values()}) == 1
+        )
+        if not only_rows_differ:
+            described = ", ".join(f"{list(shape)} in {model}" for model, shape in shapes.items())
+            raise InputError(
+                f"tensor {name} has different shapes: {described}; "
+                "only models of one architecture and size can be merged"
+            )
+        described = ", ".join(f"{shape[0]} in {model}" for model, shape in shapes.items())
+        if not self.truncate_embeddings:
+            raise InputError(
+                f"tensor {name} has different numbers of rows (vocabulary entries): {described}; "
+                "the vocabularies must be matched, in mergekit's language by "
+                "`tokenizer: {source: base}` (not supported yet by this version), or "
+                "--unsafe-truncate-embeddings merges the common leading rows"
+            )
+        rows = min(shape[0] for shape in shapes.values())
+        self.notices.add(f"cut to the {rows} leading rows that all models have", name)
+        return {model: leading_rows(info, rows) for model, info in infos.items()}
+
+    def _is_float(self, name: str, reads: Mapping[str, Read]) -> bool:
+        """Whether the tensor is one of floats.
+
+        Raises:
+            InputError: in some models only, or integers of different kinds.
+        """
+        kinds = {DTYPES[read.dtype].is_float for read in reads.values()}
+        dtypes = {read.dtype for read in reads.values()}
+        if kinds == {True}:
+            return True
+        if len(dtypes) > 1:
+            described = ", ".join(f"{read.dtype} in {model}" for model, read in reads.items())
+            raise InputError(
+                f"tensor {name} has dtypes that cannot be combined: {described}; "
+                "convert the models to one dtype first"
+            )
+        return False
+
+    def _identical(self, name: str, reads: Mapping[str, Read]) -> str:
+        """The node for a tensor of integers or booleans, which must be equal in all models."""
+        nodes = [self.graph.add(read) for read in reads.values()]
+        if len(set(nodes)) == 1:
+            return nodes[0]
+        merge = TensorMerge(name, next(iter(reads.values())).shape, None, (), {}, self.graph)
+        return merge.apply("identical", nodes, tensor=name, models=tuple(reads))
+
+    def _output_dtype(self, reads: Mapping[str, Read], is_float: bool) -> str:
+        """out_dtype, else dtype, else the dtype of the base or, without one, the first model."""
+        asked = self.recipe.out_dtype or self.recipe.dtype
+        if is_float and asked is not None:
+            return FLOAT_DTYPES_BY_TORCH_NAME[asked].name
+        return next(iter(reads.values())).dtype
+
+    def _resolve(
+        self,
+        parameter: Parameter,
+        scopes: Sequence[Mapping[str, Setting]],
+        tensor_name: str,
+        depth: float,
+        model: str | None,
+    ) -> Scalar | None:
+        """A parameter's value for one tensor: the first scope that has one, else the default.
+
+        Raises:
+            InputError: it is required and no scope has one.
+        """
+        for settings in scopes:
+            if parameter.name in settings:
+                value = evaluate(settings[parameter.name], tensor_name, depth)
+                if value is not None:
+                    return value
+        if parameter.required:
+            of_model = f" of model {model}" if model else ""
+            raise InputError(
+                f"{self.recipe.path}: parameter {parameter.name}{of_model} has no value for "
+                f"tensor {tensor_name}; add an entry without a filter to its list of conditions"
+            )
+        return parameter.default
+
+    def _unmatched_filters(self) -> list[str]:
+        """Filters that match no tensor: a misspelt name, most likely."""
+        notices = []
+        scopes: list[tuple[str, Mapping[str, Setting]]] = [("", self.recipe.parameters)]
+        scopes += [(f" of model {entry.model}", entry.parameters) for entry in self.recipe.models]
+        for owner, settings in scopes:
+            for parameter, setting in settings.items():
+                for text in setting_filters(setting):
+                    if not any(text in name for name in self.names):
+                        notices.append(
+                            f"filter {text!r} of parameter {parameter}{owner} matches no tensor"
+                        )
+        return notices
+
+
+def setting_filters(setting: Setting) -> list[str]:
+    """The filter texts of a setting that restrict it to some tensors."""
+    if not isinstance(setting, Conditions):
+        return []
+    return [c.filter for c in setting.entries if c.filter is not None and c.filter != "*"]
+
+
+def leading_rows(info: TensorInfo, rows: int) -> TensorInfo:
+    """The part of a tensor that its first rows take up on disk."""
+    if info.shape[0] == rows:
+        return info
+    row_bytes = info.size_bytes // info.shape[0]
+    return replace(
+        info, shape=(rows, *info.shape[1:]), stop_exclusive=info.start + rows * row_bytes
+    )
+
+
+def _models(sources: Iterable[_Source]) -> str:
+    return ", ".join(source.model for source in sources)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _shortened(problems: Sequence[str]) -> list[str]:
+    """The first problems, and how many more there are: 291 missing tensors are one mistake."""
+    if len(problems) <= MOST_PROBLEMS_SHOWN:
+        return list(problems)
+    rest = len(problems) - MOST_PROBLEMS_SHOWN
+    return [*problems[:MOST_PROBLEMS_SHOWN], f"… and {rest} more problems of this kind"]

@@ -1,0 +1,128 @@
+"""The DAG of operations that a recipe compiles into."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import networkx as nx
+
+from .node import Apply, BlockNode, Node, Read, Reduce, Write
+
+
+class Graph:
+    """Nodes by id, with an edge from each node to every node that uses its result.
+
+    Adding a node that is already there is a no-op: identical work is shared.
+    """
+
+    def __init__(self) -> None:
+        self.digraph: nx.DiGraph[str] = nx.DiGraph()
+        self._writes: list[Write] = []
+
+    def add(self, node: Node) -> str:
+        """Adds a node whose inputs are already in the graph, and returns its id.
+
+        Raises:
+            KeyError: an input is not in the graph.
+        """
+        if node.id in self.digraph:
+            return node.id
+        inputs = node_inputs(node)
+        for source in inputs:
+            if source not in self.digraph:
+                raise KeyError(f"{type(node).__name__} {node.id} uses unknown node {source}")
+        self.digraph.add_node(node.id, node=node)
+        self.digraph.add_edges_from((source, node.id) for source in inputs)
+        if isinstance(node, Write):
+            self._writes.append(node)
+        return node.id
+
+    def __getitem__(self, node_id: str) -> Node:
+        node: Node = self.digraph.nodes[node_id]["node"]
+        return node
+
+    def __contains__(self, node_id: str) -> bool:
+        return node_id in self.digraph
+
+    def __len__(self) -> int:
+        return len(self.digraph)
+
+    def __iter__(self) -> Iterator[Node]:
+        """Nodes in the order they were added, which is a topological order."""
+        for _, data in self.digraph.nodes(data=True):
+            yield data["node"]
+
+    @property
+    def writes(self) -> tuple[Write, ...]:
+        """The output tensors, in the order they were added."""
+        return tuple(self._writes)
+
+    def block_node(self, node_id: str) -> BlockNode:
+        """The node, which must yield blocks."""
+        node = self[node_id]
+        if not isinstance(node, Read | Apply):
+            raise TypeError(f"{type(node).__name__} {node_id} does not yield blocks")
+        return node
+
+    def reduce(self, node_id: str) -> Reduce:
+        """The node, which must be a Reduce."""
+        node = self[node_id]
+        if not isinstance(node, Reduce):
+            raise TypeError(f"{type(node).__name__} {node_id} is not a Reduce")
+        return node
+
+    def reductions_of(self, node_id: str) -> tuple[Reduce, ...]:
+        """All Reduce nodes that a node's value needs, inputs before users, each once."""
+        found: dict[str, Reduce] = {}
+
+        def visit(current: str) -> None:
+            node = self[current]
+            for source in node_inputs(node):
+                visit(source)
+            if isinstance(node, Reduce):
+                found.setdefault(node.id, node)
+
+        visit(node_id)
+        return tuple(found.values())
+
+    def reads_of(self, node_id: str) -> tuple[Read, ...]:
+        """All Read nodes reached from a node through block inputs alone (one pass over it)."""
+        found: dict[str, Read] = {}
+
+        def visit(current: str) -> None:
+            node = self[current]
+            if isinstance(node, Read):
+                found.setdefault(node.id, node)
+            elif isinstance(node, Write):
+                visit(node.source)
+            else:
+                for source in node.inputs:
+                    visit(source)
+
+        visit(node_id)
+        return tuple(found.values())
+
+    def count_by_kind(self) -> dict[str, int]:
+        """Number of nodes by kind, with the operation's name for Reduce and Apply."""
+        counts: Counter[str] = Counter()
+        for node in self:
+            match node:
+                case Read():
+                    counts["Read"] += 1
+                case Write():
+                    counts["Write"] += 1
+                case Reduce() | Apply():
+                    counts[f"{type(node).__name__} {node.operation}"] += 1
+        return dict(counts)
+
+
+def node_inputs(node: Node) -> tuple[str, ...]:
+    """Ids of everything a node needs before it can run."""
+    match node:
+        case Read():
+            return ()
+        case Reduce() | Apply():
+            return node.inputs + node.statistics
+        case Write():
+            return (node.source,)

@@ -1,0 +1,180 @@
+"""The four kinds of node a merge is made of.
+
+A node is a frozen value: kind, operation, parameters, the ids of its inputs, the dtype and shape
+of what it yields. Its id is a hash of exactly that, so identical work has one node wherever it
+is asked for, and an id never depends on order, process or machine.
+
+    Read   ──blocks──►  Apply ──blocks──► Write
+       └────blocks──►  Reduce ──statistic──┘
+
+Dashed by block: a Read and an Apply are streamed in blocks of consecutive elements; a Reduce
+yields one small result per tensor (a statistic) once all its passes are done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from math import prod
+from typing import Union
+
+from ..checkpoint.tensor import TensorInfo
+
+ParameterValue = Union[None, bool, int, float, str, tuple["ParameterValue", ...]]  # noqa: UP007
+"""What a node's parameter may be: JSON's scalars and (nested) tuples of them."""
+
+ID_BYTES = 16
+"""128 bits: the chance of two of a million nodes colliding is below 1e-26."""
+
+
+def _content_hash(*content: object) -> str:
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    return blake2b(text.encode(), digest_size=ID_BYTES).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One tensor of one checkpoint, or its leading rows.
+
+    folder: absolute path of the checkpoint's folder.
+    tensor: name, dtype, shape and byte range of what is read.
+    """
+
+    folder: str
+    tensor: TensorInfo
+    id: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        t = self.tensor
+        content = (self.folder, t.file, t.start, t.stop_exclusive, t.dtype, t.shape)
+        object.__setattr__(self, "id", _content_hash("read", *content))
+
+    @property
+    def dtype(self) -> str:
+        """safetensors name of the stored dtype."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def element_count(self) -> int:
+        return self.tensor.element_count
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """A statistic over whole tensors, made by streaming their blocks in one or more passes.
+
+    operation: name of a registered ReduceOperation.
+    parameters: sorted (name, value) pairs.
+    inputs: ids of the block-valued nodes (Read or Apply) it streams, all of one shape.
+    statistics: ids of the Reduce nodes whose results it uses.
+    shape: the shape of each input.
+    working_dtype: "F32" or "F64", the dtype its blocks are computed in.
+    """
+
+    operation: str
+    parameters: tuple[tuple[str, ParameterValue], ...]
+    inputs: tuple[str, ...]
+    statistics: tuple[str, ...]
+    shape: tuple[int, ...]
+    working_dtype: str
+    id: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        content = (
+            self.operation,
+            self.parameters,
+            self.inputs,
+            self.statistics,
+            self.shape,
+            self.working_dtype,
+        )
+        object.__setattr__(self, "id", _content_hash("reduce", *content))
+
+    @property
+    def element_count(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """A block function of its input blocks and of finished statistics.
+
+    operation: name of a registered ApplyOperation.
+    parameters: sorted (name, value) pairs.
+    inputs: ids of the block-valued nodes (Read or Apply) it consumes, all of one shape.
+    statistics: ids of the Reduce nodes whose results it uses.
+    shape: of the result and of each input.
+    working_dtype: "F32" or "F64", the dtype its blocks are computed in; for operations on
+        undecoded bytes the dtype of the inputs.
+    """
+
+    operation: str
+    parameters: tuple[tuple[str, ParameterValue], ...]
+    inputs: tuple[str, ...]
+    statistics: tuple[str, ...]
+    shape: tuple[int, ...]
+    working_dtype: str
+    id: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        content = (
+            self.operation,
+            self.parameters,
+            self.inputs,
+            self.statistics,
+            self.shape,
+            self.working_dtype,
+        )
+        object.__setattr__(self, "id", _content_hash("apply", *content))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype its blocks have before the output's rounding."""
+        return self.working_dtype
+
+    @property
+    def element_count(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One output tensor.
+
+    name: its key in the output checkpoint.
+    dtype: safetensors name of the stored dtype; the value is rounded to it once.
+    source: id of the Read or Apply that yields it. A Read of equal dtype is copied undecoded.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: str
+    id: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "id", _content_hash("write", self.name, self.dtype, self.shape, self.source)
+        )
+
+    @property
+    def element_count(self) -> int:
+        return prod(self.shape)
+
+
+Node = Read | Reduce | Apply | Write
+BlockNode = Read | Apply
+"""The kinds that yield blocks of elements."""
+
+
+def as_parameters(
+    values: Mapping[str, ParameterValue],
+) -> tuple[tuple[str, ParameterValue], ...]:
+    """A node's parameters in canonical (sorted) form."""
+    return tuple(sorted(values.items()))

@@ -1,0 +1,374 @@
+"""The k-th largest |xᵢ − x₀| of a whole tensor, exactly, without sorting it.
+
+The methods that keep the largest changes of a model need one number per (tensor, model): the
+threshold that exactly k elements reach. Sorting 10⁸ elements for it takes minutes and gigabytes.
+Here it takes one pass, and memory for a fixed number of candidates:
+
+    sample     65,536 or more elements at fixed places tell roughly where the k-th lies:
+               a bracket [low, high] that holds it but for bad luck
+    bracket    one pass counts, block by block, the elements above the bracket and those in it,
+               and keeps the values in it (1-2% of the tensor)
+
+                    below            bracket            above
+               ├───────────────┼────────────────┼───────────────────┤   |xᵢ − x₀|
+                                 candidates       counted only
+
+               If k falls among the candidates, the k-th largest is found in them, exactly.
+               If the bracket missed, or held more candidates than there is room for, a better
+               bracket is made of what was seen and the pass is repeated.
+    locate     Equal magnitudes at the threshold are kept in ascending element order, so that
+               exactly k survive. When only some of them survive, one block is read again to
+               find the element at which to stop.
+
+Heavy ties (identical models, coarse dtypes) make the bracket shrink to a single value; then
+counting alone decides and nothing is collected. Every repetition leaves a strictly smaller range
+of floats in which the threshold can lie, so the search ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from ..operation import BlockInput, Cost, Done, Parameters, Pass, ReduceOperation, Sample, register
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Magnitudes = NDArray[numpy.floating[Any]]
+
+SAMPLE_RUN_ELEMENTS = 256
+"""The sample is made of runs of this many neighbours: 512 bytes in bfloat16, one page touched."""
+
+SAMPLE_RUNS = 256
+SAMPLE_RUNS_LARGE = 1024
+"""For tensors over 2^24 elements, whose candidates would not fit behind the smaller sample."""
+
+CANDIDATES = 1 << 20
+"""Values kept per model and tensor: 4 MB in float32, 8 MB in float64. Tensors of no more elements
+need no sample: all their values are candidates."""
+
+MIN_BLOCK_CANDIDATES = 64
+"""Every block may keep this many, so that the values kept stay a sample of all blocks."""
+
+MARGIN_DEVIATIONS = 4.0
+"""Half width of the bracket in standard errors of the sampled rank. The standard error is
+measured between the sample's runs, so rows of different scale widen it. A miss (about one in
+10,000) costs one more pass and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Which elements of one model's |xᵢ − x₀| survive.
+
+    Those above `value`, and those equal to it whose flat index is below `stop_index`.
+
+    below: the next smaller magnitude in the dtype of the search (0 for 0): |x| > below is
+        |x| ≥ value.
+    """
+
+    value: float
+    below: float
+    stop_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What is known of one model's threshold so far.
+
+    keep: k, how many elements shall survive.
+    known_low, known_high: the threshold certainly lies in [known_low, known_high].
+    low, high: the bracket [low, high], within that range, that the next pass looks at.
+    """
+
+    keep: int
+    known_low: float = 0.0
+    known_high: float = math.inf
+    low: float = 0.0
+    high: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Locate:
+    """The threshold is known; in `block` the first `ties_kept` elements equal to it survive."""
+
+    value: float
+    below: float
+    block: int
+    ties_kept: int
+
+
+Entry = Search | Locate | Threshold | None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What one pass is for.
+
+    entries: one per model.
+    quota: candidates that one block may keep.
+    """
+
+    entries: tuple[Entry, ...]
+    quota: int
+    is_sample: bool = False
+    only_block: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """One block's contribution to a search.
+
+    above: elements > high. inside: elements in [low, high]. values: the first `quota` of those
+    inside, in element order (none when low == high, where they are all equal).
+    """
+
+    above: int
+    inside: int
+    values: Magnitudes
+
+
+@register
+class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | None, ...]]):
+    """For inputs x₀, x₁ … xₙ: the threshold that the kᵢ largest |xᵢ − x₀| reach, for each i ≥ 1.
+
+    Parameters:
+        keep: n counts kᵢ (1 ≤ kᵢ ≤ element count), or None where no threshold is wanted.
+
+    Result: n entries, a Threshold or None.
+    """
+
+    name = "magnitude_thresholds"
+
+    def cost(self, input_count: int, parameters: Parameters) -> Cost:
+        return Cost(scratch=3)
+
+    def statistics_bytes(self, input_count: int, parameters: Parameters, blocks: int) -> int:
+        wanted = sum(keep is not None for keep in _keep(parameters))
+        # the candidates as collected, joined and partitioned, at up to 8 bytes each
+        candidates = max(CANDIDATES, MIN_BLOCK_CANDIDATES * blocks)
+        return wanted * (candidates * 3 * 8 + blocks * 256)
+
+    def expected_passes(self, parameters: Parameters) -> int:
+        return 1
+
+    def first_pass(
+        self,
+        parameters: Parameters,
+        statistics: Sequence[Any],
+        element_count: int,
+        block_count: int,
+    ) -> Pass | Done[tuple[Threshold | None, ...]]:
+        entries = tuple(None if keep is None else Search(keep) for keep in _keep(parameters))
+        quota = max(MIN_BLOCK_CANDIDATES, CANDIDATES // max(1, block_count))
+        if element_count <= CANDIDATES:
+            return Pass(State(entries, quota))
+        runs = SAMPLE_RUNS_LARGE if element_count > 1 << 24 else SAMPLE_RUNS
+        return Pass(State(entries, quota, is_sample=True), sample=Sample(runs, SAMPLE_RUN_ELEMENTS))
+
+    def run(
+        self,
+        inputs: Sequence[BlockInput],
+        parameters: Parameters,
+        state: State,
+        scratch: Sequence[Tensor],
+        start: int,
+    ) -> tuple[Any, ...]:
+        base, change, masks = scratch
+        inputs[0].read_into(base)
+        partials: list[Any] = []
+        for source, entry in zip(inputs[1:], state.entries, strict=True):
+            partial: Any = None
+            if isinstance(entry, Search) or _is_due(entry, state):
+                source.read_into(change)
+                change.sub_(base).abs_()
+                if isinstance(entry, Locate):
+                    partial = _locate(change.numpy(), entry, start)
+                elif state.is_sample:
+                    partial = change.numpy().copy()
+                elif isinstance(entry, Search):
+                    partial = _count(change.numpy(), entry, state.quota, masks.numpy())
+            partials.append(partial)
+        return tuple(partials)
+
+    def finish(
+        self,
+        parameters: Parameters,
+        element_count: int,
+        state: State,
+        partials: Sequence[tuple[Any, ...]],
+    ) -> Pass | Done[tuple[Threshold | None, ...]]:
+        entries: list[Entry] = []
+        for index, entry in enumerate(state.entries):
+            column: list[Any] = [partial[index] for partial in partials]
+            if isinstance(entry, Search):
+                if state.is_sample:
+                    entry = bracket_from_sample(entry, column[0], element_count)
+                else:
+                    entry = narrow(entry, column, element_count)
+            elif isinstance(entry, Locate) and _is_due(entry, state):
+                entry = Threshold(entry.value, entry.below, stop_index=column[0])
+            entries.append(entry)
+        following = State(tuple(entries), state.quota)
+        if any(isinstance(entry, Search) for entry in entries):
+            return Pass(following)
+        for entry in entries:
+            if isinstance(entry, Locate):
+                return Pass(replace(following, only_block=entry.block), only_block=entry.block)
+        return Done(cast("tuple[Threshold | None, ...]", tuple(entries)))
+
+
+def _keep(parameters: Parameters) -> tuple[int | None, ...]:
+    return cast("tuple[int | None, ...]", parameters["keep"])
+
+
+def _is_due(entry: Entry, state: State) -> bool:
+    return isinstance(entry, Locate) and entry.block == state.only_block
+
+
+def _count(values: Magnitudes, search: Search, quota: int, room: Magnitudes) -> Counts:
+    """Counts and candidates of one block; `room` has space for two booleans per element."""
+    import numpy
+
+    masks = room.view(numpy.bool_)
+    above, inside = masks[: len(values)], masks[len(values) : 2 * len(values)]
+    numpy.greater(values, values.dtype.type(search.high), out=above)
+    numpy.greater_equal(values, values.dtype.type(search.low), out=inside)
+    above_count = int(numpy.count_nonzero(above))
+    inside_count = int(numpy.count_nonzero(inside)) - above_count
+    if search.low == search.high or inside_count == 0:
+        return Counts(above_count, inside_count, values[:0].copy())
+    numpy.not_equal(inside, above, out=inside)
+    return Counts(above_count, inside_count, values[numpy.flatnonzero(inside)[:quota]])
+
+
+def _locate(values: Magnitudes, locate: Locate, start: int) -> int:
+    """The flat index that follows the last surviving tie."""
+    import numpy
+
+    ties = numpy.flatnonzero(values == values.dtype.type(locate.value))
+    return start + int(ties[locate.ties_kept - 1]) + 1
+
+
+def bracket_from_sample(search: Search, sample: Magnitudes, element_count: int) -> Search:
+    """The first bracket, from runs of neighbours taken all over the tensor.
+
+    sample: shape (runs * SAMPLE_RUN_ELEMENTS,), magnitudes; nan counts as 0.
+    """
+    import numpy
+
+    sample = numpy.where(numpy.isnan(sample), 0, sample)
+    ascending = numpy.sort(sample)
+    share = search.keep / element_count
+    rank = share * len(sample)
+    pivot = ascending[min(len(sample) - 1, max(0, len(sample) - round(rank)))]
+    run_shares = (sample.reshape(-1, SAMPLE_RUN_ELEMENTS) >= pivot).mean(axis=1)
+    standard_error = max(
+        float(run_shares.std()) / math.sqrt(len(run_shares)),
+        math.sqrt(share * (1 - share) / len(sample)),
+    )
+    margin = MARGIN_DEVIATIONS * standard_error * len(sample) + 1
+    low, high = _bracket(search, ascending, rank, margin)
+    return replace(search, low=low, high=high)
+
+
+def narrow(
+    search: Search, counts: Sequence[Counts], element_count: int
+) -> Search | Locate | Threshold:
+    """What one full pass has taught about a threshold.
+
+    counts: one per block, in block order.
+    """
+    import numpy
+
+    above = sum(block.above for block in counts)
+    inside = sum(block.inside for block in counts)
+    number = counts[0].values.dtype.type
+    if search.keep <= above:  # missed: it lies higher
+        low = float(numpy.nextafter(number(search.high), number(math.inf)))
+        return _look_at(search, low, search.known_high)
+    if search.keep > above + inside:  # missed: it lies lower
+        if search.low <= search.known_low:  # the rest is nan, so every number survives
+            return Threshold(0.0, 0.0, element_count)
+        high = float(numpy.nextafter(number(search.low), number(-math.inf)))
+        return _look_at(search, search.known_low, high)
+    rank = search.keep - above  # the threshold is the rank-th largest of those inside
+    if search.low == search.high:
+        ties = [block.inside for block in counts]
+        return _settle(number(search.low), rank, ties, element_count)
+    values = numpy.concatenate([block.values for block in counts])
+    if len(values) < inside:
+        return _narrower(search, values, rank, inside)
+    value = numpy.partition(values, len(values) - rank)[len(values) - rank]
+    ties_kept = rank - int(numpy.count_nonzero(values > value))
+    ties = [int(numpy.count_nonzero(block.values == value)) for block in counts]
+    return _settle(value, ties_kept, ties, element_count)
+
+
+def _look_at(search: Search, low: float, high: float) -> Search:
+    """The threshold is now known to lie in [low, high]: look at all of it."""
+    return replace(search, known_low=low, known_high=high, low=low, high=high)
+
+
+def _narrower(search: Search, values: Magnitudes, rank: int, inside: int) -> Search:
+    """A smaller bracket, after one that held more candidates than could be kept.
+
+    values: those that were kept, a sample of the `inside` ones.
+    """
+    import numpy
+
+    known = _look_at(search, search.low, search.high)
+    share = rank / inside
+    deviation = math.sqrt(share * (1 - share) * len(values))
+    low, high = _bracket(
+        known, numpy.sort(values), share * len(values), MARGIN_DEVIATIONS * deviation + 1
+    )
+    if (low, high) == (known.low, known.high):
+        low = _middle(values.dtype.type(low), values.dtype.type(high))
+    return replace(known, low=low, high=high)
+
+
+def _bracket(
+    search: Search, ascending: Magnitudes, rank: float, margin: float
+) -> tuple[float, float]:
+    """Values of a sorted sample around the `rank`-th largest; the known bounds beyond its ends."""
+    size = len(ascending)
+    upper = size - math.floor(rank - margin)
+    lower = size - math.ceil(rank + margin)
+    high = float(ascending[upper]) if 0 <= upper < size else search.known_high
+    low = float(ascending[lower]) if 0 <= lower < size else search.known_low
+    return max(low, search.known_low), min(high, search.known_high)
+
+
+def _middle(low: numpy.floating[Any], high: numpy.floating[Any]) -> float:
+    """A float above `low`, up to `high`, halfway in the order of the floats (both ≥ 0)."""
+    import numpy
+
+    bits = numpy.dtype(f"i{low.dtype.itemsize}")
+    first, last = int(low.view(bits)), int(high.view(bits))
+    middle = numpy.array((first + last + 1) // 2, dtype=bits)
+    return float(middle.view(low.dtype)[()])
+
+
+def _settle(
+    value: numpy.floating[Any],
+    ties_kept: int,
+    ties_by_block: Sequence[int],
+    element_count: int,
+) -> Threshold | Locate:
+    """The threshold is `value`; the first `ties_kept` elements equal to it survive."""
+    import numpy
+
+    below = float(numpy.nextafter(value, value.dtype.type(0)))
+    if ties_kept == sum(ties_by_block):
+        return Threshold(float(value), below, element_count)
+    before = 0
+    for block, ties in enumerate(ties_by_block):
+        if before + ties >= ties_kept:
+            return Locate(float(value), below, block, ties_kept - before)
+        before += ties
+    raise AssertionError(f"{ties_kept} ties to keep, {before} counted")
