@@ -23,9 +23,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lazymerge.errors import InputError
-
-from .header import Header, read_header
+from ..errors import InputError
+from .header import Header, garbage_collector_paused, read_header
 from .json_file import read_json_mapping
 from .tensor import Checkpoint, TensorInfo
 
@@ -51,9 +50,9 @@ def open_checkpoint(reference: str) -> Checkpoint:
 
     Raises InputError naming the file, the tensor and the remedy.
     """
-    path = Path(reference).expanduser() if reference.startswith("~") else Path(reference)
     if not reference or "\0" in reference:
         raise InputError(f"model {reference!r}: is not a path.")
+    path = Path(os.path.expanduser(reference))
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a name too long, a folder that may not be searched
@@ -70,8 +69,9 @@ def open_checkpoint(reference: str) -> Checkpoint:
     else:
         raise InputError(_explain_absent(reference, path))
 
-    headers = [read_header(folder / file, file) for file in sorted(files)]
-    tensors = _gather_tensors(headers, folder)
+    with garbage_collector_paused():
+        headers = [read_header(folder / file, file) for file in sorted(files)]
+        tensors = _gather_tensors(headers, folder)
     if weight_map is not None:
         _check_index(weight_map, tensors, folder / INDEX_NAME)
     if not tensors:
@@ -122,7 +122,7 @@ def _files_of_folder(folder: Path, reference: str) -> tuple[list[str], dict[str,
         files = (
             [SINGLE_NAME]
             if SINGLE_NAME in names
-            else [name for name in names if name.endswith(SUFFIX)]
+            else [name for name in names if name.endswith(SUFFIX) and name[0] != "."]
         )
         if not files:
             raise InputError(_explain_no_safetensors(folder, names))
@@ -152,7 +152,8 @@ def _read_index(folder: Path) -> tuple[dict[str, str], int]:
                 seen.add(key)
         return result
 
-    document, bytes_read = read_json_mapping(path, INDEX_LIMIT_BYTES, mapping)
+    with garbage_collector_paused():
+        document, bytes_read = read_json_mapping(path, INDEX_LIMIT_BYTES, mapping)
     if repeated:
         raise InputError(
             f"{path}: holds the key {repeated[0]!r} twice, so it does not say which one counts. "
@@ -172,7 +173,7 @@ def _read_index(folder: Path) -> tuple[dict[str, str], int]:
         if file in checked:
             continue
         checked.add(file)
-        if not _is_plain_name(file):
+        if not _is_plain_name(file) or "\\" in file:
             raise InputError(
                 f"{path}: tensor {name!r}: its file {file!r} is not a plain file name; an index "
                 "may only list files of its own folder. Do not use this model unless you know why."
@@ -231,8 +232,8 @@ def _read_config(folder: Path) -> tuple[dict[str, object] | None, int]:
 
 
 def _is_plain_name(file: str) -> bool:
-    """Whether a name means a file of its own folder, on any system."""
-    return file not in ("", ".", "..") and not any(sign in file for sign in ("/", "\\", "\0", ":"))
+    """Whether a name can only mean a file of its own folder."""
+    return file not in ("", ".", "..") and "/" not in file and "\0" not in file
 
 
 def _check_link(folder: Path, file: str) -> None:

@@ -15,18 +15,19 @@ Fields of an entry beyond the three that the format defines are ignored, as the 
 
 from __future__ import annotations
 
+import gc
 import json
-import os
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import NoReturn
 
 import xxhash
-from lazymerge.errors import InputError
 
+from ..errors import InputError
+from .regular_file import open_regular_file, read_exactly
 from .tensor import DTYPES, FileInfo, TensorInfo
 
 LENGTH_BYTES = 8
@@ -55,6 +56,22 @@ class Header:
     bytes_read: int
 
 
+@contextmanager
+def garbage_collector_paused() -> Iterator[None]:
+    """Make many long-lived objects without the collector walking them again and again.
+
+    Parsed JSON holds no cycles, so there is nothing to collect; for 90,000 tensors the collector
+    took 0.8 s of 1.4 s.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class _BrokenHeaderError(Exception):
     """A broken invariant, without the file's name yet."""
 
@@ -73,11 +90,10 @@ def read_header(path: Path | str, file: str | None = None) -> Header:
     name = path.name if file is None else file
     try:
         raw, size_bytes, modified_ns = _read_raw(path)
-        tensors, metadata = _parse(raw, size_bytes, name)
+        with garbage_collector_paused():
+            tensors, metadata = _parse(raw, size_bytes, name)
     except _BrokenHeaderError as error:
         raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from None
     info = FileInfo(
         path=name,
         size_bytes=size_bytes,
@@ -89,20 +105,14 @@ def read_header(path: Path | str, file: str | None = None) -> Header:
 
 def _read_raw(path: Path) -> tuple[bytes, int, int]:
     """The header's bytes with the length prefix, the file's size in bytes and its mtime in ns."""
-    # O_NONBLOCK: opening a named pipe must not wait for a writer. Regular files ignore it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    # Unbuffered, so that what is read from the disk is what is counted.
-    with open(descriptor, "rb", buffering=0) as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise _BrokenHeaderError("is not a regular file.")
+    with open_regular_file(path) as (descriptor, status):
         size_bytes = status.st_size
         if size_bytes < LENGTH_BYTES:
             raise _BrokenHeaderError(
                 f"holds {size_bytes} bytes, less than the {LENGTH_BYTES} of a safetensors length "
                 f"prefix. {_DOWNLOAD_AGAIN}"
             )
-        prefix = _read_exactly(stream.fileno(), LENGTH_BYTES)
+        prefix = read_exactly(descriptor, LENGTH_BYTES, path)
         length = int.from_bytes(prefix, "little")
         if length > HEADER_LIMIT_BYTES:
             if _GIT_LFS_POINTER.startswith(prefix):
@@ -120,23 +130,8 @@ def _read_raw(path: Path) -> tuple[bytes, int, int]:
                 f"the header are missing ({LENGTH_BYTES + length:,} expected, {size_bytes:,} "
                 f"present). {_DOWNLOAD_AGAIN}"
             )
-        return (
-            prefix + _read_exactly(stream.fileno(), length),
-            size_bytes,
-            status.st_mtime_ns,
-        )
-
-
-def _read_exactly(descriptor: int, count: int) -> bytes:
-    parts = []
-    missing = count
-    while missing:
-        part = os.read(descriptor, missing)
-        if not part:
-            raise _BrokenHeaderError("became shorter while it was read.")
-        parts.append(part)
-        missing -= len(part)
-    return b"".join(parts)
+        header = read_exactly(descriptor, length, path)
+    return prefix + header, size_bytes, status.st_mtime_ns
 
 
 def _parse(

@@ -1,14 +1,17 @@
-"""Read a model's JSON files (config, shard index) as data, with a size limit and clear errors."""
+"""Read a model's JSON files (config, shard index) as data, with limits and clear errors."""
 
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from lazymerge.errors import InputError
+from ..errors import InputError
+from .regular_file import open_regular_file, read_exactly
+
+NESTING_LIMIT = 64
+"""Mappings and lists within each other. Real configs have about five; code that walks a document
+by recursion (copy.deepcopy) then never runs out of stack."""
 
 
 def read_json_mapping(
@@ -24,35 +27,54 @@ def read_json_mapping(
 
     Raises InputError naming the file, and the line where the JSON is broken.
     """
+    with open_regular_file(path) as (descriptor, status):
+        if status.st_size > limit_bytes:
+            raise InputError(
+                f"{path}: holds {status.st_size:,} bytes; at most {limit_bytes:,} are read. "
+                "It is not what its name says: download it again."
+            )
+        raw = read_exactly(descriptor, status.st_size, path)
     try:
-        # O_NONBLOCK: opening a named pipe must not wait for a writer. Regular files ignore it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as stream:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path}: is not a regular file.")
-            if status.st_size > limit_bytes:
-                raise InputError(
-                    f"{path}: holds {status.st_size:,} bytes; at most {limit_bytes:,} are read. "
-                    "It is not what its name says: download it again."
-                )
-            raw = stream.read(limit_bytes)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=object_pairs_hook)
+        text = raw.decode("utf-8")
+        document = json.loads(text, object_pairs_hook=object_pairs_hook)
+        if "\\u" in text:
+            # Escapes can spell half a surrogate pair, which could never be written out again.
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: is not UTF-8. Download it again.") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: holds an unpaired surrogate (\\ud800 to \\udfff).") from None
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}:{error.lineno}:{error.colno}: is not valid JSON: {error.msg}. "
             "Correct it, or download it again."
         ) from None
     except RecursionError:
-        raise InputError(f"{path}: is nested too deeply to be read.") from None
-    except ValueError:
+        raise InputError(_explain_nesting(path)) from None
+    except ValueError:  # Python's limit on the digits of an integer
         raise InputError(f"{path}: holds a number of thousands of digits.") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: is not a JSON mapping ({{...}}). Download it again.")
+    if _nesting(document) > NESTING_LIMIT:
+        raise InputError(_explain_nesting(path))
     return document, len(raw)
+
+
+def _nesting(document: object) -> int:
+    """How many mappings and lists lie within each other, counted up to just past the limit."""
+    level = [document]
+    depth = 0
+    while level and depth <= NESTING_LIMIT:
+        depth += 1
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)  # type: ignore[attr-defined]
+            if isinstance(child, (dict, list))
+        ]
+    return depth
+
+
+def _explain_nesting(path: Path) -> str:
+    return f"{path}: is nested more than {NESTING_LIMIT} deep; no config or index is."
