@@ -5,20 +5,22 @@ carry other numbers too, and the rules below say which of them count layers:
 
     model.layers.7.mlp.experts.3.w1.weight      layers, not experts: the outermost wins
     encoder.block.2.layer.0.SelfAttention.q     block, not layer: the outermost wins
-    embedders.1.model.resblocks.5.ln.weight     resblocks, not embedders: only one of them is a
-                                                word for layers
     projector.0.weight, projector.2.weight      none: a gap (an nn.Sequential with an activation)
     to_out.0.weight                             none: one number is no run
+    embedders.0.text_model.layers.5.fc1.bias    layers, not embedders: the embedders are unlike,
+    embedders.1.model.resblocks.5.ln_1.bias     they have no suffix in common
 
-A run of one is a stack only under a word for layers (`layers.0.…` of a one-layer model):
-elsewhere a lone 0 is nearly always an nn.Sequential whose other members have no weights.
-Numbers under a word for layers that do not count from 0 without a gap (a part of a model) make
-no stack, and nothing inside them does either: experts are never mistaken for layers.
+Some prefixes end in a word for layers (`layers`, `block`, gpt2's `h`). Under such a word, a run
+may have one layer (`layers.0.…` of a one-layer model): elsewhere a lone 0 is nearly always an
+nn.Sequential whose other members have no weights. The layers may be unlike, too: dense and sparse
+ones, attention and state space ones. And numbers that do not count from 0 without a gap (a part of
+a model) make no stack there, and nothing inside them does: experts are never taken for layers.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -97,6 +99,7 @@ def find_layer_stacks(names: Iterable[str]) -> LayerStacks:
 
     The result does not depend on the order of names, except for the order of the stacks.
     """
+    names = dict.fromkeys(names)  # walked twice, and a name given twice counts once
     indices: dict[str, set[int]] = {}
     for name in names:
         for prefix, index, _ in _numbers(name):
@@ -106,24 +109,39 @@ def find_layer_stacks(names: Iterable[str]) -> LayerStacks:
                 indices[prefix] = {index}
 
     worded = {prefix for prefix in indices if _is_word_for_layers(prefix)}
-    outermost_worded = {prefix for prefix in worded if not _has_any(_outer(prefix), worded)}
-    # Numbers without a word for layers give way to those with one, inside them and around them.
-    around_worded = {outer for prefix in outermost_worded for outer in _outer(prefix)}
-    runs = {
+    unworded_runs = {
         prefix
         for prefix, found in indices.items()
-        if len(found) > 1 and _counts_from_zero(found) and prefix not in around_worded
+        if prefix not in worded
+        and len(found) > 1
+        and _counts_from_zero(found)
+        and not _has_any(_outer(prefix), worded)
     }
-    stacks = {}
-    for prefix, found in indices.items():
-        if prefix in worded:
-            is_stack = prefix in outermost_worded and _counts_from_zero(found)
-        else:
-            outer = _outer(prefix)
-            is_stack = prefix in runs and not _has_any(outer, worded) and not _has_any(outer, runs)
-        if is_stack:
-            stacks[prefix] = LayerStack(prefix, len(found))
-    return LayerStacks(stacks)
+    alike = _with_a_common_suffix(unworded_runs, names, indices)
+    no_stack_inside = worded | alike
+    return LayerStacks(
+        {
+            prefix: LayerStack(prefix, len(found))
+            for prefix, found in indices.items()
+            if (prefix in worded and _counts_from_zero(found)) or prefix in alike
+            if not _has_any(_outer(prefix), no_stack_inside)
+        }
+    )
+
+
+def _with_a_common_suffix(
+    prefixes: set[str], names: Iterable[str], indices: Mapping[str, set[int]]
+) -> set[str]:
+    """Those prefixes under which every number has a tensor of the same suffix."""
+    if not prefixes:
+        return set()
+    counts = Counter(
+        (prefix, name[stop:])
+        for name in names
+        for prefix, _, stop in _numbers(name)
+        if prefix in prefixes
+    )
+    return {prefix for (prefix, _), count in counts.items() if count == len(indices[prefix])}
 
 
 def _numbers(name: str) -> Iterator[tuple[str, int, int]]:

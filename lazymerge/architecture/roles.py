@@ -60,6 +60,7 @@ _OUTPUT_HEADS = (
     "=output.weight",  # llama as released, internlm2, gguf names
     "=language_model.output.weight",  # internvl
     "=decoder.output.weight",  # torchtune
+    "=proj_out.weight",  # whisper; the attention blocks of diffusion models have one too
     "=head.weight",  # rwkv
     "=decoder.weight",  # modernbert masked lm
     "=decoder.bias",

@@ -50,7 +50,7 @@ def open_checkpoint(reference: str) -> Checkpoint:
 
     Raises InputError naming the file, the tensor and the remedy.
     """
-    if not reference or "\0" in reference:
+    if not _can_be_path(reference):
         raise InputError(f"model {reference!r}: is not a path.")
     path = Path(os.path.expanduser(reference))
     try:
@@ -229,6 +229,13 @@ def _read_config(folder: Path) -> tuple[dict[str, object] | None, int]:
         return None, 0
     _check_link(folder, CONFIG_NAME)
     return read_json_mapping(path, CONFIG_LIMIT_BYTES)
+
+
+def _can_be_path(reference: str) -> bool:
+    try:
+        return reference != "" and b"\0" not in os.fsencode(reference)
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_plain_name(file: str) -> bool:
