@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..errors import Position
+from ..errors import Position, Problem
 from .signature import Scalar
 
 
@@ -65,6 +65,9 @@ class Recipe:
     dtype, out_dtype: torch dtype names (float32, bfloat16, float16, float64 …) or None.
     text: the YAML as read, byte for byte (decoded as UTF-8).
     path: where it was read from, for messages.
+    base_position, method_position: where the values of base_model and merge_method stand.
+    parameter_positions: where each top-level parameter's key stands.
+    warnings: what is allowed and probably not meant, in the order of the file.
     """
 
     merge_method: str
@@ -78,6 +81,7 @@ class Recipe:
     base_position: Position | None = field(default=None, compare=False)
     method_position: Position | None = field(default=None, compare=False)
     parameter_positions: Mapping[str, Position] = field(default_factory=dict, compare=False)
+    warnings: tuple[Problem, ...] = field(default=(), compare=False)
 
 
 def evaluate(setting: Setting, tensor_name: str, depth: float) -> Scalar | None:
@@ -89,8 +93,8 @@ def evaluate(setting: Setting, tensor_name: str, depth: float) -> Scalar | None:
 
     Returns None when no condition matches: the next scope, then the default, decides.
 
-    A gradient of numbers is interpolated linearly; one of booleans or strings selects the
-    value at or before the position.
+    A gradient of numbers is interpolated linearly, never beyond the two values it passes
+    between; one of booleans or strings selects the value at or before the position.
     """
     if isinstance(setting, Conditions):
         for condition in setting.entries:
@@ -105,5 +109,8 @@ def evaluate(setting: Setting, tensor_name: str, depth: float) -> Scalar | None:
             return values[lower]
         upper = min(len(values) - 1, lower + 1)
         fraction = position - lower
-        return (1 - fraction) * float(values[lower]) + fraction * float(values[upper])
+        start, end = float(values[lower]), float(values[upper])
+        value = (1 - fraction) * start + fraction * end
+        # Rounding must not turn a constant density of 0.9 into one that keeps an element less.
+        return min(max(value, min(start, end)), max(start, end))
     return setting

@@ -68,8 +68,9 @@ class Signature:
     formula: the value of an output element, in the notation of the methods page.
     parameters: in the order they are documented.
     base: what the method does with base_model.
-    min_models, max_models: how many models it merges, counting the base where base is REQUIRED
-        and not counting a base that is only named for its config; None: no upper bound.
+    min_models, max_models: how many models it merges; None: no upper bound. The base counts once
+        where it is REQUIRED, listed or not; not at all where it is OPTIONAL (there it is the
+        origin of the others); like any other model where it is UNUSED, that is, if listed.
     source: the paper or page that defines the method.
     """
 
