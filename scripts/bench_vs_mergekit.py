@@ -29,6 +29,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -168,12 +169,17 @@ def run_measured(
     with log.open("wb") as stream:
         started = time.perf_counter()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+            start_new_session=True,
         )
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: the child and its children
             process.wait()
             raise
         wall_s = time.perf_counter() - started
@@ -498,6 +504,10 @@ def _positive(text: str) -> int:
     return number
 
 
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
@@ -518,6 +528,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     temporary = parsed.work is None
     work = Path(tempfile.mkdtemp(prefix="bench-")) if temporary else parsed.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had them ignored
+        signal.signal(signal_number, _interrupt)
     to_delete: list[Path] = []
     if temporary:
         if parsed.keep:

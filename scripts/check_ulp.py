@@ -305,7 +305,8 @@ def steps_between(one: torch.Tensor, other: torch.Tensor) -> Report:
     report.above_one = int((steps > 1).sum()) + report.not_finite
     report.max_error = math.inf if report.not_finite else float(steps.max())
     difference = (one_values - other_values).abs()
-    report.max_difference = difference[difference.isfinite()].max().item()
+    difference[~difference.isfinite()] = 0.0
+    report.max_difference = difference.max().item()
     return report
 
 

@@ -658,6 +658,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: {parsed.out} is incomplete, as it has no config.json", file=sys.stderr)
+        return 130
     print(f"{parsed.out}: {data_bytes / 1e9:.2f} GB of tensors")
     return 0
 
