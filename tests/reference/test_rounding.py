@@ -46,11 +46,11 @@ def exactly_rounded(value: float, dtype: torch.dtype) -> float:
     exponent_bits, fraction_bits = LAYOUTS[dtype]
     bias = 2 ** (exponent_bits - 1) - 1
     magnitude = abs(Fraction(value))
-    lowest = Fraction(2) ** (1 - bias)
-    binade = lowest
-    while magnitude >= 2 * binade:
-        binade *= 2
-    spacing = binade / 2**fraction_bits
+    # log2 lies above this difference less 1 and below it plus 1.
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    if magnitude < Fraction(2) ** exponent:
+        exponent -= 1
+    spacing = Fraction(2) ** (max(exponent, 1 - bias) - fraction_bits)
     whole, rest = divmod(magnitude / spacing, 1)
     if rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2):
         whole += 1
