@@ -295,18 +295,26 @@ def steps_between(one: torch.Tensor, other: torch.Tensor) -> Report:
     report = Report(elements=len(one))
     if torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
         return report
-    one_values, other_values = one.to(torch.float64), other.to(torch.float64)
-    one_nan, other_nan = one_values.isnan(), other_values.isnan()
-    steps = (_ordinal(one) - _ordinal(other)).abs()
-    steps[one_nan | other_nan] = 0
-    infinite = (one_values.isinf() | other_values.isinf()) & (one_values != other_values)
-    report.not_finite = int(((one_nan ^ other_nan) | (infinite & ~one_nan & ~other_nan)).sum())
-    steps[infinite] = 0
-    report.above_one = int((steps > 1).sum()) + report.not_finite
-    report.max_error = math.inf if report.not_finite else float(steps.max())
-    difference = (one_values - other_values).abs()
-    difference[~difference.isfinite()] = 0.0
-    report.max_difference = difference.max().item()
+    one_ordinals, other_ordinals = _ordinal(one), _ordinal(other)
+    steps = (one_ordinals - other_ordinals).abs()
+    working_dtype = torch.float64 if one.element_size() > 2 else torch.float32
+    difference = one.to(working_dtype).sub_(other.to(working_dtype)).abs_()
+    largest_difference = difference.max().item()
+    if not math.isfinite(largest_difference):
+        # Finite values have finite differences in the wider dtype (float64 may overflow). The
+        # others agree when both are NaN, or the same infinity.
+        special = ~difference.isfinite()
+        one_special, other_special = one[special].double(), other[special].double()
+        agree = (one_special == other_special) | (one_special.isnan() & other_special.isnan())
+        report.not_finite = report.above_one = int((~agree).sum())
+        steps[special] = 0
+        difference[special] = 0.0
+        largest_difference = difference.max().item()
+    largest_steps = float(steps.max())
+    if largest_steps > 1:
+        report.above_one += int((steps > 1).sum())
+    report.max_error = math.inf if report.not_finite else largest_steps
+    report.max_difference = largest_difference
     return report
 
 
@@ -473,8 +481,9 @@ def _print_table(reports: Mapping[str, Report], unit: str, seconds: float) -> No
         cells += [f"{report.above_one:,}", f"{report.not_finite:,}", f"{report.max_difference:.3g}"]
         table.add_row(dtype, *cells)
     console = Console()
-    # In a pipe rich assumes 80 columns and would cut the numbers.
-    console.print(table, width=None if console.is_terminal else 140)
+    if not console.is_terminal:
+        console = Console(width=140)  # in a pipe rich assumes 80 columns and would cut numbers
+    console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
