@@ -51,9 +51,11 @@ _OUTPUT_HEADS = (
     "embed_out.weight",  # gpt-neox, pythia
     "embed_out.bias",
     "output_layer.weight",  # chatglm
-    "cls.predictions.decoder.weight",  # bert masked lm
-    "cls.predictions.decoder.bias",
-    "cls.predictions.bias",
+    "predictions.decoder.weight",  # bert (cls.predictions) and albert masked lm
+    "predictions.decoder.bias",
+    "predictions.bias",
+    "lm_loss.weight",  # xlnet
+    "lm_loss.bias",
     "vocab_projector.weight",  # distilbert masked lm
     "vocab_projector.bias",
     # Common words inside layers, so only where they are the head:

@@ -200,9 +200,7 @@ class SignConsensus(ApplyOperation):
                 "density", float, Scope.NON_BASE, "fraction of elements kept", 1.0, False, 0.0, 1.0
             ),
             Parameter("normalize", bool, Scope.GLOBAL, "divide by the agreeing weights", True),
-            Parameter(
-                "rescale", bool, Scope.GLOBAL, "restore the task vector's L1 norm after trimming"
-            ),
+            Parameter("rescale", bool, Scope.GLOBAL, "restore the L1 norm after trimming", False),
             Parameter("lambda", float, Scope.GLOBAL, "factor of the mixed task vector", 1.0),
             Parameter("int8_mask", bool, Scope.GLOBAL, "accepted, without effect", False),
         ),

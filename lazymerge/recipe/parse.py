@@ -286,7 +286,7 @@ class _Parser:
         if not isinstance(node, MapNode):
             hint = ""
             if isinstance(node, ScalarNode) and isinstance(node.value, str):
-                hint = f"; write: model: {node.value}" if len(node.value) <= 80 else ""
+                hint = f"; write: model: {quote(node.value)}"
             self._report(
                 f"models[{index}] must be a mapping with the key 'model', "
                 f"not {describe(node)}{hint}",

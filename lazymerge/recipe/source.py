@@ -270,7 +270,7 @@ class _Composer:
         anchor = event.anchor
         if anchor is not None:
             if anchor in self._anchors:
-                self._report(f"the anchor &{anchor} is already in use above", position)
+                self._report(f"the anchor {quote('&' + anchor)} is already in use above", position)
             self._anchors[anchor] = None
         node: Node
         if isinstance(event, yaml.ScalarEvent):
@@ -285,10 +285,12 @@ class _Composer:
 
     def _alias(self, anchor: str, position: Position) -> Node:
         if anchor not in self._anchors:
-            self._refuse(f"no anchor &{anchor} stands before the alias *{anchor}", position)
+            message = f"no anchor {quote('&' + anchor)} stands before this alias of it"
+            self._refuse(message, position)
         node = self._anchors[anchor]
         if node is None:
-            self._refuse(f"the alias *{anchor} stands inside the value it repeats", position)
+            message = f"the alias {quote('*' + anchor)} stands inside the value it repeats"
+            self._refuse(message, position)
         self._count(node.size, position)
         return replace(node, position=position)
 

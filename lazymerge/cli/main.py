@@ -1,0 +1,74 @@
+"""The `lazymerge` command: its subcommands, and how failures become exit codes.
+
+0 done · 1 a failure at run time · 2 wrong usage, recipe or input · 3 does not fit · 130 interrupted
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import click
+import typer
+
+from ..errors import LazymergeError
+from ..version import __version__
+from . import inspect, methods, plan, run, schema
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="lazymerge",
+    help="Merge model checkpoints that do not fit in memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(plan.plan)
+app.command()(run.run)
+app.command()(inspect.inspect)
+app.command()(methods.methods)
+app.command()(schema.schema)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lazymerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits."""
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except LazymergeError as error:
+        for line in str(error).splitlines():
+            print(f"lazymerge: {line}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("lazymerge: interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our output has gone; say no more, not even while closing stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

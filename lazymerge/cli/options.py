@@ -1,0 +1,79 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..engine.plan import Plan, Resources
+
+
+class ReadModeChoice(str, Enum):
+    """How inputs are read."""
+
+    pread = "pread"
+    mmap = "mmap"
+
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML) or saved plan (JSON).")
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Bound of the process's memory, e.g. 512MiB. [default: 2GiB, or half of what is free]",
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Threads that compute. [default: one per core]"),
+]
+ReadModeOption = Annotated[
+    ReadModeChoice, typer.Option("--read-mode", help="How inputs are read; same output.")
+]
+ShardSizeOption = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file.")
+]
+TruncateOption = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-truncate-embeddings",
+        help="Merge the common leading rows where vocabularies differ in size.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def resources(memory: str | None, workers: int | None, read_mode: ReadModeChoice) -> Resources:
+    """The options that say what a run may use."""
+    from ..engine.plan import Resources
+    from ..sizes import parse_size
+
+    return Resources(
+        limit_bytes=None if memory is None else parse_size(memory),
+        workers=workers,
+        read_mode=read_mode.value,
+    )
+
+
+def plan_of(
+    source: Path, resources: Resources, max_shard_size: str, truncate_embeddings: bool
+) -> Plan:
+    """The plan of a recipe, or a saved plan."""
+    from ..engine.plan import load_plan, plan_recipe_file
+    from ..sizes import parse_size
+
+    if source.suffix == ".json":
+        return load_plan(source, resources)
+    return plan_recipe_file(
+        source,
+        resources,
+        max_shard_bytes=parse_size(max_shard_size),
+        truncate_embeddings=truncate_embeddings,
+    )

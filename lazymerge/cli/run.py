@@ -1,0 +1,64 @@
+"""lazymerge run: merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    JsonOption,
+    MemoryOption,
+    ReadModeChoice,
+    ReadModeOption,
+    RecipeArgument,
+    ShardSizeOption,
+    TruncateOption,
+    WorkersOption,
+    plan_of,
+    resources,
+)
+
+
+def run(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output folder.")],
+    memory: MemoryOption = None,
+    workers: WorkersOption = None,
+    read_mode: ReadModeOption = ReadModeChoice.pread,
+    max_shard_size: ShardSizeOption = "5GB",
+    unsafe_truncate_embeddings: TruncateOption = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier merge in OUT.")
+    ] = False,
+    no_fsync: Annotated[
+        bool, typer.Option("--no-fsync", help="Do not wait until the data is on disk.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge models by a recipe or a saved plan into OUT."""
+    made = plan_of(
+        recipe, resources(memory, workers, read_mode), max_shard_size, unsafe_truncate_embeddings
+    )
+
+    from ..engine.run import run_plan
+    from .console import messages, print_json
+    from .progress import done_line, progress_display
+
+    console = messages()
+    if not quiet:
+        for notice in made.notices:
+            console.print(f"[yellow]notice[/] {notice}", highlight=False)
+    with progress_display(made, console, quiet=quiet or as_json) as observer:
+        report = run_plan(made, output, overwrite=overwrite, fsync=not no_fsync, observer=observer)
+    if as_json:
+        from dataclasses import asdict
+
+        memory_plan = made.memory.as_dict()
+        print_json({**asdict(report), "memory": memory_plan, "notices": list(made.notices)})
+    elif not quiet:
+        moved = report.bytes_read + report.bytes_written
+        console.print(done_line(made, report.seconds, moved, report.measured_bytes))
+        console.print(report.output, soft_wrap=True)

@@ -1,0 +1,212 @@
+"""A stage bound to one worker's arena: offsets become tensors, nodes become inputs.
+
+The frame owns every buffer that the stage's operations fill. A worker keeps one frame per stage
+it works on and moves it from block to block.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.tensor import DTYPES
+from ..graph.graph import Graph
+from ..graph.node import Apply, Read, Reduce, Write
+from ..graph.operation import ApplyOperation, BlockInput, apply_operation, reduce_operation
+from .inputs import InputFiles, MappedInput, Pieces, PreadInput, ReadMode
+from .stages import Slot, StageLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Arena:
+    """One worker's memory: page-aligned, allocated once, touched as it is used."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._memory = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE))
+        self._view = memoryview(self._memory)
+
+    def tensor(self, slot: Slot) -> Tensor:
+        """The slot's memory as a tensor of its dtype, shape (slot.elements,)."""
+        import torch
+
+        return torch.frombuffer(
+            self._memory,
+            dtype=getattr(torch, DTYPES[slot.dtype].torch_name),
+            count=slot.elements,
+            offset=slot.offset,
+        )
+
+    def bytes(self, slot: Slot) -> memoryview:
+        """The slot's memory as bytes."""
+        size = slot.elements * DTYPES[slot.dtype].item_bytes
+        return self._view[slot.offset : slot.offset + size]
+
+
+class _Buffers:
+    """Tensors that all shrink to the length of the current block."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._whole = list(tensors)
+        self.current = self._whole
+
+    def resize(self, elements: int) -> None:
+        self.current = [tensor[:elements] for tensor in self._whole]
+
+
+class _ApplyInput:
+    """An Apply node as an input of another node: computed anew for every block."""
+
+    def __init__(
+        self,
+        operation: ApplyOperation,
+        inputs: Sequence[BlockInput],
+        prepared: Any,
+        scratch: _Buffers,
+        own: _Buffers,
+    ) -> None:
+        self.operation = operation
+        self.inputs = inputs
+        self.prepared = prepared
+        self.scratch = scratch
+        self.own = own
+        self.start = 0
+
+    def read_into(self, out: Tensor) -> None:
+        target = self.own.current[0] if self.own.current else out
+        self.operation.run(target, self.inputs, self.prepared, self.scratch.current, self.start)
+        if target is not out:
+            out.copy_(target)
+
+    def raw(self, slot: int = 0) -> Tensor:
+        raise TypeError("a computed block has no stored bytes")
+
+
+class Frame:
+    """One stage of one tensor, ready to run any of its blocks."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        stage: Reduce | Write,
+        layout: StageLayout,
+        arena: Arena,
+        files: InputFiles,
+        prepared: Mapping[str, Any],
+        read_mode: ReadMode,
+    ) -> None:
+        """prepared: what ApplyOperation.prepare returned, by node id."""
+        self._graph = graph
+        self._layout = layout
+        self._arena = arena
+        self._files = files
+        self._prepared = prepared
+        self._read_mode = read_mode
+        self._raw = [(arena.tensor(slot), arena.bytes(slot)) for slot in layout.raw]
+        self._reads: dict[str, PreadInput | MappedInput] = {}
+        self._applies: dict[str, _ApplyInput] = {}
+        self._buffers: list[_Buffers] = []
+        self._elements = -1
+
+        self._scratch = self._node_buffers(())
+        self._inputs: list[BlockInput] = []
+        self._result = self._node_buffers([layout.result] if layout.result else ())
+        self._encoded = self._node_buffers([layout.encoded] if layout.encoded else ())
+        self._source: PreadInput | MappedInput | _ApplyInput | None = None
+        self._output_item_bytes = 0
+        if isinstance(stage, Reduce):
+            self._reduce_operation = reduce_operation(stage.operation)
+            self._parameters = dict(stage.parameters)
+            self._scratch = self._node_buffers(layout.nodes[stage.id].scratch)
+            self._inputs = [self._input(node) for node in stage.inputs]
+        else:
+            source = self._input(stage.source)
+            assert isinstance(source, PreadInput | MappedInput | _ApplyInput)
+            self._source = source
+            self._output_item_bytes = DTYPES[stage.dtype].item_bytes
+
+    def _node_buffers(self, slots: Sequence[Slot]) -> _Buffers:
+        buffers = _Buffers([self._arena.tensor(slot) for slot in slots])
+        self._buffers.append(buffers)
+        return buffers
+
+    def _input(self, node_id: str) -> BlockInput:
+        node = self._graph.block_node(node_id)
+        if isinstance(node, Read):
+            if node_id not in self._reads:
+                self._reads[node_id] = (
+                    MappedInput(node, self._files)
+                    if self._read_mode == "mmap"
+                    else PreadInput(node, self._files, self._raw)
+                )
+            return self._reads[node_id]
+        if node_id not in self._applies:
+            self._applies[node_id] = self._apply(node)
+        return self._applies[node_id]
+
+    def _apply(self, node: Apply) -> _ApplyInput:
+        slots = self._layout.nodes[node.id]
+        return _ApplyInput(
+            apply_operation(node.operation),
+            [self._input(source) for source in node.inputs],
+            self._prepared[node.id],
+            self._node_buffers(slots.scratch),
+            self._node_buffers([slots.out] if slots.out else ()),
+        )
+
+    def _seek(self, pieces: Pieces, start: int) -> None:
+        elements = sum(stop - first for first, stop in pieces)
+        if elements != self._elements:
+            self._elements = elements
+            for buffers in self._buffers:
+                buffers.resize(elements)
+        for read in self._reads.values():
+            read.seek(pieces, elements)
+        for apply in self._applies.values():
+            apply.start = start
+
+    def reduce(self, pieces: Pieces, state: Any) -> Any:
+        """The partial result of one block (Reduce stages)."""
+        start = pieces[0][0]
+        self._seek(pieces, start)
+        return self._reduce_operation.run(
+            self._inputs, self._parameters, state, self._scratch.current, start
+        )
+
+    def encode(self, start: int, stop: int) -> memoryview:
+        """The bytes of one output block (Write stages), valid until the next call."""
+        self._seek(((start, stop),), start)
+        size = (stop - start) * self._output_item_bytes
+        source = self._source
+        encoded = self._encoded.current
+        if isinstance(source, _ApplyInput):
+            if source.operation.is_raw:
+                return _bytes_of(
+                    source.operation.run_raw(source.inputs, source.prepared, start), size
+                )
+            result = self._result.current[0]
+            source.read_into(result)
+            if not encoded:
+                assert self._layout.result is not None
+                return self._arena.bytes(self._layout.result)[:size]
+            encoded[0].copy_(result)
+        else:
+            assert source is not None
+            if not encoded:
+                return _bytes_of(source.raw(0), size)
+            source.read_into(encoded[0])
+        assert self._layout.encoded is not None
+        return self._arena.bytes(self._layout.encoded)[:size]
+
+    def release(self, start: int, stop: int) -> None:
+        """Gives back what reading an element range has left in memory."""
+        for read in self._reads.values():
+            read.release(start, stop)
+
+
+def _bytes_of(tensor: Tensor, size: int) -> memoryview:
+    """A uint8 tensor's memory, shape (size,)."""
+    data: Any = tensor.numpy()
+    return memoryview(data)[:size]

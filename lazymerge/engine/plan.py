@@ -1,0 +1,422 @@
+"""The plan: everything a run needs to know and a person may want to know, before it starts.
+
+A plan is made from headers alone and is a value: it can be printed, saved, loaded on another day
+and run. `run` consumes a plan and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from ..architecture import LayerStacks, find_layer_stacks, is_vocabulary
+from ..architecture.config import config_conflicts, output_config
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.tensor import DTYPES
+from ..errors import InputError, InputErrors
+from ..graph.compile import CompiledMerge, ResolvedTensor, compile_recipe
+from ..graph.export import graph_from_json, graph_to_json
+from ..graph.graph import Graph
+from ..graph.node import Read
+from ..graph.verify import verify_graph
+from ..methods import METHODS
+from ..output.layout import OutputTensor, Shard, lay_out
+from ..output.sidecars import sidecar_files
+from ..recipe import Recipe, Signature, load_recipe, parse_recipe
+from ..version import __version__
+from .inputs import ReadMode
+from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memory
+from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
+
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+DEFAULT_READ_MODE: ReadMode = "pread"
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a run may use. None: the default.
+
+    limit_bytes: bound of the peak resident set.
+    workers: threads that compute.
+    read_mode: how inputs are read; the output does not depend on it.
+    """
+
+    limit_bytes: int | None = None
+    workers: int | None = None
+    read_mode: ReadMode = DEFAULT_READ_MODE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, ready to run.
+
+    recipe: as parsed.
+    checkpoints: by model reference; base first where it is not listed.
+    graph: the operations.
+    tensors: how each output tensor comes about, in the order of the graph's writes.
+    notices: what a person should know before running it.
+    shards: the output files and every tensor's place in them.
+    memory: what the run may and will occupy.
+    config: the output's config.json, None where no model has one.
+    sidecars: files copied from `sidecar_folder`.
+    read_mode: how inputs are read.
+    """
+
+    recipe: Recipe
+    checkpoints: Mapping[str, Checkpoint]
+    graph: Graph
+    tensors: tuple[ResolvedTensor, ...]
+    notices: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    memory: MemoryPlan
+    config: Mapping[str, object] | None
+    sidecar_folder: str
+    sidecars: tuple[str, ...]
+    read_mode: ReadMode
+
+    @cached_property
+    def tasks(self) -> tuple[TensorTask, ...]:
+        """The work of every output tensor, in the order of the output."""
+        return tensor_tasks(self.graph)
+
+    @cached_property
+    def stacks(self) -> LayerStacks:
+        """The output's layer stacks."""
+        return find_layer_stacks(tensor.name for tensor in self.tensors)
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Input bytes of all expected passes."""
+        return sum(bytes_read(self.graph, task) for task in self.tasks)
+
+    @cached_property
+    def bytes_written(self) -> int:
+        """Size of all shards."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @cached_property
+    def passes(self) -> dict[int, int]:
+        """Number of output tensors by number of expected passes."""
+        return dict(sorted(Counter(map(expected_passes, self.tasks)).items()))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what the output's bytes depend on: operations, inputs, layout, version.
+
+        Neither the memory limit nor the number of workers is part of it.
+        """
+        content = {
+            "version": __version__,
+            "writes": [write.id for write in self.graph.writes],
+            "shards": [(shard.file, shard.size_bytes) for shard in self.shards],
+            "inputs": [
+                [checkpoint.folder, [asdict(file) for file in checkpoint.files]]
+                for checkpoint in self.checkpoints.values()
+            ],
+        }
+        return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+    def with_resources(self, resources: Resources) -> Plan:
+        """The same merge, to be run with other memory, workers or read mode.
+
+        Raises:
+            DoesNotFitError: the memory does not suffice.
+        """
+        return replace(
+            self,
+            memory=_memory(self.graph, self.tasks, resources),
+            read_mode=resources.read_mode,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan for JSON: everything that is needed to run it, and its totals."""
+        return {
+            "format": PLAN_FORMAT,
+            "lazymerge": __version__,
+            "fingerprint": self.fingerprint,
+            "recipe": {
+                "path": self.recipe.path,
+                "merge_method": self.recipe.merge_method,
+                "base_model": self.recipe.base_model,
+                "text": self.recipe.text,
+            },
+            "totals": {
+                "tensors": len(self.tensors),
+                "parameters": sum(write.element_count for write in self.graph.writes),
+                "operations": self.graph.count_by_kind(),
+                "passes": {str(count): tensors for count, tensors in self.passes.items()},
+                "bytes_read": self.bytes_read,
+                "bytes_written": self.bytes_written,
+                "header_bytes_read": sum(c.header_bytes_read for c in self.checkpoints.values()),
+            },
+            "memory": self.memory.as_dict(),
+            "read_mode": self.read_mode,
+            "notices": list(self.notices),
+            "models": [
+                {
+                    "reference": reference,
+                    "folder": checkpoint.folder,
+                    "parameters": checkpoint.parameter_count,
+                    "size_bytes": checkpoint.size_bytes,
+                    "dtypes": dtype_shares(checkpoint),
+                    "files": [asdict(file) for file in checkpoint.files],
+                }
+                for reference, checkpoint in self.checkpoints.items()
+            ],
+            "output": {
+                "shards": [
+                    {
+                        "file": shard.file,
+                        "size_bytes": shard.size_bytes,
+                        "tensors": {
+                            t.name: {
+                                "dtype": t.dtype,
+                                "shape": list(t.shape),
+                                "bytes": [t.start, t.stop_exclusive],
+                            }
+                            for t in shard.tensors
+                        },
+                    }
+                    for shard in self.shards
+                ],
+                "config": self.config,
+                "sidecar_folder": self.sidecar_folder,
+                "sidecars": list(self.sidecars),
+            },
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "method": tensor.method,
+                    "parameters": dict(tensor.parameters),
+                    "models": {model: dict(values) for model, values in tensor.by_model.items()},
+                }
+                for tensor in self.tensors
+            ],
+            "graph": graph_to_json(self.graph),
+        }
+
+    def save(self, path: Path | str) -> None:
+        """Writes the plan as JSON; `load_plan` reads it back."""
+        Path(path).write_text(
+            json.dumps(self.as_dict(), ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+def signatures() -> dict[str, Signature]:
+    """The signatures of all known methods, by name."""
+    return {name: method.signature for name, method in METHODS.items()}
+
+
+def make_plan(
+    recipe: Recipe,
+    resources: Resources | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    truncate_embeddings: bool = False,
+) -> Plan:
+    """Plans a merge from the headers of its models.
+
+    Raises:
+        InputError: a model cannot be opened, or tensors cannot be merged.
+        DoesNotFitError: the memory does not suffice.
+    """
+    resources = resources or Resources()
+    checkpoints = _open_all(recipe)
+    compiled = compile_recipe(recipe, checkpoints, truncate_embeddings=truncate_embeddings)
+    verify_graph(compiled.graph)
+    tasks = tensor_tasks(compiled.graph)
+    source = checkpoints[recipe.base_model or recipe.models[0].model]
+    return Plan(
+        recipe=recipe,
+        checkpoints=checkpoints,
+        graph=compiled.graph,
+        tensors=compiled.tensors,
+        notices=(*compiled.notices, *_config_notices(checkpoints)),
+        shards=lay_out(
+            [OutputTensor(w.name, w.dtype, w.shape) for w in compiled.graph.writes],
+            max_shard_bytes,
+        ),
+        memory=_memory(compiled.graph, tasks, resources),
+        config=_output_config(source, compiled),
+        sidecar_folder=source.folder,
+        sidecars=sidecar_files(source.folder) if Path(source.reference).is_dir() else (),
+        read_mode=resources.read_mode,
+    )
+
+
+def plan_recipe_file(
+    path: Path | str,
+    resources: Resources | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    truncate_embeddings: bool = False,
+) -> Plan:
+    """Reads a recipe and plans its merge.
+
+    Raises:
+        RecipeError: the recipe is wrong; all its problems are named.
+        InputError, DoesNotFitError: as make_plan.
+    """
+    return make_plan(
+        load_recipe(path, signatures()),
+        resources,
+        max_shard_bytes=max_shard_bytes,
+        truncate_embeddings=truncate_embeddings,
+    )
+
+
+def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
+    """Reads a saved plan and checks that its inputs are what they were.
+
+    Raises:
+        InputError: it is not a plan of this version, or an input has changed since.
+        DoesNotFitError: the memory does not suffice.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not a saved plan: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != PLAN_FORMAT:
+        raise InputError(f"{path} is not a plan that this version of lazymerge can read")
+    if document.get("lazymerge") != __version__:
+        raise InputError(
+            f"{path} was made by lazymerge {document.get('lazymerge')}, this is {__version__}; "
+            "plan the recipe again"
+        )
+    try:
+        return _plan_from(document, resources or Resources(), str(path))
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error!r}); plan the recipe again") from error
+
+
+def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Plan:
+    saved = document["recipe"]
+    recipe = parse_recipe(saved["text"], saved["path"], signatures())
+    checkpoints = {}
+    for model in document["models"]:
+        checkpoint = open_checkpoint(model["reference"])
+        now = [asdict(file) for file in checkpoint.files]
+        if checkpoint.folder != model["folder"] or now != model["files"]:
+            raise InputError(
+                f"model {model['reference']} is not what it was when {path} was made "
+                f"({_first_difference(model, checkpoint.folder, now)}); plan the recipe again"
+            )
+        checkpoints[model["reference"]] = checkpoint
+    graph = graph_from_json(document["graph"])
+    verify_graph(graph)
+    output = document["output"]
+    shards = lay_out(
+        [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes],
+        _max_shard_bytes_of(output["shards"]),
+    )
+    plan = Plan(
+        recipe=recipe,
+        checkpoints=checkpoints,
+        graph=graph,
+        tensors=tuple(
+            ResolvedTensor(t["name"], t["method"], t["parameters"], t["models"])
+            for t in document["tensors"]
+        ),
+        notices=tuple(document["notices"]),
+        shards=shards,
+        memory=_memory(graph, tensor_tasks(graph), resources),
+        config=output["config"],
+        sidecar_folder=output["sidecar_folder"],
+        sidecars=tuple(output["sidecars"]),
+        read_mode=resources.read_mode,
+    )
+    if plan.fingerprint != document["fingerprint"]:
+        raise InputError(f"{path} was altered after it was made; plan the recipe again")
+    return plan
+
+
+def dtype_shares(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes by dtype, the largest first."""
+    shares: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        shares[tensor.dtype] += tensor.size_bytes
+    return dict(shares.most_common())
+
+
+def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
+    """Opens every model of a recipe; the errors of all of them are raised at once."""
+    references = [] if recipe.base_model is None else [recipe.base_model]
+    references += [entry.model for entry in recipe.models]
+    checkpoints: dict[str, Checkpoint] = {}
+    problems: list[str] = []
+    for reference in dict.fromkeys(references):
+        try:
+            checkpoints[reference] = open_checkpoint(reference)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputErrors(problems)
+    return checkpoints
+
+
+def _memory(graph: Graph, tasks: tuple[TensorTask, ...], resources: Resources) -> MemoryPlan:
+    limit = default_limit_bytes() if resources.limit_bytes is None else resources.limit_bytes
+    workers = default_workers() if resources.workers is None else resources.workers
+    return plan_memory(graph, tasks, limit, workers, resources.read_mode)
+
+
+def _output_config(source: Checkpoint, compiled: CompiledMerge) -> dict[str, object] | None:
+    """The source's config with the output's dtype, and its rows where embeddings were cut."""
+    if source.config is None:
+        return None
+    sizes: Counter[str] = Counter()
+    rows = None
+    for write in compiled.graph.writes:
+        if DTYPES[write.dtype].is_float:
+            sizes[write.dtype] += write.element_count
+        before = source.tensors.get(write.name)
+        if is_vocabulary(write.name) and before is not None and before.shape != write.shape:
+            rows = write.shape[0]
+    dtype = DTYPES[sizes.most_common(1)[0][0]].torch_name if sizes else None
+    return output_config(source.config, dtype, rows)
+
+
+def _config_notices(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    configs = {
+        reference: checkpoint.config
+        for reference, checkpoint in checkpoints.items()
+        if checkpoint.config is not None
+    }
+    return [f"configs disagree on {conflict}" for conflict in config_conflicts(configs)]
+
+
+def _max_shard_bytes_of(shards: list[dict[str, Any]]) -> int:
+    """A maximum that reproduces saved shards: the layout depends on nothing else."""
+    sizes = []
+    for shard in shards:
+        ranges = [t["bytes"] for t in shard["tensors"].values()]
+        sizes.append(sum(stop - start for start, stop in ranges))
+    return max(sizes, default=0)
+
+
+def _first_difference(model: dict[str, Any], folder: str, now: list[dict[str, Any]]) -> str:
+    if model["folder"] != folder:
+        return f"it was at {model['folder']}, it is at {folder}"
+    then = {file["path"]: file for file in model["files"]}
+    for file in now:
+        if then.get(file["path"]) != file:
+            return f"file {file['path']} has changed"
+    return "files are missing"
+
+
+def read_folders(plan: Plan) -> tuple[str, ...]:
+    """Absolute paths of all folders that a plan reads from."""
+    return tuple(
+        dict.fromkeys(
+            [node.folder for node in plan.graph if isinstance(node, Read)] + [plan.sidecar_folder]
+        )
+    )

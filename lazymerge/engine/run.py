@@ -1,0 +1,236 @@
+"""Running a plan: prepare the output, let the workers stream, finish or clean up."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any, Protocol
+
+from xxhash import xxh3_128_hexdigest
+
+from ..graph.node import Write
+from ..methods import METHODS
+from ..output.card import model_card
+from ..output.folder import check_disk, check_output_folder, clear_output_folder
+from ..output.layout import INDEX_NAME, index_json
+from ..output.manifest import CHECKSUM, write_manifest, write_text
+from ..output.sidecars import copy_sidecars
+from ..output.writer import ShardWriter, sync_folder
+from ..version import __version__
+from .inputs import InputFiles
+from .memory import peak_resident_bytes
+from .plan import Plan, read_folders
+from .scheduler import Scheduler
+from .worker import Worker
+
+WAKE_SECONDS = 0.1
+"""How often the waiting main thread looks up, so that Ctrl-C is answered."""
+
+
+class Observer(Protocol):
+    """Is told how a run proceeds; called from the workers' threads."""
+
+    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
+        """A block was done."""
+
+    def finished(self, tensor: str) -> None:
+        """An output tensor is complete."""
+
+
+class _Silent:
+    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
+        pass
+
+    def finished(self, tensor: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What a run did.
+
+    output: the folder, absolute.
+    seconds: from the first block to the last byte synced; planning and start-up not included.
+    bytes_read: of inputs, all passes.
+    bytes_written: of tensors.
+    measured_bytes: the process's peak resident set.
+    """
+
+    output: str
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    measured_bytes: int
+
+
+def run_plan(
+    plan: Plan,
+    output: Path | str,
+    *,
+    overwrite: bool = False,
+    fsync: bool = True,
+    observer: Observer | None = None,
+) -> RunReport:
+    """Runs a plan into a folder.
+
+    overwrite: replace what an earlier merge has left in the folder.
+    fsync: wait until the data is on disk before giving files their final names.
+
+    Raises:
+        InputError: the folder cannot be used, or integer tensors differ between models.
+        DoesNotFitError: the disk is full.
+        LazymergeError: reading or writing fails.
+        KeyboardInterrupt: interrupted.
+
+    Whatever it raises, the files it has made are removed.
+    """
+    folder = Path(output)
+    check_output_folder(folder, read_folders(plan), overwrite=overwrite)
+    check_disk(folder, plan.bytes_written, overwrite=overwrite)
+    existed = folder.exists()
+    clear_output_folder(folder)
+    writer = ShardWriter(folder, plan.shards, fsync=fsync)
+    try:
+        writer.create()
+        return _run(plan, folder, writer, fsync=fsync, observer=observer or _Silent())
+    except BaseException:
+        writer.discard()
+        clear_output_folder(folder)
+        if not existed:
+            folder.rmdir()
+        raise
+
+
+def _run(
+    plan: Plan, folder: Path, writer: ShardWriter, *, fsync: bool, observer: Observer
+) -> RunReport:
+    import torch
+
+    began = time.perf_counter()
+    checksums: dict[str, str] = {}
+    totals = [0, 0]
+    lock = threading.Lock()
+
+    def finished(write: Write, digests: Sequence[bytes]) -> None:
+        checksum = xxh3_128_hexdigest(b"".join(digests))
+        writer.finish_tensor(write.name)
+        with lock:
+            checksums[write.name] = checksum
+        observer.finished(write.name)
+
+    def moved(bytes_read: int, bytes_written: int, tensor: str) -> None:
+        with lock:
+            totals[0] += bytes_read
+            totals[1] += bytes_written
+        observer.moved(bytes_read, bytes_written, tensor)
+
+    scheduler = Scheduler(plan.graph, plan.tasks, finished)
+    files = InputFiles()
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(1)  # parallelism is between workers, on different blocks
+    try:
+        workers = [
+            Worker(
+                plan.graph,
+                scheduler,
+                writer,
+                files,
+                plan.memory.arena_bytes,
+                plan.read_mode,
+                moved,
+            )
+            for _ in range(plan.memory.workers)
+        ]
+        _work(scheduler, workers)
+    finally:
+        torch.set_num_threads(threads_before)
+        files.close()
+    writer.close()
+    write_beside_weights(plan, folder)
+    report = RunReport(
+        output=str(folder.absolute()),
+        seconds=time.perf_counter() - began,
+        bytes_read=totals[0],
+        bytes_written=totals[1],
+        measured_bytes=peak_resident_bytes(),
+    )
+    write_manifest(folder, _manifest(plan, checksums, report))
+    if fsync:
+        sync_folder(folder)
+    return report
+
+
+def _work(scheduler: Scheduler, workers: Sequence[Worker]) -> None:
+    """Runs all workers to the end; an error or an interruption stops them first."""
+    threads = [
+        threading.Thread(target=worker.run, name=f"worker-{number}", daemon=True)
+        for number, worker in enumerate(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(WAKE_SECONDS)
+    except BaseException:
+        scheduler.stop()
+        for thread in threads:
+            thread.join()
+        raise
+    if scheduler.error is not None:
+        raise scheduler.error
+
+
+def write_beside_weights(plan: Plan, folder: Path) -> None:
+    """Writes index, config, tokenizer files and model card."""
+    if len(plan.shards) > 1:
+        write_text(folder / INDEX_NAME, index_json(plan.shards))
+    if plan.config is not None:
+        text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
+        write_text(folder / "config.json", text)
+    copy_sidecars(plan.sidecar_folder, plan.sidecars, folder)
+    signature = METHODS[plan.recipe.merge_method].signature
+    card = model_card(
+        folder.absolute().name,
+        plan.recipe.text,
+        signature.name,
+        signature.summary,
+        signature.source,
+        list(plan.checkpoints),
+        plan.recipe.base_model,
+        __version__,
+    )
+    write_text(folder / "README.md", card)
+
+
+def _manifest(plan: Plan, checksums: dict[str, str], report: RunReport) -> dict[str, Any]:
+    document = plan.as_dict()
+    return {
+        "lazymerge": __version__,
+        "torch": installed_version("torch"),
+        "fingerprint": plan.fingerprint,
+        "recipe": document["recipe"],
+        "models": document["models"],
+        "memory": {**plan.memory.as_dict(), "measured_bytes": report.measured_bytes},
+        "run": {
+            "seconds": round(report.seconds, 3),
+            "bytes_read": report.bytes_read,
+            "bytes_written": report.bytes_written,
+        },
+        "checksum": CHECKSUM,
+        "tensors": {
+            tensor.name: {
+                "file": shard.file,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "checksum": checksums[tensor.name],
+            }
+            for shard in plan.shards
+            for tensor in shard.tensors
+        },
+    }

@@ -1,0 +1,97 @@
+"""A worker: takes jobs, runs their blocks in its arena, gives the results back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from xxhash import xxh3_128_digest
+
+from ..checkpoint.tensor import DTYPES
+from ..graph.graph import Graph
+from ..graph.node import Reduce
+from ..output.writer import ShardWriter
+from .frame import Arena, Frame
+from .inputs import InputFiles, ReadMode
+from .scheduler import Job, Scheduler
+from .stages import stage_layout
+
+Moved = Callable[[int, int, str], None]
+"""Told after every block: bytes read, bytes written, name of the tensor."""
+
+
+class Worker:
+    """Runs jobs until there are none; one thread, one arena."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        scheduler: Scheduler,
+        writer: ShardWriter,
+        files: InputFiles,
+        arena_bytes: int,
+        read_mode: ReadMode,
+        moved: Moved,
+    ) -> None:
+        self._graph = graph
+        self._scheduler = scheduler
+        self._writer = writer
+        self._files = files
+        self._arena = Arena(arena_bytes)
+        self._read_mode = read_mode
+        self._moved = moved
+        self._frame: Frame | None = None
+        self._frame_of: tuple[int, int] = (-1, -1)
+
+    def run(self) -> None:
+        """Works until the scheduler has no more to give; an error stops all workers."""
+        try:
+            while (job := self._scheduler.take()) is not None:
+                partials = self._run(job)
+                if partials is None:
+                    return
+                self._scheduler.give(job, partials)
+        except BaseException as error:
+            self._scheduler.stop(error)
+
+    def _run(self, job: Job) -> list[Any] | None:
+        stage = job.task.stages[job.stage]
+        frame = self._frame_for(job)
+        block_bytes_read = sum(
+            read.tensor.size_bytes for read in self._graph.reads_of(stage.id)
+        ) / max(1, stage.element_count)
+        partials: list[Any] = []
+        for pieces in job.pieces:
+            if self._scheduler.is_stopped:
+                return None
+            elements = sum(stop - start for start, stop in pieces)
+            if isinstance(stage, Reduce):
+                partials.append(frame.reduce(pieces, job.state))
+                written = 0
+            else:
+                ((start, stop),) = pieces
+                data = frame.encode(start, stop)
+                partials.append(xxh3_128_digest(data))
+                offset = start * DTYPES[stage.dtype].item_bytes
+                self._writer.write(stage.name, data, offset)
+                written = len(data)
+            self._moved(round(elements * block_bytes_read), written, job.task.write.name)
+        frame.release(job.pieces[0][0][0], job.pieces[-1][-1][1])
+        return partials
+
+    def _frame_for(self, job: Job) -> Frame:
+        key = (job.task_index, job.stage)
+        if self._frame is None or key != self._frame_of:
+            stage = job.task.stages[job.stage]
+            self._frame = None
+            self._frame = Frame(
+                self._graph,
+                stage,
+                stage_layout(self._graph, stage),
+                self._arena,
+                self._files,
+                job.prepared,
+                self._read_mode,
+            )
+            self._frame_of = key
+        return self._frame

@@ -1,0 +1,48 @@
+"""The model card: README.md of the output, in the form that the Hugging Face Hub expects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def model_card(
+    name: str,
+    recipe_text: str,
+    method: str,
+    method_summary: str,
+    method_source: str,
+    models: Sequence[str],
+    base_model: str | None,
+    version: str,
+) -> str:
+    """The card's text.
+
+    models: references as the recipe writes them, base included.
+    """
+    hub_ids = [model for model in models if _HUB_ID.fullmatch(model) and not Path(model).exists()]
+    metadata: dict[str, object] = {
+        "library_name": "transformers",
+        "tags": ["merge", "mergekit", "lazymerge"],
+    }
+    if hub_ids:
+        metadata["base_model"] = hub_ids
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
+    listed = "\n".join(
+        f"- {model}" + (" (base)" if model == base_model else "") for model in models
+    )
+    source = f" ([source]({method_source}))" if method_source else ""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", recipe_text)), default=0))
+    return (
+        f"---\n{front}\n---\n"
+        f"# {name}\n\n"
+        f"A merge of models, made with lazymerge {version}.\n\n"
+        f"## Method\n\n`{method}`: {method_summary}{source}\n\n"
+        f"## Models\n\n{listed}\n\n"
+        f"## Recipe\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}\n"
+    )

@@ -1,0 +1,133 @@
+"""The output folder: what may be there before a run, and what is left when one fails."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import DoesNotFitError, InputError
+from ..sizes import format_bytes
+from .layout import INDEX_NAME
+from .manifest import MANIFEST_NAME
+from .sidecars import COPIED
+
+OWN_FILES = (
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "*.safetensors.partial",
+    INDEX_NAME,
+    "config.json",
+    "README.md",
+    MANIFEST_NAME,
+    ".lazymerge",
+    "1_Pooling",
+    *COPIED,
+)
+"""What --overwrite may remove from an earlier output. Anything else is somebody's and stays."""
+
+PLAN_PATH = ".lazymerge/plan.json"
+"""Where `lazymerge plan -o OUT` leaves the plan; a folder that holds nothing else is empty."""
+
+FILESYSTEM_SLACK_BYTES = 16 << 20
+"""Room for the folder's own blocks and the small files beside the weights."""
+
+
+def is_own(name: str) -> bool:
+    """Whether a file of that name in an output folder is one that a merge writes."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in OWN_FILES)
+
+
+def check_output_folder(output: Path, inputs: Sequence[str], *, overwrite: bool) -> None:
+    """Checks that a run may write here; changes nothing.
+
+    inputs: folders of the models, absolute.
+
+    Raises:
+        InputError: it is a model's folder, no folder at all, or not empty.
+    """
+    resolved = output.resolve()
+    for folder in inputs:
+        if resolved == Path(folder).resolve():
+            raise InputError(
+                f"the output folder {output} is the folder of an input model; choose another one"
+            )
+    if not output.exists():
+        _check_parent(output)
+        return
+    if not output.is_dir():
+        raise InputError(f"the output {output} exists and is not a folder; choose another name")
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise InputError(f"the output folder {output} is not writable")
+    present = sorted(entry.name for entry in output.iterdir())
+    if present == [".lazymerge"] and os.listdir(output / ".lazymerge") == ["plan.json"]:
+        return
+    foreign = [name for name in present if not is_own(name)]
+    if present and not overwrite:
+        raise InputError(
+            f"the output folder {output} is not empty (it holds {_some(present)}); old and new "
+            "weights must not mix: choose an empty folder, or give --overwrite to replace an "
+            "earlier output"
+        )
+    if foreign:
+        raise InputError(
+            f"the output folder {output} holds files that no merge has written ({_some(foreign)}); "
+            "--overwrite does not remove those: choose another folder or move them away"
+        )
+
+
+def check_disk(output: Path, needed_bytes: int, *, overwrite: bool) -> None:
+    """Checks that the output fits on its filesystem.
+
+    Raises:
+        DoesNotFitError: it does not.
+    """
+    free = free_disk_bytes(output)
+    if overwrite and output.is_dir():
+        free += sum(
+            entry.stat().st_blocks * 512
+            for entry in output.iterdir()
+            if entry.is_file() and is_own(entry.name)
+        )
+    if needed_bytes + FILESYSTEM_SLACK_BYTES > free:
+        raise DoesNotFitError(
+            f"the output needs {format_bytes(needed_bytes)} on disk, and {output} has "
+            f"{format_bytes(free)} free; free some space or choose another output folder"
+        )
+
+
+def free_disk_bytes(output: Path) -> int:
+    """Free bytes on the filesystem where a folder is or would be."""
+    existing = output.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def clear_output_folder(output: Path) -> None:
+    """Creates the folder if need be, and removes what an earlier merge has left in it."""
+    output.mkdir(parents=True, exist_ok=True)
+    for entry in output.iterdir():
+        if not is_own(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _check_parent(output: Path) -> None:
+    existing = output.absolute().parent
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"the output {output} cannot be made: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"the output {output} cannot be made: {existing} is not writable")
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

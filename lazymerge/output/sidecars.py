@@ -1,0 +1,63 @@
+"""The small files beside the weights: config, tokenizer and generation settings.
+
+They are copied from the base model (without one, from the first) as data: nothing in them is
+interpreted but config.json, and no code file is ever copied.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
+"""Patterns of what is copied, relative to the model's folder."""
+
+MAX_SIDECAR_BYTES = 200_000_000
+"""A larger file is no tokenizer. The largest in use (a 256k vocabulary) are below 40 MB."""
+
+
+def sidecar_files(folder: str) -> tuple[str, ...]:
+    """Relative paths of the files that would be copied from a model's folder, sorted."""
+    root = Path(folder)
+    found = set()
+    for candidate in [*root.glob("*"), *root.glob("1_Pooling/*")]:
+        name = candidate.relative_to(root).as_posix()
+        if (
+            any(fnmatch.fnmatchcase(name, pattern) for pattern in COPIED)
+            and candidate.is_file()
+            and candidate.stat().st_size <= MAX_SIDECAR_BYTES
+        ):
+            found.add(name)
+    return tuple(sorted(found))
+
+
+def copy_sidecars(folder: str, files: Sequence[str], output: Path) -> None:
+    """Copies files' contents (never links) from a model's folder into the output."""
+    for name in files:
+        target = output / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(Path(folder) / name, target)
