@@ -172,7 +172,7 @@ class _Parser:
     def recipe(self) -> Recipe:
         entries = self._root.entries
         self._signature = self._merge_method()
-        top = self._parameters("parameters", None)
+        top = self._parameters(entries.get("parameters"), None)
         self._top_level_keys(top)
         base = self._base_model()
         items = self._models(base)
@@ -257,7 +257,6 @@ class _Parser:
             return None
         node = entry.node
         if not isinstance(node, ListNode):
-            # In a mapping the position of the node is that of its first key: the user's place.
             self._report(
                 f"'models' must be a list (- model: <path> ...), not {describe(node)}",
                 node.position,
@@ -303,9 +302,10 @@ class _Parser:
         else:
             position = entry.node.position
             reference = self._reference(entry.node, "model")
-        parameters = node.entries.get("parameters")
         block = self._parameters(
-            "parameters", index, parameters, is_base=reference is not None and reference == base
+            node.entries.get("parameters"),
+            index,
+            is_base=reference is not None and reference == base,
         )
         for key, stray in node.entries.items():
             if key in MODEL_KEYS:
@@ -353,17 +353,15 @@ class _Parser:
     # Parameters
 
     def _parameters(
-        self,
-        key: str,
-        model: int | None,
-        entry: Entry | None = None,
-        *,
-        is_base: bool = False,
+        self, entry: Entry | None, model: int | None, *, is_base: bool = False
     ) -> _Settings:
-        """The settings of a `parameters` block; `model` is the index of the model it is of."""
+        """The settings of a `parameters` block.
+
+        entry: of the key `parameters`, if it is there.
+        model: index of the model the block is of; None for the top level.
+        is_base: whether that model is the base.
+        """
         block = _Settings()
-        if model is None:
-            entry = self._root.entries.get(key)
         if entry is None or _is_null(entry.node):
             return block
         node = entry.node

@@ -100,6 +100,11 @@ SIGNATURES: dict[str, Signature] = {
             max_models=1,
         ),
         Signature(
+            name="first",
+            summary="A method without parameters.",
+            formula="x₁",
+        ),
+        Signature(
             name="labelled",
             summary="A method whose parameter is text and that needs a value for the base too.",
             formula="x₀",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazymerge.recipe import Condition, Conditions, Gradient, evaluate
 
@@ -13,6 +13,7 @@ numbers = st.floats(-1e6, 1e6)
 depths = st.floats(0.0, 1.0)
 
 
+@settings(deadline=None)
 @given(value=st.one_of(numbers, st.booleans(), st.integers(), st.text()), depth=depths)
 def test_a_scalar_is_its_own_value_everywhere(
     value: float | bool | int | str, depth: float
@@ -20,6 +21,7 @@ def test_a_scalar_is_its_own_value_everywhere(
     assert evaluate(value, "model.norm.weight", depth) is value
 
 
+@settings(deadline=None)
 @given(values=st.lists(numbers, min_size=1, max_size=8))
 def test_a_gradient_starts_and_ends_exactly_at_its_end_values(values: list[float]) -> None:
     gradient = Gradient(tuple(values))
@@ -27,6 +29,7 @@ def test_a_gradient_starts_and_ends_exactly_at_its_end_values(values: list[float
     assert evaluate(gradient, "x", 1.0) == values[-1]
 
 
+@settings(deadline=None)
 @given(values=st.lists(numbers, min_size=2, max_size=8), depth=depths)
 def test_a_gradient_is_linear_between_neighbours(values: list[float], depth: float) -> None:
     result = evaluate(Gradient(tuple(values)), "x", depth)
@@ -38,6 +41,7 @@ def test_a_gradient_is_linear_between_neighbours(values: list[float], depth: flo
     assert min(start, end) <= result <= max(start, end)
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(numbers, min_size=1, max_size=6),
     depth=depths,
@@ -53,6 +57,7 @@ def test_a_gradient_commutes_with_affine_maps(
     assert mapped == pytest.approx(scale * plain + shift, rel=1e-9, abs=1e-4)
 
 
+@settings(deadline=None)
 @given(value=numbers, count=st.integers(1, 9), depth=depths)
 def test_a_constant_gradient_is_that_constant_to_the_last_bit(
     value: float, count: int, depth: float
@@ -60,6 +65,7 @@ def test_a_constant_gradient_is_that_constant_to_the_last_bit(
     assert evaluate(Gradient((value,) * count), "x", depth) == value
 
 
+@settings(deadline=None)
 @given(values=st.lists(numbers, min_size=2, max_size=6).map(sorted), layers=st.integers(2, 40))
 def test_a_rising_gradient_rises_over_the_layers(values: list[float], layers: int) -> None:
     over_layers = [
@@ -86,6 +92,7 @@ NAMES = st.sampled_from(
 FILTERS = st.sampled_from([None, "*", "mlp", "self_attn", "layers.1", "weight", "absent", ""])
 
 
+@settings(deadline=None)
 @given(
     filters=st.lists(FILTERS, max_size=6),
     name=NAMES,
