@@ -238,7 +238,11 @@ def make_plan(
         checkpoints=checkpoints,
         graph=compiled.graph,
         tensors=compiled.tensors,
-        notices=(*compiled.notices, *_config_notices(checkpoints)),
+        notices=(
+            *_recipe_notices(recipe),
+            *compiled.notices,
+            *_config_notices(checkpoints),
+        ),
         shards=lay_out(
             [OutputTensor(w.name, w.dtype, w.shape) for w in compiled.graph.writes],
             max_shard_bytes,
@@ -383,6 +387,15 @@ def _output_config(source: Checkpoint, compiled: CompiledMerge) -> dict[str, obj
             rows = write.shape[0]
     dtype = DTYPES[sizes.most_common(1)[0][0]].torch_name if sizes else None
     return output_config(source.config, dtype, rows)
+
+
+def _recipe_notices(recipe: Recipe) -> list[str]:
+    return [
+        f"{recipe.path}:{warning.position.line}: {warning.message}"
+        if warning.position
+        else warning.message
+        for warning in recipe.warnings
+    ]
 
 
 def _config_notices(checkpoints: Mapping[str, Checkpoint]) -> list[str]:

@@ -1,0 +1,57 @@
+# Two commands do everything on a fresh machine with Python >= 3.10 and make:
+#
+#   make demo    make demo models, plan and run a merge of them, show that it worked
+#   make test    run all tests
+#
+# Both set up .venv first. Others: make lint, make bench-mergekit, make clean.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Installed before anything that depends on it, so that every set-up has the same torch.
+TORCH  ?= torch==2.13.0
+PYTEST_WORKERS ?= 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format bench-mergekit clean help
+
+help:
+	@sed -n '3,6p' Makefile | cut -c3-
+
+$(INSTALLED): pyproject.toml Makefile
+	@echo "setting up $(VENV) (first time: some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "$(TORCH)"
+	@$(PIP) --editable ".[test,lint,demo]"
+	@touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	@echo; echo "1. Three small models: a base, and two fine-tunes with a skill each"; echo
+	@$(BIN)/python scripts/make_demo_models.py demo/models
+	@echo; echo "2. The plan"; echo
+	@$(BIN)/lazymerge plan plans/demo_task_arithmetic.yml --dry-run
+	@echo; echo "3. The merge"; echo
+	@$(BIN)/lazymerge run plans/demo_task_arithmetic.yml -o demo/merged --overwrite
+	@echo; echo "4. Does the merged model have both skills?"; echo
+	@$(BIN)/python scripts/evaluate_demo.py demo/models demo/merged
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --cov --cov-report=term:skip-covered
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench-mergekit: $(INSTALLED)
+	$(BIN)/python scripts/bench_vs_mergekit.py
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .coverage .hypothesis .mypy_cache .ruff_cache .pytest_cache
