@@ -183,6 +183,14 @@ def test_hub_cache_does_not_open_another_model(tmp_path: Path) -> None:
     assert "outside the model's folder" in refused(snapshot)
 
 
+def test_a_folder_called_snapshots_is_not_yet_a_hub_cache(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    repository = tmp_path / "hub" / "models--org--name"
+    renamed = repository.rename(repository.with_name("backups"))
+    message = refused(renamed / "snapshots" / snapshot.name)
+    assert "outside the model's folder" in message
+
+
 @pytest.mark.parametrize("name", [FIRST, INDEX_NAME, "config.json"])
 def test_links_out_of_the_model(name: str, tmp_path: Path) -> None:
     folder = write_sharded(tmp_path / "model")
