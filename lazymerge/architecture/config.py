@@ -117,7 +117,7 @@ class Conflict:
 
     def __str__(self) -> str:
         values = ", ".join(f"{value!r} in {model}" for model, value in self.values.items())
-        return f"config.json: {self.key} is {values}: {self.reason}."
+        return f"{self.key}: {values} ({self.reason})"
 
 
 def output_config(

@@ -218,8 +218,7 @@ def test_conflicts_are_in_words_and_in_order() -> None:
     assert [conflict.key for conflict in found] == ["rope_theta", "vocab_size"]
     assert isinstance(found[0], Conflict)
     assert str(found[0]) == (
-        "config.json: rope_theta is 10000.0 in base, 1000000.0 in code: "
-        "the models encode positions differently."
+        "rope_theta: 10000.0 in base, 1000000.0 in code (the models encode positions differently)"
     )
 
 
