@@ -315,6 +315,7 @@ def machine_facts(mergekit_python: Path, work: Path) -> dict[str, str]:
         "processor": processor,
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory_bytes / 2**30:.1f} GiB",
+        "load": f"{os.getloadavg()[0]:.2f} before the first run",  # others at work slow both
         "system": f"{platform.system()} {platform.release()}, files on {file_system(work) or '?'}",
         "lazymerge": f"{lazymerge} (python {platform.python_version()}, "
         f"torch {importlib.metadata.version('torch')}, "
@@ -397,11 +398,11 @@ def print_report(
         )
     console.print(table)
     console.print(
-        f"Every number is the median of {rows[0].runs} runs of its own; a ratio is mergekit's "
-        "median divided by lazymerge's (above 1: lazymerge needs less). Wall time includes "
-        "starting python. Peak RSS is that of the largest single process and includes the pages "
-        "of mapped files. GB/s: input and output files once each, by the median wall time. GB "
-        "are 1e9 bytes.",
+        f"Runs per number: {rows[0].runs}. Every number is its own median over them; a ratio is "
+        "mergekit's median divided by lazymerge's (above 1: lazymerge needs less). Wall time "
+        "includes starting python. Peak RSS is that of the largest single process and includes "
+        "the pages of mapped files. GB/s: input and output files once each, by the median wall "
+        "time. GB are 1e9 bytes.",
         highlight=False,
     )
     for method, dtypes in comparisons.items():
