@@ -332,10 +332,9 @@ def _explain_absent(reference: str, path: Path) -> str:
         message += f" {resolved.parent} holds {_listed(near)}: is one of them meant?"
     hub_id = re.split(r"[@+]", reference, maxsplit=1)[0]
     if _HUB_ID.fullmatch(hub_id):
-        folder_name = hub_id.rpartition("/")[2]
         message += (
             " If it is a model of the Hugging Face Hub: this version reads local folders only. "
-            f"Download it with `hf download {hub_id} --local-dir {folder_name}` and write "
-            f"{folder_name} in the recipe."
+            f"Download it into the folder of that name with `hf download {hub_id} --local-dir "
+            f"{hub_id}`."
         )
     return message

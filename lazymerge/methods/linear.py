@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..recipe.signature import BaseModel, Parameter, Scope, Signature
 from .merge import TensorMerge, merge_method
 
@@ -80,5 +82,6 @@ def task_arithmetic(merge: TensorMerge) -> str:
     return merge.apply(
         "linear_combination",
         [merge.required_base.node, *(model.node for model in merge.models)],
-        coefficients=(1.0 - sum(factors), *factors),
+        # the exact sum, rounded once: 1 - 1 - 0.3 must be -0.3, or elements that cancel show it
+        coefficients=(math.fsum([1.0, *(-factor for factor in factors)]), *factors),
     )

@@ -390,7 +390,7 @@ def test_hub_id(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     message = refused(f"mistralai/Mistral-7B-v0.1{suffix}")
     assert "reads local folders only" in message
-    assert "hf download mistralai/Mistral-7B-v0.1 --local-dir Mistral-7B-v0.1`" in message
+    assert "hf download mistralai/Mistral-7B-v0.1 --local-dir mistralai/Mistral-7B-v0.1`" in message
 
 
 @pytest.mark.parametrize("reference", ["./a/b", "/a/b", "a/b/c", "a", "~/a", "../a"])
