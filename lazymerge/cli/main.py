@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from ..errors import LazymergeError
@@ -17,6 +16,10 @@ from ..version import __version__
 from . import inspect, methods, plan, run, schema
 
 EXIT_INTERRUPTED = 130
+
+# typer uses the installed click or, in newer versions, a copy of its own; the common ancestor of
+# its usage errors is found through the one of them that typer exports.
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="lazymerge",
@@ -55,20 +58,32 @@ def main() -> NoReturn:
     """Runs the command line and exits."""
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = EXIT_INTERRUPTED
-    except click.ClickException as error:
+        if code == EXIT_INTERRUPTED:  # what newer versions of typer make of Ctrl-C
+            raise KeyboardInterrupt
+    except _UsageError as error:
         error.show()
         code = error.exit_code
     except LazymergeError as error:
-        for line in str(error).splitlines():
-            print(f"lazymerge: {line}", file=sys.stderr)
+        _say(str(error))
         code = error.exit_code
-    except KeyboardInterrupt:
-        print("lazymerge: interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has gone; say no more, not even while closing stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        _say(str(error))
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str) -> None:
+    """A message on stderr, every line under the program's name.
+
+    Names from files may hold anything; what would steer the terminal is shown as an escape.
+    """
+    for line in message.splitlines():
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        print(f"lazymerge: {shown}", file=sys.stderr)
