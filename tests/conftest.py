@@ -1,0 +1,84 @@
+"""What all tests share: checkpoints made on the fly, and random numbers that can be had again."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import save_file
+
+settings.register_profile("lazymerge", deadline=None, print_blob=True)
+settings.load_profile("lazymerge")
+
+SEED_VARIABLE = "LAZYMERGE_TEST_SEED"
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any] | None = None,
+    shards: int = 1,
+) -> Path:
+    """Write a checkpoint with the safetensors library, and return its folder.
+
+    shards: files to spread the tensors over in turn; more than one come with an index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        weight_map = {}
+        for number in range(shards):
+            file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+            part = dict(list(tensors.items())[number::shards])
+            save_file(part, folder / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(part, file))
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """make_checkpoint(folder, {name: tensor}, config=None, shards=1) → the folder.
+
+    A relative folder lies in tmp_path.
+    """
+
+    def make(
+        folder: Path | str,
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any] | None = None,
+        shards: int = 1,
+    ) -> Path:
+        return write_checkpoint(tmp_path / folder, tensors, config, shards)
+
+    return make
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed, printed so that a failure shows it; LAZYMERGE_TEST_SEED repeats one."""
+    value = int(os.environ.get(SEED_VARIABLE) or secrets.randbits(32))
+    print(f"{SEED_VARIABLE}={value}")
+    return value
+
+
+@pytest.fixture
+def random(seed: int) -> np.random.Generator:
+    """Random numbers from the printed seed."""
+    return np.random.default_rng(seed)
