@@ -21,8 +21,12 @@ Here it takes one pass, and memory for a fixed number of candidates:
                find the element at which to stop.
 
 Heavy ties (identical models, coarse dtypes) make the bracket shrink to a single value; then
-counting alone decides and nothing is collected. Every repetition leaves a strictly smaller range
-of floats in which the threshold can lie, so the search ends.
+counting alone decides and nothing is collected.
+
+The search ends, whatever the data: brackets are guessed GUESSES times; from then on every pass
+halves the range of floats in which the threshold can lie (`most_passes` is the bound). Sorted
+or periodic tensors, whose candidates are not a fair sample of anything, may need more than one
+guess; none is known that needs the halving.
 """
 
 from __future__ import annotations
@@ -61,6 +65,13 @@ measured between the sample's runs, so rows of different scale widen it. A miss 
 10,000) costs one more pass and nothing else."""
 
 
+GUESSES = 8
+"""Full passes whose bracket is a guess from what was seen; later ones halve what is left."""
+
+NARROWING_SAMPLE = 1 << 16
+"""Candidates, of those kept, that a narrower bracket is guessed from."""
+
+
 @dataclass(frozen=True, slots=True)
 class Threshold:
     """Which elements of one model's |xᵢ − x₀| survive.
@@ -83,6 +94,7 @@ class Search:
     keep: k, how many elements shall survive.
     known_low, known_high: the threshold certainly lies in [known_low, known_high].
     low, high: the bracket [low, high], within that range, that the next pass looks at.
+    passes: full passes made so far.
     """
 
     keep: int
@@ -90,6 +102,7 @@ class Search:
     known_high: float = math.inf
     low: float = 0.0
     high: float = math.inf
+    passes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +136,8 @@ class State:
 class Counts:
     """One block's contribution to a search.
 
-    above: elements > high. inside: elements in [low, high]. values: the first `quota` of those
-    inside, in element order (none when low == high, where they are all equal).
+    above: elements > high. inside: elements in [low, high]. values: at most `quota` of those
+    inside, evenly spread, in element order (none when low == high, where they are all equal).
     """
 
     above: int
@@ -243,7 +256,10 @@ def _count(values: Magnitudes, search: Search, quota: int, room: Magnitudes) -> 
     if search.low == search.high or inside_count == 0:
         return Counts(above_count, inside_count, values[:0].copy())
     numpy.not_equal(inside, above, out=inside)
-    return Counts(above_count, inside_count, values[numpy.flatnonzero(inside)[:quota]])
+    places = numpy.flatnonzero(inside)
+    if inside_count > quota:
+        places = places[numpy.arange(quota) * inside_count // quota]
+    return Counts(above_count, inside_count, values[places])
 
 
 def _locate(values: Magnitudes, locate: Locate, start: int) -> int:
@@ -272,7 +288,8 @@ def bracket_from_sample(search: Search, sample: Magnitudes, element_count: int) 
         math.sqrt(share * (1 - share) / len(sample)),
     )
     margin = MARGIN_DEVIATIONS * standard_error * len(sample) + 1
-    low, high = _bracket(search, ascending, rank, margin)
+    reaching = numpy.arange(len(sample), 0, -1)
+    low, high = _bracket(search, ascending, reaching, rank, margin)
     return replace(search, low=low, high=high)
 
 
@@ -285,73 +302,104 @@ def narrow(
     """
     import numpy
 
+    search = replace(search, passes=search.passes + 1)
     above = sum(block.above for block in counts)
     inside = sum(block.inside for block in counts)
     number = counts[0].values.dtype.type
     if search.keep <= above:  # missed: it lies higher
-        low = float(numpy.nextafter(number(search.high), number(math.inf)))
-        return _look_at(search, low, search.known_high)
+        low = numpy.nextafter(number(search.high), number(math.inf))
+        return _look_at(search, low, number(search.known_high))
     if search.keep > above + inside:  # missed: it lies lower
         if search.low <= search.known_low:  # the rest is nan, so every number survives
             return Threshold(0.0, 0.0, element_count)
-        high = float(numpy.nextafter(number(search.low), number(-math.inf)))
-        return _look_at(search, search.known_low, high)
+        high = numpy.nextafter(number(search.low), number(-math.inf))
+        return _look_at(search, number(search.known_low), high)
     rank = search.keep - above  # the threshold is the rank-th largest of those inside
     if search.low == search.high:
         ties = [block.inside for block in counts]
         return _settle(number(search.low), rank, ties, element_count)
+    if sum(len(block.values) for block in counts) < inside:
+        return _narrower(search, counts, rank, inside)
     values = numpy.concatenate([block.values for block in counts])
-    if len(values) < inside:
-        return _narrower(search, values, rank, inside)
     value = numpy.partition(values, len(values) - rank)[len(values) - rank]
     ties_kept = rank - int(numpy.count_nonzero(values > value))
     ties = [int(numpy.count_nonzero(block.values == value)) for block in counts]
     return _settle(value, ties_kept, ties, element_count)
 
 
-def _look_at(search: Search, low: float, high: float) -> Search:
-    """The threshold is now known to lie in [low, high]: look at all of it."""
-    return replace(search, known_low=low, known_high=high, low=low, high=high)
+def _look_at(search: Search, low: numpy.floating[Any], high: numpy.floating[Any]) -> Search:
+    """The threshold is now known to lie in [low, high]: look at all of it, or at its upper half."""
+    seen_low = low if search.passes < GUESSES else _middle(low, high)
+    return replace(
+        search,
+        known_low=float(low),
+        known_high=float(high),
+        low=float(seen_low),
+        high=float(high),
+    )
 
 
-def _narrower(search: Search, values: Magnitudes, rank: int, inside: int) -> Search:
+def _narrower(search: Search, counts: Sequence[Counts], rank: int, inside: int) -> Search:
     """A smaller bracket, after one that held more candidates than could be kept.
 
-    values: those that were kept, a sample of the `inside` ones.
+    rank: of the threshold among the `inside` elements, counted from the largest.
+
+    A kept value stands for as many elements as its block had inside for each that it kept.
     """
     import numpy
 
-    known = _look_at(search, search.low, search.high)
+    number = counts[0].values.dtype.type
+    known = _look_at(search, number(search.low), number(search.high))
+    if known.passes >= GUESSES:
+        return known
+    stride = -(-sum(len(block.values) for block in counts) // NARROWING_SAMPLE)
+    kept = [(block.values[::stride], block.inside) for block in counts if block.inside]
+    values = numpy.concatenate([part for part, _ in kept])
+    weights = numpy.concatenate([numpy.full(len(part), n / len(part)) for part, n in kept])
+    order = numpy.argsort(values, kind="stable")
+    reaching = numpy.cumsum(weights[order][::-1])[::-1]
     share = rank / inside
-    deviation = math.sqrt(share * (1 - share) * len(values))
-    low, high = _bracket(
-        known, numpy.sort(values), share * len(values), MARGIN_DEVIATIONS * deviation + 1
-    )
+    deviation = math.sqrt(share * (1 - share) * float(weights.dot(weights)))
+    margin = MARGIN_DEVIATIONS * deviation + float(weights.max())
+    low, high = _bracket(known, values[order], reaching, rank, margin)
     if (low, high) == (known.low, known.high):
-        low = _middle(values.dtype.type(low), values.dtype.type(high))
+        low = float(_middle(number(low), number(high)))
     return replace(known, low=low, high=high)
 
 
 def _bracket(
-    search: Search, ascending: Magnitudes, rank: float, margin: float
+    search: Search, ascending: Magnitudes, reaching: NDArray[Any], rank: float, margin: float
 ) -> tuple[float, float]:
-    """Values of a sorted sample around the `rank`-th largest; the known bounds beyond its ends."""
-    size = len(ascending)
-    upper = size - math.floor(rank - margin)
-    lower = size - math.ceil(rank + margin)
-    high = float(ascending[upper]) if 0 <= upper < size else search.known_high
-    low = float(ascending[lower]) if 0 <= lower < size else search.known_low
+    """Values of a sorted sample around the `rank`-th largest; the known bounds beyond its ends.
+
+    reaching: for each of the values, how many elements are estimated to reach it.
+    """
+    import numpy
+
+    upper = int(numpy.count_nonzero(reaching > rank - margin))
+    lower = int(numpy.count_nonzero(reaching >= rank + margin)) - 1
+    high = float(ascending[upper]) if upper < len(ascending) else search.known_high
+    low = float(ascending[lower]) if lower >= 0 else search.known_low
     return max(low, search.known_low), min(high, search.known_high)
 
 
-def _middle(low: numpy.floating[Any], high: numpy.floating[Any]) -> float:
-    """A float above `low`, up to `high`, halfway in the order of the floats (both ≥ 0)."""
+def most_passes(item_bytes: int) -> int:
+    """Bound of the full passes that one search takes, whatever the data.
+
+    item_bytes: of the working dtype. Its magnitudes, 0 to infinity, are fewer than
+    2^(8 * item_bytes − 1): after so many halvings one is left, and one pass counts it.
+    """
+    return GUESSES + 8 * item_bytes
+
+
+def _middle(low: numpy.floating[Any], high: numpy.floating[Any]) -> numpy.floating[Any]:
+    """The float halfway between two in the order of the floats (both ≥ 0), upwards if none is."""
     import numpy
 
     bits = numpy.dtype(f"i{low.dtype.itemsize}")
     first, last = int(low.view(bits)), int(high.view(bits))
-    middle = numpy.array((first + last + 1) // 2, dtype=bits)
-    return float(middle.view(low.dtype)[()])
+    middle = numpy.array([(first + last + 1) // 2], dtype=bits).view(low.dtype)
+    return cast("numpy.floating[Any]", middle[0])
 
 
 def _settle(
