@@ -1,6 +1,6 @@
 """`python -m lazymerge` is the `lazymerge` command."""
 
-from .cli.main import main
+from .cli.main import command
 
 if __name__ == "__main__":
-    main()
+    command()

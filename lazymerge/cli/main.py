@@ -79,6 +79,24 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def command() -> NoReturn:
+    """The console script: `main`, then the quickest way out.
+
+    Python takes 0.3 to 0.8 s to take torch apart again at exit (measured with torch 2.13), and
+    nothing is left to do by then: files are closed and threads joined.
+    """
+    try:
+        main()
+    except SystemExit as exit_:
+        code = exit_.code
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = 1
+    os._exit(code if isinstance(code, int) else 1)
+
+
 def _say(message: str) -> None:
     """A message on stderr, every line under the program's name.
 
