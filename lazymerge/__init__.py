@@ -6,9 +6,46 @@
     print(plan.summary())
     lm.run(plan, "out/")
 
-Importing the package imports neither torch nor anything else that is heavy.
+Importing the package imports nothing heavy; torch is loaded by the first run.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import DoesNotFitError, InputError, LazymergeError, RecipeError
 from .version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from .api import plan, run
+    from .engine.plan import Plan
+    from .engine.run import RunReport
+
+__all__ = [
+    "DoesNotFitError",
+    "InputError",
+    "LazymergeError",
+    "Plan",
+    "RecipeError",
+    "RunReport",
+    "__version__",
+    "plan",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the rest of the interface when it is first used."""
+    if name in ("plan", "run"):
+        from . import api
+
+        return getattr(api, name)
+    if name == "Plan":
+        from .engine.plan import Plan
+
+        return Plan
+    if name == "RunReport":
+        from .engine.run import RunReport
+
+        return RunReport
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

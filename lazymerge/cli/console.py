@@ -1,4 +1,8 @@
-"""The two streams: results on stdout, progress and messages on stderr."""
+"""The two streams: results on stdout, progress and messages on stderr.
+
+Both take text as it is: names of models and tensors are other people's, and what looks like
+markup in them must neither change what is shown nor break it.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,14 @@ def results() -> Console:
     """The console for what the user asked for."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def messages() -> Console:
     """The console for everything else."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(document: Any) -> None:

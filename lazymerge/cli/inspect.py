@@ -95,19 +95,26 @@ def _view(checkpoint: Checkpoint, *, with_tensors: bool) -> RenderableType:
     facts.add_row("layers", layers or "none found")
     parts: list[RenderableType] = [Text(checkpoint.reference, style="bold"), Text(), facts]
 
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    # per row: tensors of one stack with one suffix, dtype and shape; or one tensor
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
     for name in sorted(checkpoint.tensors, key=natural_order):
         info = checkpoint.tensors[name]
         place = None if with_tensors else stacks.locate(name)
-        label = name if place is None else f"{place.stack.prefix}.*.{place.suffix}"
-        groups.setdefault((label, info.dtype, str(list(info.shape))), []).append(name)
+        stack = "" if place is None else f"{place.stack.prefix}.*"
+        label = name if place is None else place.suffix
+        groups.setdefault((stack, label, info.dtype, str(list(info.shape))), []).append(name)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     table.add_column("tensor", style="bold", overflow="fold", ratio=1)
     table.add_column("count", justify="right", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
-    for (label, dtype, shape), names in groups.items():
+    current = ""
+    for (stack, label, dtype, shape), names in groups.items():
+        if stack and stack != current:
+            table.add_row(Text(stack))
+        current = stack
         size = sum(checkpoint.tensors[name].size_bytes for name in names)
-        table.add_row(Text(label), str(len(names)), dtype, Text(shape), format_bytes(size))
+        shown = Text(f"  {label}" if stack else label)
+        table.add_row(shown, str(len(names)), dtype, Text(shape), format_bytes(size))
     return Group(*parts, table)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..engine.plan import Plan, Resources
+    from ..engine.plan import Plan
 
 
 class ReadModeChoice(str, Enum):
@@ -50,30 +50,22 @@ TruncateOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-def resources(memory: str | None, workers: int | None, read_mode: ReadModeChoice) -> Resources:
-    """The options that say what a run may use."""
-    from ..engine.plan import Resources
-    from ..sizes import parse_size
+def plan_of(
+    source: Path,
+    memory: str | None,
+    workers: int | None,
+    read_mode: ReadModeChoice,
+    max_shard_size: str,
+    truncate_embeddings: bool,
+) -> Plan:
+    """The plan of a recipe, or a saved plan, under the options that plan and run share."""
+    from .. import api
 
-    return Resources(
-        limit_bytes=None if memory is None else parse_size(memory),
+    return api.plan(
+        source,
+        memory=memory,
         workers=workers,
         read_mode=read_mode.value,
-    )
-
-
-def plan_of(
-    source: Path, resources: Resources, max_shard_size: str, truncate_embeddings: bool
-) -> Plan:
-    """The plan of a recipe, or a saved plan."""
-    from ..engine.plan import load_plan, plan_recipe_file
-    from ..sizes import parse_size
-
-    if source.suffix == ".json":
-        return load_plan(source, resources)
-    return plan_recipe_file(
-        source,
-        resources,
-        max_shard_bytes=parse_size(max_shard_size),
+        max_shard_size=max_shard_size,
         truncate_embeddings=truncate_embeddings,
     )

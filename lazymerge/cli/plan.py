@@ -18,7 +18,6 @@ from .options import (
     TruncateOption,
     WorkersOption,
     plan_of,
-    resources,
 )
 
 
@@ -49,9 +48,7 @@ def plan(
         raise InputError(
             "say where to save the plan (-o OUT or --save FILE), or give --dry-run to only see it"
         )
-    made = plan_of(
-        recipe, resources(memory, workers, read_mode), max_shard_size, unsafe_truncate_embeddings
-    )
+    made = plan_of(recipe, memory, workers, read_mode, max_shard_size, unsafe_truncate_embeddings)
 
     from ..engine.plan import read_folders
     from ..output.folder import check_disk, check_output_folder, free_disk_bytes

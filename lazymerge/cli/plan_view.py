@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.plan import Plan, dtype_shares
+from ..engine.plan import Plan, dtype_shares, dtype_text
 from ..graph.compile import ResolvedTensor
 from ..output.folder import free_disk_bytes
 from ..recipe.signature import Scalar
-from ..sizes import format_bytes, format_count, format_memory
+from ..sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-MOST_ROWS_OF_A_LAYER = 3
-"""Rows with different parameters that one layer is broken into before it is summed up."""
+ABSENT = "–"
+"""Shown where a parameter has no value, and for models that it does not concern."""
+
+MOST_NAMES_OF_A_PART = 3
+"""Tensor names by which a part of a layer is called before the rest is only counted."""
 
 
 def plan_view(plan: Plan, place: Path, *, is_given: bool) -> RenderableType:
@@ -40,25 +44,26 @@ def plan_view(plan: Plan, place: Path, *, is_given: bool) -> RenderableType:
         _facts(plan, place, is_given=is_given),
         *_notices(plan),
         Text(),
-        _layers(plan),
+        *_parameters(plan),
     )
 
 
 def _models(plan: Plan) -> RenderableType:
+    from rich.text import Text
+
     table = _table()
     table.add_column("model", style="bold", overflow="fold", ratio=1)
     table.add_column("parameters", justify="right", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
     table.add_column("files", justify="right", no_wrap=True)
-    for number, reference in enumerate(plan.checkpoints):
-        checkpoint = plan.checkpoints[reference]
+    for label, (reference, checkpoint) in zip(_labels(plan), plan.checkpoints.items(), strict=True):
         is_base = reference == plan.recipe.base_model
         table.add_row(
-            f"{_model_label(plan, number)} {reference}" + (" [dim](base)[/]" if is_base else ""),
+            Text.assemble(f"{label} {reference}", (" (base)" if is_base else "", "dim")),
             format_count(checkpoint.parameter_count),
             format_bytes(checkpoint.size_bytes),
-            _dtypes(dtype_shares(checkpoint)),
+            dtype_text(dtype_shares(checkpoint)),
             str(len(checkpoint.files)),
         )
     return table
@@ -66,46 +71,21 @@ def _models(plan: Plan) -> RenderableType:
 
 def _facts(plan: Plan, place: Path, *, is_given: bool) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    shares: dict[str, int] = {}
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            shares[tensor.dtype] = shares.get(tensor.dtype, 0) + tensor.size_bytes
-    shards = f"{len(plan.shards)} shard" + ("s" if len(plan.shards) != 1 else "")
-    elements = sum(write.element_count for write in plan.graph.writes)
-    facts.add_row(
-        "output",
-        f"{len(plan.tensors)} tensors, {format_count(elements)} parameters, "
-        f"{_dtypes(shares)}, {format_bytes(plan.bytes_written)} in {shards}",
-    )
-    beside = [*(["config.json"] if plan.config is not None else []), *plan.sidecars]
-    beside += ["README.md", "lazymerge.json"]
-    facts.add_row("beside it", ", ".join(beside))
-    facts.add_row(
-        "operations",
-        ", ".join(f"{count} {kind}" for kind, count in plan.graph.count_by_kind().items()),
-    )
-    facts.add_row("passes", _passes(plan.passes))
-    facts.add_row(
-        "data",
-        f"reads {format_bytes(plan.bytes_read)}, writes {format_bytes(plan.bytes_written)}",
-    )
-    memory = plan.memory
-    workers = f"{memory.workers} worker" + ("s" if memory.workers != 1 else "")
-    facts.add_row(
-        "memory",
-        f"{format_memory(memory.projected_bytes)} peak with {workers}, "
-        f"limit {format_memory(memory.limit_bytes)}",
-    )
+    for label, fact in plan.facts():
+        facts.add_row(label, Text(fact))
     free = free_disk_bytes(place)
     where = place if is_given else "the current folder"
-    enough = "" if free > plan.bytes_written else "  [red]not enough[/]"
     facts.add_row(
         "disk",
-        f"needs {format_bytes(plan.bytes_written)}, {format_bytes(free)} free at {where}{enough}",
+        Text.assemble(
+            f"needs {format_bytes(plan.bytes_written)}, {format_bytes(free)} free at {where}",
+            ("" if free > plan.bytes_written else "  not enough", "red"),
+        ),
     )
     return facts
 
@@ -142,74 +122,77 @@ class LayerRow:
 def layer_rows(plan: Plan) -> list[LayerRow]:
     """The plan's tensors, folded: one row per run of layers that are merged alike.
 
-    A layer whose tensors differ in their parameters (filters) is broken into rows.
+    A layer whose tensors differ in their parameters (filters) is broken into parts, and each
+    part is folded over the layers by itself. Rows stand in the order of their first tensor.
     """
     sizes = {write.name: write.element_count for write in plan.graph.writes}
-    outside: list[ResolvedTensor] = []
-    layers: dict[tuple[str, int], list[ResolvedTensor]] = {}
-    order: list[tuple[str, int] | ResolvedTensor] = []
+    stacks: dict[str, dict[int, list[ResolvedTensor]]] = {}
+    order: list[str | ResolvedTensor] = []
     for tensor in plan.tensors:
         place = plan.stacks.locate(tensor.name)
         if place is None:
-            outside.append(tensor)
             order.append(tensor)
             continue
-        key = (place.stack.prefix, place.index)
-        if key not in layers:
-            layers[key] = []
-            order.append(key)
-        layers[key].append(tensor)
-
+        prefix = place.stack.prefix
+        if prefix not in stacks:
+            stacks[prefix] = {}
+            order.append(prefix)
+        stacks[prefix].setdefault(place.index, []).append(tensor)
     rows: list[LayerRow] = []
-    run: list[int] = []
-    run_rows: list[tuple[str, list[ResolvedTensor], str, Mapping[str, str]]] = []
-    run_prefix = ""
-    run_key: object = None
-
-    def close() -> None:
-        if not run:
-            return
-        label = str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}"
-        for part, tensors, method, values in run_rows:
-            elements = len(run) * sum(sizes[t.name] for t in tensors)
-            where = f"{run_prefix}.{label}" + (f" {part}" if part else "")
-            rows.append(LayerRow(where, len(run) * len(tensors), elements, method, values))
-        run.clear()
-
     for entry in order:
         if isinstance(entry, ResolvedTensor):
-            close()
-            run_key = None
+            values = _values(plan, entry)
+            rows.append(LayerRow(entry.name, 1, sizes[entry.name], entry.method, values))
+        else:
+            rows += _rows_of_stack(plan, entry, stacks[entry], sizes)
+    return rows
+
+
+def _rows_of_stack(
+    plan: Plan,
+    prefix: str,
+    layers: Mapping[int, Sequence[ResolvedTensor]],
+    sizes: Mapping[str, int],
+) -> list[LayerRow]:
+    """A stack's rows: part by part, each folded over consecutive layers that are alike."""
+    parts: dict[str, list[tuple[int, LayerRow]]] = {}
+    for index in sorted(layers):
+        for part, tensors in _parts_of_layer(plan, layers[index]):
+            elements = sum(sizes[tensor.name] for tensor in tensors)
+            values = _values(plan, tensors[0])
+            row = LayerRow(part, len(tensors), elements, tensors[0].method, values)
+            parts.setdefault(part, []).append((index, row))
+    rows = []
+    for part, members in parts.items():
+        # consecutive indices with equal rows have one key: index minus place in the list
+        numbered = enumerate(members)
+        for _, run in groupby(numbered, lambda item: (item[1][0] - item[0], item[1][1])):
+            alike = [member for _, member in run]
+            first, last, row = alike[0][0], alike[-1][0], alike[0][1]
+            numbers = str(first) if first == last else f"{first}–{last}"
             rows.append(
-                LayerRow(entry.name, 1, sizes[entry.name], entry.method, _values(plan, entry))
+                LayerRow(
+                    f"{prefix}.{numbers} {part}".rstrip(),
+                    len(alike) * row.tensors,
+                    len(alike) * row.elements,
+                    row.method,
+                    row.values,
+                )
             )
-            continue
-        prefix, index = entry
-        parts = _parts_of_layer(plan, layers[entry])
-        content = [(part, len(tensors), method, v) for part, tensors, method, v in parts]
-        alike = (prefix, content, sum(sizes[tensor.name] for tensor in layers[entry]))
-        if alike != run_key or not run or index != run[-1] + 1:
-            close()
-            run_key, run_prefix, run_rows = alike, prefix, parts
-        run.append(index)
-    close()
     return rows
 
 
 def _parts_of_layer(
     plan: Plan, tensors: Sequence[ResolvedTensor]
-) -> list[tuple[str, list[ResolvedTensor], str, Mapping[str, str]]]:
-    """A layer's tensors grouped by equal values: (name of the part, tensors, method, values)."""
+) -> list[tuple[str, list[ResolvedTensor]]]:
+    """A layer's tensors grouped by equal method and values, each group with a name."""
     groups: dict[object, list[ResolvedTensor]] = {}
     for tensor in tensors:
         values = _values(plan, tensor)
         groups.setdefault((tensor.method, tuple(values.items())), []).append(tensor)
     if len(groups) == 1:
-        return [("", list(tensors), tensors[0].method, _values(plan, tensors[0]))]
-    return [
-        (_part_name(plan, members, tensors), members, members[0].method, _values(plan, members[0]))
-        for members in groups.values()
-    ]
+        return [("", list(tensors))]
+    return [(_part_name(plan, members, tensors), members) for members in groups.values()]
 
 
 def _part_name(
@@ -226,8 +209,8 @@ def _part_name(
     if not others.intersection(heads):
         return ", ".join(heads)
     names = [suffix(tensor).removesuffix(".weight") for tensor in members]
-    shown = ", ".join(names[:MOST_ROWS_OF_A_LAYER])
-    more = len(names) - MOST_ROWS_OF_A_LAYER
+    shown = ", ".join(names[:MOST_NAMES_OF_A_PART])
+    more = len(names) - MOST_NAMES_OF_A_PART
     return shown if more <= 0 else f"{shown}, {more} more"
 
 
@@ -249,32 +232,51 @@ def _is_silent(name: str) -> bool:
     return name == "int8_mask"
 
 
-def _layers(plan: Plan) -> RenderableType:
+def _parameters(plan: Plan) -> list[RenderableType]:
+    """What is the same for all merged tensors as lines, what differs as columns of the layers."""
+    from rich.table import Table
+    from rich.text import Text
+
     rows = layer_rows(plan)
-    names = list(dict.fromkeys(name for row in rows for name in row.values))
+    names = dict.fromkeys(name for row in rows for name in row.values)
+    merged = [row for row in rows if row.method != "copy"]
+    common = {
+        name: merged[0].values[name]
+        for name in names
+        if len({row.values.get(name) for row in merged}) == 1
+    }
     per_model = {name for t in plan.tensors for model in t.by_model.values() for name in model}
-    labels = " ".join(_model_label(plan, number) for number in range(len(plan.checkpoints)))
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="dim", no_wrap=True)
+    lines.add_column(overflow="fold")
+    for name, text in common.items():
+        shown = text
+        if name in per_model:
+            values = zip(_labels(plan), text.split(" "), strict=True)
+            shown = "   ".join(f"{label} {value}" for label, value in values if value != ABSENT)
+        lines.add_row(name, Text(shown))
     table = _table()
-    table.add_column("tensors", style="bold", overflow="fold", ratio=1)
+    table.add_column("tensors", style="bold", overflow="fold", ratio=1, min_width=26)
     table.add_column("count", justify="right", no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    for name in names:
-        heading = f"{name}\n[dim]{labels}[/]" if name in per_model else name
-        table.add_column(heading, no_wrap=name not in per_model)
+    table.add_column("elements", justify="right", no_wrap=True)
+    differing = [name for name in names if name not in common]
+    for name in differing:
+        labels = "\n" + " ".join(_labels(plan)) if name in per_model else ""
+        table.add_column(Text.assemble(name, (labels, "dim")), overflow="fold")
     for row in rows:
-        where = row.where + ("  [dim]copied[/]" if row.method == "copy" else "")
         table.add_row(
-            where,
+            Text.assemble(row.where, ("  copied" if row.method == "copy" else "", "dim")),
             str(row.tensors),
             format_count(row.elements),
-            *(row.values.get(name, "") for name in names),
+            *(row.values.get(name, "") for name in differing),
         )
-    return table
+    return [lines, table] if common else [table]
 
 
-def _model_label(plan: Plan, number: int) -> str:
-    """A, B, C …: what the columns of per-model values refer to."""
-    return chr(ord("A") + number) if len(plan.checkpoints) <= 26 else f"#{number + 1}"
+def _labels(plan: Plan) -> list[str]:
+    """A, B, C …: what per-model values refer to, in the order of the models table."""
+    count = len(plan.checkpoints)
+    return [chr(ord("A") + n) if count <= 26 else f"#{n + 1}" for n in range(count)]
 
 
 def _table() -> Table:
@@ -284,21 +286,9 @@ def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=True)
 
 
-def _dtypes(shares: Mapping[str, int]) -> str:
-    names = list(shares)
-    return names[0] if len(names) == 1 else f"{names[0]} + {', '.join(names[1:])}"
-
-
-def _passes(passes: Mapping[int, int]) -> str:
-    return ", ".join(
-        f"{count} over {tensors} tensor" + ("s" if tensors != 1 else "")
-        for count, tensors in passes.items()
-    )
-
-
 def _text(value: Scalar | None) -> str:
     if value is None:
-        return "–"
+        return ABSENT
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

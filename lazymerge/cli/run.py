@@ -17,7 +17,6 @@ from .options import (
     TruncateOption,
     WorkersOption,
     plan_of,
-    resources,
 )
 
 
@@ -39,9 +38,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Merge models by a recipe or a saved plan into OUT."""
-    made = plan_of(
-        recipe, resources(memory, workers, read_mode), max_shard_size, unsafe_truncate_embeddings
-    )
+    made = plan_of(recipe, memory, workers, read_mode, max_shard_size, unsafe_truncate_embeddings)
 
     from ..engine.run import run_plan
     from .console import messages, print_json
@@ -49,8 +46,10 @@ def run(
 
     console = messages()
     if not quiet:
+        from rich.text import Text
+
         for notice in made.notices:
-            console.print(f"[yellow]notice[/] {notice}", highlight=False)
+            console.print(Text.assemble(("notice", "yellow"), f" {notice}"))
     with progress_display(made, console, quiet=quiet or as_json) as observer:
         report = run_plan(made, output, overwrite=overwrite, fsync=not no_fsync, observer=observer)
     if as_json:

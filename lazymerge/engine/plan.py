@@ -20,15 +20,17 @@ from ..architecture.config import config_conflicts, output_config
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.tensor import DTYPES
 from ..errors import InputError, InputErrors
-from ..graph.compile import CompiledMerge, ResolvedTensor, compile_recipe
+from ..graph.compile import CompiledMerge, ResolvedTensor, compile_recipe, leading_rows
 from ..graph.export import graph_from_json, graph_to_json
 from ..graph.graph import Graph
 from ..graph.node import Read
 from ..graph.verify import verify_graph
 from ..methods import METHODS
 from ..output.layout import OutputTensor, Shard, lay_out
+from ..output.manifest import MANIFEST_NAME
 from ..output.sidecars import sidecar_files
 from ..recipe import Recipe, Signature, load_recipe, parse_recipe
+from ..sizes import format_bytes, format_count, format_memory
 from ..version import __version__
 from .inputs import ReadMode
 from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memory
@@ -122,6 +124,58 @@ class Plan:
             ],
         }
         return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What will happen, as (label, sentence) pairs for people."""
+        shares: Counter[str] = Counter()
+        for write in self.graph.writes:
+            shares[write.dtype] += write.element_count * DTYPES[write.dtype].item_bytes
+        elements = sum(write.element_count for write in self.graph.writes)
+        config = ["config.json"] if self.config is not None else []
+        memory = self.memory
+        return [
+            (
+                "output",
+                f"{_counted(len(self.tensors), 'tensor')}, {format_count(elements)} parameters, "
+                f"{dtype_text(dict(shares.most_common()))}, {format_bytes(self.bytes_written)} "
+                f"in {_counted(len(self.shards), 'shard')}",
+            ),
+            ("beside it", ", ".join([*config, *self.sidecars, "README.md", MANIFEST_NAME])),
+            (
+                "operations",
+                ", ".join(f"{count} {kind}" for kind, count in self.graph.count_by_kind().items()),
+            ),
+            (
+                "passes",
+                ", ".join(
+                    f"{passes} over {_counted(tensors, 'tensor')}"
+                    for passes, tensors in self.passes.items()
+                ),
+            ),
+            (
+                "data",
+                f"reads {format_bytes(self.bytes_read)}, writes {format_bytes(self.bytes_written)}",
+            ),
+            (
+                "memory",
+                f"{format_memory(memory.projected_bytes)} peak with "
+                f"{_counted(memory.workers, 'worker')}, limit {format_memory(memory.limit_bytes)}",
+            ),
+        ]
+
+    def summary(self) -> str:
+        """The plan in a few lines of plain text."""
+        lines = [f"{self.recipe.merge_method}  {self.recipe.path}"]
+        for reference, checkpoint in self.checkpoints.items():
+            base = " (base)" if reference == self.recipe.base_model else ""
+            lines.append(
+                f"model       {reference}{base}: "
+                f"{format_count(checkpoint.parameter_count)} parameters, "
+                f"{format_bytes(checkpoint.size_bytes)}, {dtype_text(dtype_shares(checkpoint))}"
+            )
+        lines += [f"{label:<12}{fact}" for label, fact in self.facts()]
+        lines += [f"notice      {notice}" for notice in self.notices]
+        return "\n".join(lines)
 
     def with_resources(self, resources: Resources) -> Plan:
         """The same merge, to be run with other memory, workers or read mode.
@@ -317,6 +371,7 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         checkpoints[model["reference"]] = checkpoint
     graph = graph_from_json(document["graph"])
     verify_graph(graph)
+    _check_reads(graph, checkpoints, path)
     output = document["output"]
     shards = lay_out(
         [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes],
@@ -349,6 +404,39 @@ def dtype_shares(checkpoint: Checkpoint) -> dict[str, int]:
     for tensor in checkpoint.tensors.values():
         shares[tensor.dtype] += tensor.size_bytes
     return dict(shares.most_common())
+
+
+def dtype_text(shares: Mapping[str, int]) -> str:
+    """`BF16`, or `BF16 + F32` where there are several, the largest share first."""
+    return " + ".join(shares)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _check_reads(graph: Graph, checkpoints: Mapping[str, Checkpoint], path: str) -> None:
+    """Every Read of a loaded graph must be a tensor of its models, or its leading rows: a plan
+    that someone has edited must not reach other files.
+
+    Raises:
+        InputError: one is not.
+    """
+    known = {
+        (checkpoint.folder, tensor.file, tensor.name): tensor
+        for checkpoint in checkpoints.values()
+        for tensor in checkpoint.tensors.values()
+    }
+    for node in graph:
+        if not isinstance(node, Read):
+            continue
+        tensor = known.get((node.folder, node.tensor.file, node.tensor.name))
+        rows = node.shape[0] if node.shape else 0
+        if tensor is None or node.tensor not in (tensor, leading_rows(tensor, rows)):
+            raise InputError(
+                f"{path} reads {node.tensor.name} from {node.folder} where there is no such "
+                "tensor; plan the recipe again"
+            )
 
 
 def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:

@@ -348,7 +348,7 @@ def setting_filters(setting: Setting) -> list[str]:
 
 def leading_rows(info: TensorInfo, rows: int) -> TensorInfo:
     """The part of a tensor that its first rows take up on disk."""
-    if info.shape[0] == rows:
+    if not info.shape or info.shape[0] <= rows:
         return info
     row_bytes = info.size_bytes // info.shape[0]
     return replace(

@@ -1,0 +1,83 @@
+"""The same things from Python as from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .engine.inputs import ReadMode
+from .engine.plan import (
+    DEFAULT_MAX_SHARD_BYTES,
+    DEFAULT_READ_MODE,
+    Plan,
+    Resources,
+    load_plan,
+    plan_recipe_file,
+)
+from .engine.run import Observer, RunReport, run_plan
+from .sizes import parse_size
+
+
+def plan(
+    recipe: Path | str,
+    *,
+    memory: int | str | None = None,
+    workers: int | None = None,
+    read_mode: ReadMode = DEFAULT_READ_MODE,
+    max_shard_size: int | str = DEFAULT_MAX_SHARD_BYTES,
+    truncate_embeddings: bool = False,
+) -> Plan:
+    """Plans a merge from headers alone; reads no tensor data and writes nothing.
+
+    recipe: path of a recipe (YAML), or of a saved plan (.json).
+    memory: bound of the process's peak resident set, in bytes or as "512MiB"; by default 2 GiB or
+        half of what is available.
+    workers: threads that compute; by default one per processor.
+    read_mode: how inputs are read, "pread" or "mmap"; the output is the same.
+    max_shard_size: largest output file, in bytes or as "5GB".
+    truncate_embeddings: merge the common leading rows where vocabularies differ in size.
+
+    Raises:
+        RecipeError: the recipe is wrong; all its problems are named with their lines.
+        InputError: a model cannot be opened, or tensors cannot be merged.
+        DoesNotFitError: the memory does not suffice.
+    """
+    resources = Resources(
+        limit_bytes=parse_size(memory) if isinstance(memory, str) else memory,
+        workers=workers,
+        read_mode=read_mode,
+    )
+    if Path(recipe).suffix == ".json":
+        return load_plan(recipe, resources)
+    return plan_recipe_file(
+        recipe,
+        resources,
+        max_shard_bytes=(
+            parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+        ),
+        truncate_embeddings=truncate_embeddings,
+    )
+
+
+def run(
+    plan: Plan,
+    output: Path | str,
+    *,
+    overwrite: bool = False,
+    fsync: bool = True,
+    observer: Observer | None = None,
+) -> RunReport:
+    """Runs a plan into a folder.
+
+    output: a folder that is empty or does not exist.
+    overwrite: replace what an earlier merge has left there.
+    fsync: wait until the data is on disk before files get their final names.
+    observer: is told how the run proceeds, from the workers' threads.
+
+    Raises:
+        InputError: the folder cannot be used, or integer tensors differ between models.
+        DoesNotFitError: the disk is full.
+        LazymergeError: reading or writing fails.
+
+    Whatever it raises, the files it has made are removed.
+    """
+    return run_plan(plan, output, overwrite=overwrite, fsync=fsync, observer=observer)
