@@ -149,7 +149,7 @@ class _Compiler:
         if self.problems:
             raise InputErrors(_shortened(self.problems))
         return CompiledMerge(
-            self.graph,
+            self.graph.without_unused(),  # a model of density 0, say, is not even read
             tuple(tensors),
             (*self.notices.sentences(), *self._unmatched_filters()),
             self.stacks,

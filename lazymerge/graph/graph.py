@@ -103,6 +103,18 @@ class Graph:
         visit(node_id)
         return tuple(found.values())
 
+    def without_unused(self) -> Graph:
+        """The graph without the nodes that lead to no output, in the same order."""
+        used = {write.id for write in self._writes}
+        for node in reversed(list(self)):
+            if node.id in used:
+                used.update(node_inputs(node))
+        kept = Graph()
+        for node in self:
+            if node.id in used:
+                kept.add(node)
+        return kept
+
     def count_by_kind(self) -> dict[str, int]:
         """Number of nodes by kind, with the operation's name for Reduce and Apply."""
         counts: Counter[str] = Counter()
