@@ -104,6 +104,11 @@ class Sample:
     runs: int
     run_elements: int
 
+    def starts(self, element_count: int) -> list[int]:
+        """The first element of every run, in a tensor of so many elements."""
+        spacing = (element_count - self.run_elements) / max(1, self.runs - 1)
+        return [round(run * spacing) for run in range(self.runs)]
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:

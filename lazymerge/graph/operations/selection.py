@@ -24,9 +24,8 @@ Heavy ties (identical models, coarse dtypes) make the bracket shrink to a single
 counting alone decides and nothing is collected.
 
 The search ends, whatever the data: brackets are guessed GUESSES times; from then on every pass
-halves the range of floats in which the threshold can lie (`most_passes` is the bound). Sorted
-or periodic tensors, whose candidates are not a fair sample of anything, may need more than one
-guess; none is known that needs the halving.
+halves the range of floats in which the threshold can lie (`most_passes` is the bound). Most
+tensors need one guess, sorted and periodic ones several.
 """
 
 from __future__ import annotations
