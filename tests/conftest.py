@@ -34,7 +34,8 @@ def write_checkpoint(
     shards: files to spread the tensors over in turn; more than one come with an index.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # cloned: the library refuses to write tensors that share memory
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     else:

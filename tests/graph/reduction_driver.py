@@ -36,12 +36,6 @@ class Reduced:
         return sum(p.sample is None and p.only_block is None for p in self.passes)
 
 
-def sample_starts(runs: int, run_elements: int, elements: int) -> list[int]:
-    """Where the engine's scheduler places a sample's runs."""
-    spacing = (elements - run_elements) / max(1, runs - 1)
-    return [round(run * spacing) for run in range(runs)]
-
-
 def drive(
     operation: ReduceOperation[Any, Any],
     tensors: Sequence[torch.Tensor],
@@ -63,8 +57,8 @@ def drive(
         passes.append(step)
         assert len(passes) <= most_passes, f"no end after {most_passes} passes: {step.state}"
         if step.sample is not None:
-            runs, length = step.sample.runs, step.sample.run_elements
-            pieces = [[(s, s + length) for s in sample_starts(runs, length, elements)]]
+            length = step.sample.run_elements
+            pieces = [[(s, s + length) for s in step.sample.starts(elements)]]
         else:
             chosen = starts if step.only_block is None else [starts[step.only_block]]
             pieces = [[(s, min(s + block_elements, elements))] for s in chosen]
