@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from ..recipe.signature import BaseModel, Parameter, Scope, Signature
 from .merge import TensorMerge, merge_method
 
@@ -78,10 +76,8 @@ def task_arithmetic(merge: TensorMerge) -> str:
     divisor = 1.0
     if merge.flag("normalize") and abs(sum(weights)) >= SMALLEST_DIVISOR:
         divisor = sum(weights)
-    factors = [merge.number("lambda") * weight / divisor for weight in weights]
     return merge.apply(
-        "linear_combination",
+        "task_vectors",
         [merge.required_base.node, *(model.node for model in merge.models)],
-        # the exact sum, rounded once: 1 - 1 - 0.3 must be -0.3, or elements that cancel show it
-        coefficients=(math.fsum([1.0, *(-factor for factor in factors)]), *factors),
+        factors=tuple(merge.number("lambda") * weight / divisor for weight in weights),
     )
