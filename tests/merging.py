@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from lazymerge.engine.null import walk_plan
 from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
 from lazymerge.engine.run import run_plan
 from lazymerge.recipe import Recipe, parse_recipe
@@ -49,7 +50,8 @@ def plan_of(
 
 
 def run(plan: Plan, output: Path) -> dict[str, torch.Tensor]:
-    """Run a plan and load what it has written with the safetensors library."""
+    """Walk a plan, run it, and load what it has written with the safetensors library."""
+    walk_plan(plan)
     run_plan(plan, output, fsync=False, overwrite=True)
     merged: dict[str, torch.Tensor] = {}
     for file in sorted(output.glob("*.safetensors")):
