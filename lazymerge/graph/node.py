@@ -31,7 +31,8 @@ ID_BYTES = 16
 
 def _content_hash(*content: object) -> str:
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
-    return blake2b(text.encode(), digest_size=ID_BYTES).hexdigest()
+    # a path that is not UTF-8 reaches Python with lone surrogates in it
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=ID_BYTES).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
