@@ -306,11 +306,13 @@ class TestNull(ExecutorContract):
         assert sum(walk.bytes_written.values()) + headers == plan.bytes_written
 
     def test_bytes_are_those_of_a_run(self, plan: Plan, tmp_path: Path) -> None:
-        if plan.recipe.merge_method == "ties":
-            pytest.skip("how often ties reads depends on the data")
         report = run_plan(plan, tmp_path / "out", fsync=False)
         walk = walk_plan(plan)
-        assert sum(walk.bytes_read.values()) == report.bytes_read
+        if any("magnitude" in job.operation for job in walk.jobs):  # may need further passes
+            samples = sum(walk.sample_bytes_read.values())
+            assert sum(walk.bytes_read.values()) + samples <= report.bytes_read
+        else:
+            assert sum(walk.bytes_read.values()) == report.bytes_read
         assert sum(walk.bytes_written.values()) == report.bytes_written
 
     def test_jobs_of_ties(self, tmp_path: Path) -> None:
