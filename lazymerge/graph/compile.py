@@ -102,8 +102,15 @@ def compile_recipe(
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key under which layers.2 comes before layers.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Sort key under which layers.2 comes before layers.10; no two names have the same.
+
+    Numbers are compared by length, then as text: names may hold digits that int() refuses.
+    """
+    key = []
+    for place, part in enumerate(re.split(r"([0-9]+)", name)):
+        digits = part.lstrip("0")
+        key.append((len(digits), digits) if place % 2 else (-1, part))
+    return [*key, (-2, name)]
 
 
 class _Compiler:
