@@ -22,7 +22,7 @@ from lazymerge.graph.compile import (
     leading_rows,
     natural_order,
 )
-from lazymerge.graph.node import Apply, Read
+from lazymerge.graph.node import Apply, Read, Reduce
 from lazymerge.graph.verify import verify_graph
 from lazymerge.methods import METHODS
 from lazymerge.recipe import parse_recipe
