@@ -252,13 +252,23 @@ def _check_link(folder: Path, file: str) -> None:
     if not path.is_symlink():
         return
     target = Path(os.path.realpath(path))
-    if not any(target.is_relative_to(root) for root in (folder, *_hub_cache_folders(folder))):
+    if leaves_model(folder, file):
         raise InputError(
             f"{path}: is a link to {target}, outside the model's folder. Replace the link with the "
             "file if you trust it."
         )
     if not target.exists():
         raise InputError(f"{path}: is a link to {target}, which is absent. Download it again.")
+
+
+def leaves_model(folder: Path, file: str) -> bool:
+    """Whether a file of a model's folder lies, through links, outside the model.
+
+    folder: the model's folder. file: relative path.
+    """
+    root = folder.resolve()
+    target = Path(os.path.realpath(root / file))
+    return not any(target.is_relative_to(inside) for inside in (root, *_hub_cache_folders(root)))
 
 
 def _hub_cache_folders(folder: Path) -> list[Path]:

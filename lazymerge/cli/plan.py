@@ -55,7 +55,8 @@ def plan(
 
     place = output or Path()
     if output is not None:
-        check_output_folder(output, read_folders(made), overwrite=True)
+        # a dry run may look at what would replace an earlier output; a plan is not saved into one
+        check_output_folder(output, read_folders(made), overwrite=dry_run)
         check_disk(output, made.bytes_written, overwrite=True)
     if as_json:
         from .console import print_json

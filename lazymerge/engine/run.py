@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from xxhash import xxh3_128_hexdigest
 
+from ..errors import InputError
 from ..graph.node import Write
 from ..methods import METHODS
 from ..output.card import model_card
@@ -82,7 +83,8 @@ def run_plan(
     fsync: wait until the data is on disk before giving files their final names.
 
     Raises:
-        InputError: the folder cannot be used, or integer tensors differ between models.
+        InputError: an input has changed since it was planned, the folder cannot be used, or
+            integer tensors differ between models.
         DoesNotFitError: the disk is full.
         LazymergeError: reading or writing fails.
         KeyboardInterrupt: interrupted.
@@ -90,6 +92,7 @@ def run_plan(
     Whatever it raises, the files it has made are removed.
     """
     folder = Path(output)
+    check_inputs(plan)
     check_output_folder(folder, read_folders(plan), overwrite=overwrite)
     check_disk(folder, plan.bytes_written, overwrite=overwrite)
     existed = folder.exists()
@@ -104,6 +107,28 @@ def run_plan(
         if not existed:
             folder.rmdir()
         raise
+
+
+def check_inputs(plan: Plan) -> None:
+    """Checks that the inputs are the files that were planned, and has the safetensors library
+    check their headers once more by its own rules.
+
+    Raises:
+        InputError: one is not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for checkpoint in plan.checkpoints.values():
+        for file in checkpoint.files:
+            path = Path(checkpoint.folder) / file.path
+            try:
+                status = path.stat()
+                with safe_open(path, framework="pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{path} cannot be read: {error}") from error
+            if (status.st_size, status.st_mtime_ns) != (file.size_bytes, file.modified_ns):
+                raise InputError(f"{path} has changed since the merge was planned; plan it again")
 
 
 def _run(

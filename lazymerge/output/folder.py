@@ -13,6 +13,7 @@ from ..sizes import format_bytes
 from .layout import INDEX_NAME
 from .manifest import MANIFEST_NAME
 from .sidecars import COPIED
+from .writer import PARTIAL_SUFFIX
 
 OWN_FILES = (
     "model.safetensors",
@@ -65,11 +66,20 @@ def check_output_folder(output: Path, inputs: Sequence[str], *, overwrite: bool)
     if present == [".lazymerge"] and os.listdir(output / ".lazymerge") == ["plan.json"]:
         return
     foreign = [name for name in present if not is_own(name)]
+    is_earlier = any(
+        name in (MANIFEST_NAME, ".lazymerge") or name.endswith(PARTIAL_SUFFIX) for name in present
+    )
     if present and not overwrite:
         raise InputError(
             f"the output folder {output} is not empty (it holds {_some(present)}); old and new "
             "weights must not mix: choose an empty folder, or give --overwrite to replace an "
             "earlier output"
+        )
+    if present and not is_earlier:
+        raise InputError(
+            f"the output folder {output} holds files ({_some(present)}) and no {MANIFEST_NAME}, so "
+            "it is not an earlier output of lazymerge, and --overwrite does not replace it; choose "
+            "another folder"
         )
     if foreign:
         raise InputError(

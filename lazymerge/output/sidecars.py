@@ -1,7 +1,7 @@
 """The small files beside the weights: config, tokenizer and generation settings.
 
 They are copied from the base model (without one, from the first) as data: nothing in them is
-interpreted but config.json, and no code file is ever copied.
+interpreted but config.json, no code file is ever copied, and no link is followed out of the model.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import fnmatch
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+
+from ..checkpoint import leaves_model
 
 COPIED = (
     "tokenizer.json",
@@ -49,6 +51,7 @@ def sidecar_files(folder: str) -> tuple[str, ...]:
         if (
             any(fnmatch.fnmatchcase(name, pattern) for pattern in COPIED)
             and candidate.is_file()
+            and not leaves_model(root, name)
             and candidate.stat().st_size <= MAX_SIDECAR_BYTES
         ):
             found.add(name)

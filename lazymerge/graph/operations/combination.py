@@ -5,6 +5,10 @@ leaves a relative error of 2⁻²⁴ of the *terms*, which is many ulps of the *
 element in 10⁵ of a three-model merge is hit. In float64 the sum is right to 2⁻⁵² of the terms and
 the only rounding that shows is the output's own. Measured on two cores, warm, for three bfloat16
 inputs: 0.85 ns per element against 0.70 ns in float32.
+
+Products are rounded before they are added (mul_, add_; not add_ with alpha, which is a fused
+multiply-add on processors that have one): the same bits on every processor, and exactly what the
+formula gives in float64 anywhere else.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ class LinearCombination(ApplyOperation):
         term = scratch[0]
         for source, coefficient in zip(inputs[1:], prepared[1:], strict=True):
             source.read_into(term)
-            out.add_(term, alpha=coefficient)
+            out.add_(term.mul_(coefficient))
 
 
 @register
@@ -94,5 +98,5 @@ class TaskVectors(ApplyOperation):
             out.mul_(first)
         for source, factor in zip(inputs[2:], others, strict=True):
             source.read_into(change)
-            out.add_(change.sub_(base), alpha=factor)
+            out.add_(change.sub_(base).mul_(factor))
         out.add_(base)
