@@ -5,6 +5,7 @@ stages.py     what one output tensor needs done, and its buffers
 memory.py     what a run occupies, decided before it starts
 plan.py       all of that as one value
 inputs.py     reading byte ranges, mapped or by pread
+rounding.py   float64 to a narrow dtype in one rounding
 frame.py      a stage bound to a worker's arena
 scheduler.py  who does what next
 worker.py     a thread that does it

@@ -15,6 +15,7 @@ from ..graph.graph import Graph
 from ..graph.node import Apply, Read, Reduce, Write
 from ..graph.operation import ApplyOperation, BlockInput, apply_operation, reduce_operation
 from .inputs import InputFiles, MappedInput, Pieces, PreadInput, ReadMode
+from .rounding import round_once
 from .stages import Slot, StageLayout
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class Frame:
         self._inputs: list[BlockInput] = []
         self._result = self._node_buffers([layout.result] if layout.result else ())
         self._encoded = self._node_buffers([layout.encoded] if layout.encoded else ())
+        self._rounding = self._node_buffers(layout.rounding)
         self._source: PreadInput | MappedInput | _ApplyInput | None = None
         self._output_item_bytes = 0
         if isinstance(stage, Reduce):
@@ -191,14 +193,24 @@ class Frame:
             if not encoded:
                 assert self._layout.result is not None
                 return self._arena.bytes(self._layout.result)[:size]
-            encoded[0].copy_(result)
+            self._round(result, encoded[0])
         else:
             assert source is not None
             if not encoded:
                 return _bytes_of(source.raw(0), size)
-            source.read_into(encoded[0])
+            if self._rounding.current:
+                source.read_into(self._result.current[0])
+                self._round(self._result.current[0], encoded[0])
+            else:
+                source.read_into(encoded[0])
         assert self._layout.encoded is not None
         return self._arena.bytes(self._layout.encoded)[:size]
+
+    def _round(self, result: Tensor, encoded: Tensor) -> None:
+        if self._rounding.current:
+            round_once(result, encoded, *self._rounding.current)
+        else:
+            encoded.copy_(result)
 
     def release(self, start: int, stop: int) -> None:
         """Gives back what reading an element range has left in memory."""

@@ -115,7 +115,7 @@ def walk_plan(plan: Plan) -> Walk:
 
 def layout_slots(layout: StageLayout) -> list[Slot]:
     """All buffers of a stage. All are live from its first block to its last."""
-    slots = [*layout.raw, layout.result, layout.encoded]
+    slots = [*layout.raw, layout.result, layout.encoded, *layout.rounding]
     for node in layout.nodes.values():
         slots += [node.out, *node.scratch]
     return [slot for slot in slots if slot is not None]

@@ -50,6 +50,7 @@ class StageLayout:
     raw: undecoded input blocks, U8.
     result: the block in working dtype, before the output's rounding (Write of an Apply).
     encoded: the block in the output's dtype; None where `result` or `raw` already is.
+    rounding: scratch for rounding float64 once; empty where that is not needed.
     nodes: buffers of the Apply and Reduce nodes of the stage, by id.
     size_bytes: of all of them.
     """
@@ -57,6 +58,7 @@ class StageLayout:
     raw: tuple[Slot, ...]
     result: Slot | None
     encoded: Slot | None
+    rounding: tuple[Slot, ...]
     nodes: Mapping[str, NodeSlots]
     size_bytes: int
 
@@ -121,25 +123,32 @@ class _Layout:
 
     def lay_out(self, stage: Reduce | Write) -> StageLayout:
         result = encoded = None
+        rounding: tuple[Slot, ...] = ()
         if isinstance(stage, Reduce):
             self.reduce(stage)
         else:
             source = self.graph.block_node(stage.source)
+            is_computed = isinstance(source, Apply) and not apply_operation(source.operation).is_raw
             if isinstance(source, Read):
                 self.read(source)
-                if source.dtype != stage.dtype:
-                    encoded = self.slot(stage.dtype)
-            elif apply_operation(source.operation).is_raw:
-                self.apply(source)
             else:
-                result = self.slot(source.dtype)
                 self.apply(source)
-                if source.dtype != stage.dtype:
-                    encoded = self.slot(stage.dtype)
+            if source.dtype != stage.dtype:
+                encoded = self.slot(stage.dtype)
+                if self.rounds_from_float64(stage):
+                    rounding = (self.slot("F64"), self.slot("F64"))
+            if is_computed or rounding:
+                result = self.slot(source.dtype)
         raw = tuple(
             self.slot("U8", self.elements * self.raw_item_bytes) for _ in range(self.raw_count)
         )
-        return StageLayout(raw, result, encoded, self.nodes, self.size_bytes)
+        return StageLayout(raw, result, encoded, rounding, self.nodes, self.size_bytes)
+
+    def rounds_from_float64(self, write: Write) -> bool:
+        """Whether float64 arithmetic ends in a dtype that torch reaches by way of float32."""
+        if DTYPES[write.dtype].item_bytes > 2:
+            return False
+        return any(read.dtype == "F64" for read in self.graph.reads_of(write.id))
 
     def slot(self, dtype: str, elements: int | None = None) -> Slot:
         count = self.elements if elements is None else elements
@@ -170,8 +179,9 @@ class _Layout:
             source = self.graph.block_node(source_id)
             if isinstance(source, Read):
                 self.read(source)
-            elif source.id not in self.nodes:
+                continue
+            if source.id not in self.nodes:
                 self.apply(source)
-                if source.dtype != user.working_dtype:
-                    slots = self.nodes[source.id]
-                    self.nodes[source.id] = NodeSlots(self.slot(source.dtype), slots.scratch)
+            slots = self.nodes[source.id]
+            if source.dtype != user.working_dtype and slots.out is None:
+                self.nodes[source.id] = NodeSlots(self.slot(source.dtype), slots.scratch)

@@ -68,9 +68,11 @@ class ShardWriter:
             descriptor = self._descriptors.pop(shard.file)
         path = self._partial(shard)
         try:
-            if self._fsync:
-                os.fsync(descriptor)
-            os.close(descriptor)
+            try:
+                if self._fsync:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             path.rename(self._folder / shard.file)
             if self._fsync:
                 sync_folder(self._folder)

@@ -511,11 +511,6 @@ def test_blocks_and_samples_of_real_size(tmp_path: Path) -> None:
             assert_within_ulps(merged[name], expected, torch.bfloat16, slack=slack)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="lazymerge/engine/frame.py encodes float64 by torch's copy_, which goes by way of "
-    "float32 and so rounds twice; P8 promises one rounding",
-)
 def test_a_float64_result_is_rounded_once(tmp_path: Path) -> None:
     """1 + 2⁻⁸ + 2⁻⁴⁰ lies above the middle of two bfloat16; by way of float32 it lies on it."""
     models = {"a": {"t": torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=torch.float64)}}
