@@ -24,7 +24,7 @@ from ..graph.compile import CompiledMerge, ResolvedTensor, compile_recipe, leadi
 from ..graph.export import graph_from_json, graph_to_json
 from ..graph.graph import Graph
 from ..graph.node import Read
-from ..graph.verify import verify_graph
+from ..graph.verify import IllegalGraphError, verify_graph
 from ..methods import METHODS
 from ..output.layout import OutputTensor, Shard, lay_out
 from ..output.manifest import MANIFEST_NAME
@@ -341,7 +341,7 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a saved plan: {error}") from error
     if not isinstance(document, dict) or document.get("format") != PLAN_FORMAT:
         raise InputError(f"{path} is not a plan that this version of lazymerge can read")
@@ -352,7 +352,15 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
         )
     try:
         return _plan_from(document, resources or Resources(), str(path))
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (
+        AttributeError,  # one kind of JSON value where another belongs
+        IllegalGraphError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise InputError(f"{path} is damaged ({error!r}); plan the recipe again") from error
 
 
@@ -373,6 +381,7 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     verify_graph(graph)
     _check_reads(graph, checkpoints, path)
     output = document["output"]
+    _check_sidecars(output, checkpoints[recipe.base_model or recipe.models[0].model], path)
     shards = lay_out(
         [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes],
         _max_shard_bytes_of(output["shards"]),
@@ -437,6 +446,23 @@ def _check_reads(graph: Graph, checkpoints: Mapping[str, Checkpoint], path: str)
                 f"{path} reads {node.tensor.name} from {node.folder} where there is no such "
                 "tensor; plan the recipe again"
             )
+
+
+def _check_sidecars(output: Mapping[str, Any], source: Checkpoint, path: str) -> None:
+    """The files that are copied must be the model's own: a plan that someone has edited must
+    neither read nor write elsewhere.
+
+    Raises:
+        InputError: one is not.
+    """
+    known = sidecar_files(source.folder)
+    other = [file for file in output["sidecars"] if file not in known]
+    if output["sidecar_folder"] != source.folder or other:
+        what = f"{other[0]!r}, which is not there" if other else "files from another folder"
+        raise InputError(
+            f"{path} copies {what}; the model {source.reference} has the sidecar files "
+            f"{', '.join(known) or '(none)'}: plan the recipe again"
+        )
 
 
 def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:

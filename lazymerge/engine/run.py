@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -19,9 +20,9 @@ from ..methods import METHODS
 from ..output.card import model_card
 from ..output.folder import check_disk, check_output_folder, clear_output_folder
 from ..output.layout import INDEX_NAME, index_json
-from ..output.manifest import CHECKSUM, write_manifest, write_text
+from ..output.manifest import CHECKSUM, MANIFEST_NAME, write_manifest, write_text
 from ..output.sidecars import copy_sidecars
-from ..output.writer import ShardWriter, sync_folder
+from ..output.writer import ShardWriter, sync_folder, write_error
 from ..version import __version__
 from .inputs import InputFiles
 from .memory import peak_resident_bytes
@@ -95,7 +96,7 @@ def run_plan(
     check_inputs(plan)
     check_output_folder(folder, read_folders(plan), overwrite=overwrite)
     check_disk(folder, plan.bytes_written, overwrite=overwrite)
-    existed = folder.exists()
+    made = [f for f in (folder.absolute(), *folder.absolute().parents) if not f.exists()]
     clear_output_folder(folder)
     writer = ShardWriter(folder, plan.shards, fsync=fsync)
     try:
@@ -104,8 +105,9 @@ def run_plan(
     except BaseException:
         writer.discard()
         clear_output_folder(folder)
-        if not existed:
-            folder.rmdir()
+        with suppress(OSError):  # what holds somebody else's files stays
+            for made_folder in made:
+                made_folder.rmdir()
         raise
 
 
@@ -176,7 +178,10 @@ def _run(
         torch.set_num_threads(threads_before)
         files.close()
     writer.close()
-    write_beside_weights(plan, folder)
+    try:
+        write_beside_weights(plan, folder)
+    except OSError as error:
+        raise write_error(Path(error.filename or folder), error) from error
     report = RunReport(
         output=str(folder.absolute()),
         seconds=time.perf_counter() - began,
@@ -184,9 +189,12 @@ def _run(
         bytes_written=totals[1],
         measured_bytes=peak_resident_bytes(),
     )
-    write_manifest(folder, _manifest(plan, checksums, report))
-    if fsync:
-        sync_folder(folder)
+    try:
+        write_manifest(folder, _manifest(plan, checksums, report))
+        if fsync:
+            sync_folder(folder)
+    except OSError as error:
+        raise write_error(folder / MANIFEST_NAME, error) from error
     return report
 
 

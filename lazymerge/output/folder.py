@@ -18,16 +18,17 @@ from .writer import PARTIAL_SUFFIX
 OWN_FILES = (
     "model.safetensors",
     "model-?????-of-?????.safetensors",
-    "*.safetensors.partial",
     INDEX_NAME,
     "config.json",
     "README.md",
     MANIFEST_NAME,
-    ".lazymerge",
-    "1_Pooling",
     *COPIED,
 )
-"""What --overwrite may remove from an earlier output. Anything else is somebody's and stays."""
+"""What --overwrite may remove from an earlier output, under these names or as partial files.
+Anything else is somebody's and stays."""
+
+OWN_FOLDERS = {".lazymerge": ("plan.json",), "1_Pooling": ("config.json",)}
+"""Folders in an output, and the files in them, that --overwrite may remove."""
 
 PLAN_PATH = ".lazymerge/plan.json"
 """Where `lazymerge plan -o OUT` leaves the plan; a folder that holds nothing else is empty."""
@@ -36,8 +37,18 @@ FILESYSTEM_SLACK_BYTES = 16 << 20
 """Room for the folder's own blocks and the small files beside the weights."""
 
 
-def is_own(name: str) -> bool:
-    """Whether a file of that name in an output folder is one that a merge writes."""
+def is_own(entry: Path) -> bool:
+    """Whether something in an output folder is what a merge writes there.
+
+    A folder is when there is nothing in it but files that a merge writes.
+    """
+    if entry.is_dir() and not entry.is_symlink():
+        files = OWN_FOLDERS.get(entry.name)
+        return files is not None and all(
+            child.name in files and (child.is_symlink() or child.is_file())
+            for child in entry.iterdir()
+        )
+    name = entry.name.removesuffix(PARTIAL_SUFFIX)
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in OWN_FILES)
 
 
@@ -49,23 +60,29 @@ def check_output_folder(output: Path, inputs: Sequence[str], *, overwrite: bool)
     Raises:
         InputError: it is a model's folder, no folder at all, or not empty.
     """
-    resolved = output.resolve()
+    resolved = os.path.realpath(output)
     for folder in inputs:
-        if resolved == Path(folder).resolve():
+        if resolved == os.path.realpath(folder):
             raise InputError(
                 f"the output folder {output} is the folder of an input model; choose another one"
             )
     if not output.exists():
+        if output.is_symlink():
+            raise InputError(
+                f"the output {output} is a link to {os.readlink(output)}, which is absent; "
+                "make that folder or choose another name"
+            )
         _check_parent(output)
         return
     if not output.is_dir():
         raise InputError(f"the output {output} exists and is not a folder; choose another name")
     if not os.access(output, os.W_OK | os.X_OK):
         raise InputError(f"the output folder {output} is not writable")
-    present = sorted(entry.name for entry in output.iterdir())
-    if present == [".lazymerge"] and os.listdir(output / ".lazymerge") == ["plan.json"]:
+    entries = sorted(output.iterdir())
+    present = [entry.name for entry in entries]
+    foreign = [entry.name for entry in entries if not is_own(entry)]
+    if present == [".lazymerge"] and not foreign:
         return
-    foreign = [name for name in present if not is_own(name)]
     is_earlier = any(
         name in (MANIFEST_NAME, ".lazymerge") or name.endswith(PARTIAL_SUFFIX) for name in present
     )
@@ -99,7 +116,7 @@ def check_disk(output: Path, needed_bytes: int, *, overwrite: bool) -> None:
         free += sum(
             entry.stat().st_blocks * 512
             for entry in output.iterdir()
-            if entry.is_file() and is_own(entry.name)
+            if entry.is_file() and is_own(entry)
         )
     if needed_bytes + FILESYSTEM_SLACK_BYTES > free:
         raise DoesNotFitError(
@@ -119,11 +136,13 @@ def free_disk_bytes(output: Path) -> int:
 def clear_output_folder(output: Path) -> None:
     """Creates the folder if need be, and removes what an earlier merge has left in it."""
     output.mkdir(parents=True, exist_ok=True)
-    for entry in output.iterdir():
-        if not is_own(entry.name):
+    for entry in [*output.iterdir()]:
+        if not is_own(entry):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+            for child in [*entry.iterdir()]:
+                child.unlink()
+            entry.rmdir()
         else:
             entry.unlink()
 

@@ -47,7 +47,7 @@ class ShardWriter:
                 self._descriptors[shard.file] = descriptor
                 _preallocate(descriptor, shard.size_bytes)
             except OSError as error:
-                raise _write_error(path, error, shard.size_bytes) from error
+                raise write_error(path, error, shard.size_bytes) from error
             self._write_at(shard, memoryview(shard_header(shard)), 0)
 
     def write(self, tensor: str, data: memoryview, offset: int) -> None:
@@ -77,7 +77,7 @@ class ShardWriter:
             if self._fsync:
                 sync_folder(self._folder)
         except OSError as error:
-            raise _write_error(path, error, 0) from error
+            raise write_error(path, error) from error
 
     def close(self) -> None:
         """Closes what is still open; incomplete shards keep their partial names."""
@@ -102,7 +102,7 @@ class ShardWriter:
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], offset + done)
         except OSError as error:
-            raise _write_error(self._partial(shard), error, len(data) - done) from error
+            raise write_error(self._partial(shard), error, len(data) - done) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -124,10 +124,15 @@ def _preallocate(descriptor: int, size_bytes: int) -> None:
         os.ftruncate(descriptor, size_bytes)  # a filesystem that cannot reserve
 
 
-def _write_error(path: Path, error: OSError, size_bytes: int) -> LazymergeError:
+def write_error(path: Path, error: OSError, size_bytes: int = 0) -> LazymergeError:
+    """What to raise for an error of the system while a file was written.
+
+    size_bytes: what was still to be written, 0 if unknown.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        wanted = f" ({size_bytes} bytes were to be written)" if size_bytes else ""
         return DoesNotFitError(
-            f"no room for {path}: {error.strerror} ({size_bytes} bytes were to be written); "
+            f"no room for {path}: {error.strerror}{wanted}; "
             "free some space or choose another output folder"
         )
     return LazymergeError(f"cannot write {path}: {error.strerror}")
