@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isfinite
 
 from .errors import InputError
 
@@ -26,9 +27,11 @@ def parse_size(text: str) -> int:
         InputError: it is not a size.
     """
     match = _SIZE.fullmatch(text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise InputError(f"{text!r} is not a size; write for example 512MiB, 2GB or 4e9")
-    return round(float(match[1]) * _UNITS[match[2].lower()])
+    if match is not None and match[2].lower() in _UNITS:
+        size = float(match[1]) * _UNITS[match[2].lower()]
+        if isfinite(size):  # a float made of too many digits is infinite
+            return round(size)
+    raise InputError(f"{text!r} is not a size; write for example 512MiB, 2GB or 4e9")
 
 
 def format_bytes(count: float) -> str:
