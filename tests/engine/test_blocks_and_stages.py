@@ -1,0 +1,127 @@
+"""Blocks cover a tensor exactly; a stage's buffers never overlap, for every method and dtype."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lazymerge.checkpoint import DTYPES
+from lazymerge.engine.blocks import BLOCK_ELEMENTS, block_count, block_length, block_range
+from lazymerge.engine.null import layout_slots, verify_layout
+from lazymerge.engine.stages import (
+    BUFFER_ALIGNMENT,
+    bytes_read,
+    expected_passes,
+    stage_layout,
+    statistics_bytes,
+)
+
+from conftest import write_checkpoint
+from merging import plan_of
+
+NEAR_BOUNDARIES = [n * BLOCK_ELEMENTS + d for n in (0, 1, 2, 7) for d in (-1, 0, 1)]
+
+
+@given(
+    st.integers(0, 20 * BLOCK_ELEMENTS) | st.sampled_from([n for n in NEAR_BOUNDARIES if n >= 0])
+)
+def test_blocks_cover_every_element_once(elements: int) -> None:
+    ranges = [block_range(block, elements) for block in range(block_count(elements))]
+    assert [start for start, _ in ranges] == [0, *[stop for _, stop in ranges]][: len(ranges)]
+    assert (ranges[-1][1] if ranges else 0) == elements
+    lengths = [stop - start for start, stop in ranges]
+    assert all(length == BLOCK_ELEMENTS for length in lengths[:-1])
+    assert max(lengths, default=0) == block_length(elements)
+
+
+def test_the_size_of_a_block_is_part_of_the_format() -> None:
+    # It decides how reductions round. Changing it changes outputs: raise the version with it.
+    assert BLOCK_ELEMENTS == 262_144
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "linear": {"models": [{"model": m, "parameters": {"weight": 1}} for m in ("base", "a", "b")]},
+    "passthrough": {"models": [{"model": "a"}]},
+    "task_arithmetic": {
+        "base_model": "base",
+        "models": [{"model": m, "parameters": {"weight": 1}} for m in ("a", "b")],
+    },
+    "slerp": {
+        "base_model": "base",
+        "models": [{"model": "base"}, {"model": "a"}],
+        "parameters": {"t": 0.5},
+    },
+    "ties": {
+        "base_model": "base",
+        "models": [{"model": m, "parameters": {"weight": 1, "density": 0.5}} for m in ("a", "b")],
+    },
+}
+INPUTS = [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn]
+OUTPUTS = [None, "float64", "float32", "bfloat16", "float8_e5m2"]
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_buffers_are_aligned_and_apart(tmp_path: Path, method: str) -> None:
+    seen = 0
+    for number, (base, other, out) in enumerate(product(INPUTS, INPUTS, OUTPUTS)):
+        folder = tmp_path / str(number)
+        models = {
+            name: {"w": torch.zeros(1001).to(dtype), "ids": torch.arange(3)}
+            for name, dtype in (("base", base), ("a", other), ("b", torch.float16))
+        }
+        recipe = {"merge_method": method, **RECIPES[method]}
+        plan = plan_of(folder, recipe | ({"out_dtype": out} if out else {}), models)
+        for task in plan.tasks:
+            for stage in task.stages:
+                layout = stage_layout(plan.graph, stage)
+                verify_layout(layout, plan.memory.arena_bytes)
+                slots = layout_slots(layout)
+                # by hand too, and that the check has seen every buffer there is
+                slots += [slot for slot in layout.rounding if slot not in slots]
+                ends = sorted(
+                    (s.offset, s.offset + s.elements * DTYPES[s.dtype].item_bytes) for s in slots
+                )
+                assert all(stop <= start for (_, stop), (start, _) in pairwise(ends))
+                assert all(start % BUFFER_ALIGNMENT == 0 for start, _ in ends)
+                assert ends[-1][1] <= layout.size_bytes < ends[-1][1] + BUFFER_ALIGNMENT
+                seen += 1
+    assert seen >= 2 * len(INPUTS) ** 2 * len(OUTPUTS)
+
+
+def test_buffers_are_of_one_block_however_large_the_tensor(tmp_path: Path) -> None:
+    sizes = {}
+    for blocks in (1, 2, 9):
+        models = {
+            name: {"w": torch.zeros(blocks * BLOCK_ELEMENTS, dtype=torch.bfloat16)}
+            for name in ("base", "a", "b")
+        }
+        recipe = {"merge_method": "ties", **RECIPES["ties"]}
+        plan = plan_of(tmp_path / str(blocks), recipe, models)
+        (task,) = plan.tasks
+        sizes[blocks] = [stage_layout(plan.graph, stage).size_bytes for stage in task.stages]
+    assert sizes[1] == sizes[2] == sizes[9]
+
+
+def test_what_a_task_reads(tmp_path: Path) -> None:
+    models = {name: {"w": torch.zeros(1000)} for name in ("base", "a", "b")}
+    expected = {  # passes, bytes read
+        "linear": (1, 3 * 4000),
+        "passthrough": (1, 4000),
+        "task_arithmetic": (1, 3 * 4000),
+        "slerp": (2, 2 * 2 * 4000),
+        "ties": (2, 2 * 3 * 4000),
+    }
+    for name in models:
+        write_checkpoint(tmp_path / name, models[name])
+    for method, (passes, size) in expected.items():
+        plan = plan_of(tmp_path, {"merge_method": method, **RECIPES[method]}, {})
+        (task,) = plan.tasks
+        assert (expected_passes(task), bytes_read(plan.graph, task)) == (passes, size), method
+        assert (statistics_bytes(plan.graph, task) > 0) == (passes > 1)
+        assert plan.bytes_read == size
+        assert plan.passes == {passes: 1}

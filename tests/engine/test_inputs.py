@@ -1,0 +1,224 @@
+"""Reading inputs: mapped or by pread the same bytes, whatever the offsets; files that shrink."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lazymerge.checkpoint import DTYPES
+from lazymerge.checkpoint.tensor import TensorInfo
+from lazymerge.engine.inputs import (
+    PAGE_BYTES,
+    InputFiles,
+    MappedInput,
+    PreadInput,
+    read_exactly,
+)
+from lazymerge.errors import LazymergeError
+from lazymerge.graph.node import Read
+
+from merging import bits
+
+ELEMENTS = 5000
+BLOCK = 1500
+
+
+@pytest.fixture
+def files() -> Iterator[InputFiles]:
+    opened = InputFiles()
+    yield opened
+    opened.close()
+
+
+def node_for(path: Path, dtype: str, start: int, elements: int) -> Read:
+    stop = start + elements * DTYPES[dtype].item_bytes
+    return Read(str(path.parent), TensorInfo("t", dtype, (elements,), path.name, start, stop))
+
+
+def arena(count: int = 1, size: int = BLOCK * 8) -> list[tuple[torch.Tensor, memoryview]]:
+    memories = [bytearray(size) for _ in range(count)]
+    return [(torch.frombuffer(m, dtype=torch.uint8), memoryview(m)) for m in memories]
+
+
+PIECES: list[list[tuple[int, int]]] = [
+    [(0, BLOCK)],
+    [(BLOCK, 2 * BLOCK)],
+    [(4500, ELEMENTS)],
+    [(ELEMENTS - 1, ELEMENTS)],
+    [(7, 8)],
+    [(0, 10), (100, 110), (3000, 3010), (ELEMENTS - 10, ELEMENTS)],
+]
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 8, 4093])
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_both_ways_give_the_same_bytes(
+    tmp_path: Path, random: np.random.Generator, files: InputFiles, dtype: str, start: int
+) -> None:
+    item_bytes = DTYPES[dtype].item_bytes
+    data = random.bytes(start + ELEMENTS * item_bytes + 5)
+    if dtype == "BOOL":  # other bytes are no booleans
+        data = bytes(byte & 1 for byte in data)
+    path = tmp_path / "f"
+    path.write_bytes(data)
+    node = node_for(path, dtype, start, ELEMENTS)
+    tensor_bytes = data[start:]
+    for pieces in [*PIECES, *reversed(PIECES)]:
+        count = sum(stop - first for first, stop in pieces)
+        expected = b"".join(tensor_bytes[a * item_bytes : b * item_bytes] for a, b in pieces)
+        for source in (PreadInput(node, files, arena()), MappedInput(node, files)):
+            source.seek(pieces, count)
+            same = torch.empty(count, dtype=getattr(torch, DTYPES[dtype].torch_name))
+            source.read_into(same)
+            assert bits(same) == expected
+            if len(pieces) == 1:
+                assert bits(source.raw()) == expected
+            if DTYPES[dtype].is_float:
+                wide = torch.empty(count, dtype=torch.float64)
+                source.read_into(wide)
+                assert bits(wide) == bits(same.to(torch.float64))
+
+
+def test_slots_of_raw_bytes_do_not_disturb_each_other(tmp_path: Path, files: InputFiles) -> None:
+    nodes = []
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode() * 100)
+        nodes.append(node_for(tmp_path / name, "U8", 0, 100))
+    for sources in (
+        [PreadInput(node, files, slots) for slots in [arena(2)] for node in nodes],
+        [MappedInput(node, files) for node in nodes],
+    ):
+        for source in sources:
+            source.seek([(10, 20)], 10)
+        first, second = sources[0].raw(0), sources[1].raw(1)
+        assert (bits(first), bits(second)) == (b"a" * 10, b"b" * 10)
+
+
+def test_inputs_are_never_written_to(tmp_path: Path, files: InputFiles) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"\1" * 100)
+    source = MappedInput(node_for(path, "U8", 0, 100), files)
+    source.seek([(0, 100)], 100)
+    source.raw().fill_(9)
+    assert path.read_bytes() == b"\1" * 100
+
+
+class TestPread:
+    def test_a_file_that_is_truncated_while_it_is_read(
+        self, tmp_path: Path, files: InputFiles
+    ) -> None:
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(bytes(4000))
+        source = PreadInput(node_for(path, "F32", 0, 1000), files, arena())
+        os.truncate(path, 3001)
+        source.seek([(0, 750)], 750)
+        source.read_into(torch.empty(750))
+        source.seek([(700, 800)], 100)
+        with pytest.raises(LazymergeError, match=rf"{re.escape(str(path))} ends at byte 3001") as e:
+            source.read_into(torch.empty(100))
+        assert e.value.exit_code == 1
+
+    def test_a_file_that_cannot_be_read(
+        self, tmp_path: Path, files: InputFiles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(bytes(4000))
+        source = PreadInput(node_for(path, "F32", 0, 1000), files, arena())
+        source.seek([(10, 20)], 10)
+
+        def fail(*arguments: Any) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(LazymergeError, match=rf"{re.escape(str(path))} at byte 40: Input/out"):
+            source.read_into(torch.empty(10))
+
+    def test_short_reads_are_continued(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "f"
+        path.write_bytes(bytes(range(200)))
+        real = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda fd, b, at: real(fd, [b[0][:7]], at))
+        buffer = bytearray(150)
+        with path.open("rb") as file:
+            read_exactly(file.fileno(), memoryview(buffer), 30, "f")
+        assert buffer == bytes(range(30, 180))
+
+
+class TestMapped:
+    def test_a_file_that_is_too_short_to_begin_with(
+        self, tmp_path: Path, files: InputFiles
+    ) -> None:
+        path = tmp_path / "f"
+        path.write_bytes(bytes(3999))
+        with pytest.raises(LazymergeError, match="f is shorter than its header promises"):
+            MappedInput(node_for(path, "F32", 0, 1000), files)
+
+    def test_release_gives_pages_back_and_keeps_the_data(
+        self, tmp_path: Path, random: np.random.Generator, files: InputFiles
+    ) -> None:
+        size = 32 << 20
+        path = tmp_path / "f"
+        path.write_bytes(random.bytes(size + 1001))
+        node = node_for(path, "U8", 1001, size)
+        source = MappedInput(node, files)
+        source.seek([(0, size)], size)
+        before = mapped_resident_bytes()
+        out = torch.empty(size, dtype=torch.uint8)
+        source.read_into(out)
+        assert mapped_resident_bytes() - before > size * 3 // 4
+        source.release(0, size)
+        assert mapped_resident_bytes() - before < size // 4
+        assert torch.equal(source.raw(), out)
+
+    @pytest.mark.parametrize(("start", "stop"), [(0, 1), (5, 9000), (4096, 4096), (0, 5000)])
+    def test_release_of_any_range_harms_nothing(
+        self, tmp_path: Path, random: np.random.Generator, files: InputFiles, start: int, stop: int
+    ) -> None:
+        path = tmp_path / "f"
+        path.write_bytes(random.bytes(3 * PAGE_BYTES))
+        source = MappedInput(node_for(path, "U8", 9, 9000), files)
+        source.seek([(0, 9000)], 9000)
+        source.release(start, stop)
+        assert bits(source.raw()) == path.read_bytes()[9:9009]
+
+
+def mapped_resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"RssFile:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+class TestFiles:
+    def test_each_is_opened_and_mapped_once(self, tmp_path: Path) -> None:
+        path = tmp_path / "f"
+        path.write_bytes(b"12345")
+        before = len(os.listdir("/proc/self/fd"))
+        files = InputFiles()
+        assert files.descriptor(str(path)) == files.descriptor(str(path))
+        assert files.mapping(str(path)) is files.mapping(str(path))
+        files.close()
+        # mmap keeps a descriptor of its own until the map goes
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_an_absent_file_is_named(self, tmp_path: Path, files: InputFiles) -> None:
+        with pytest.raises(LazymergeError, match=r"cannot open .*absent: No such file"):
+            files.descriptor(str(tmp_path / "absent"))
+
+    def test_an_empty_file_cannot_be_mapped_and_need_not_be(
+        self, tmp_path: Path, files: InputFiles
+    ) -> None:
+        path = tmp_path / "f"
+        path.touch()
+        source = PreadInput(node_for(path, "U8", 0, 0), files, arena())
+        source.seek([(0, 0)], 0)
+        assert len(source.raw()) == 0

@@ -1,0 +1,184 @@
+"""The memory plan: fewer workers first, refusal last, and the limit it names is the right one."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lazymerge.engine import memory
+from lazymerge.engine.inputs import ReadMode
+from lazymerge.engine.memory import MIB, MemoryPlan, plan_memory
+from lazymerge.engine.plan import Plan, Resources
+from lazymerge.errors import DoesNotFitError
+
+from conftest import write_checkpoint
+from merging import plan_of
+
+LARGE = 8 << 30
+TIES: dict[str, Any] = {
+    "merge_method": "ties",
+    "base_model": "base",
+    "models": [{"model": m, "parameters": {"weight": 1, "density": 0.5}} for m in ("a", "b")],
+}
+LINEAR: dict[str, Any] = {
+    "merge_method": "linear",
+    "models": [{"model": m, "parameters": {"weight": 1}} for m in ("base", "a", "b")],
+}
+
+
+@pytest.fixture(scope="module", params=["linear", "ties"])
+def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A merge of some small tensors and one of several blocks."""
+    folder = tmp_path_factory.mktemp("memory")
+    for name, dtype in (("base", torch.bfloat16), ("a", torch.float32), ("b", torch.bfloat16)):
+        write_checkpoint(
+            folder / name,
+            {
+                "large": torch.zeros(700_000, dtype=dtype),
+                **{f"layers.{n}.w": torch.zeros(1000 * n + 1, dtype=dtype) for n in range(5)},
+            },
+        )
+    recipe = LINEAR if request.param == "linear" else TIES
+    return plan_of(folder, recipe, {}, Resources(LARGE, workers=4))
+
+
+def planned(plan: Plan, limit: int, workers: int, read_mode: ReadMode = "pread") -> MemoryPlan:
+    return plan_memory(plan.graph, plan.tasks, limit, workers, read_mode)
+
+
+modes: st.SearchStrategy[ReadMode] = st.sampled_from(["pread", "mmap"])
+
+
+@given(st.data())
+def test_as_many_workers_as_fit(plan: Plan, data: st.DataObject) -> None:
+    mode = data.draw(modes)
+    workers = data.draw(st.integers(1, 16))
+    projected = [planned(plan, LARGE, count, mode).projected_bytes for count in range(1, 18)]
+    assert projected == sorted(projected)
+    limit = data.draw(
+        st.integers(projected[0], projected[-1])
+        | st.sampled_from(projected)
+        | st.sampled_from(projected[1:]).map(lambda size: size - 1)
+    )
+    chosen = planned(plan, limit, workers, mode)
+    assert chosen.limit_bytes == limit
+    assert chosen.workers == max(n for n in range(1, workers + 1) if projected[n - 1] <= limit)
+    assert chosen.projected_bytes == projected[chosen.workers - 1] <= limit
+
+
+@pytest.mark.parametrize("mode", ["pread", "mmap"])
+def test_the_smallest_limit_that_is_named_works_and_a_mib_less_does_not(
+    plan: Plan, mode: ReadMode
+) -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        planned(plan, 1, 4, mode)
+    message = str(caught.value)
+    assert "(most for large)" in message
+    assert "the limit is 1 B" in message
+    named = re.search(r"the smallest limit that works is --memory (\d+)MiB$", message)
+    assert named is not None
+    smallest = int(named[1]) * MIB
+    chosen = planned(plan, smallest, 4, mode)
+    assert chosen.workers >= 1
+    assert chosen.smallest_limit_bytes == smallest
+    with pytest.raises(DoesNotFitError, match=re.escape(named[0])):
+        planned(plan, smallest - MIB, 4, mode)
+
+
+def test_mapped_pages_are_counted_where_inputs_are_mapped(plan: Plan) -> None:
+    pread, mapped = (planned(plan, LARGE, 3, mode) for mode in ("pread", "mmap"))
+    assert pread.mapped_bytes == 0
+    assert mapped.mapped_bytes == 3 * 700_000 * (2 + 4 + 2)
+    assert mapped.projected_bytes - pread.projected_bytes == mapped.mapped_bytes
+
+
+def test_the_sum(plan: Plan) -> None:
+    chosen = planned(plan, LARGE, 2)
+    assert chosen.projected_bytes == (
+        chosen.reserved_bytes + 2 * chosen.arena_bytes + chosen.statistics_bytes
+    )
+    assert chosen.as_dict()["projected_bytes"] == chosen.projected_bytes
+    assert chosen.reserved_bytes > memory.RESERVED_BYTES
+    assert (chosen.statistics_bytes > 0) == (plan.recipe.merge_method == "ties")
+
+
+def test_an_existing_plan_is_given_other_resources(plan: Plan) -> None:
+    one = plan.with_resources(Resources(LARGE, workers=1, read_mode="mmap"))
+    assert (one.memory.workers, one.read_mode) == (1, "mmap")
+    assert one.fingerprint == plan.fingerprint
+    with pytest.raises(DoesNotFitError):
+        plan.with_resources(Resources(MIB))
+
+
+def test_defaults(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, limit in ((16 << 30, 2 << 30), (3 << 30, 3 << 29)):
+        monkeypatch.setattr(memory, "available_memory_bytes", lambda free=available: free)
+        chosen = plan.with_resources(Resources()).memory
+        assert chosen.limit_bytes == limit
+        assert chosen.workers == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  5000 kB\n"}, 5_120_000),
+        (
+            {
+                "/proc/meminfo": "MemAvailable: 5000 kB\n",
+                "/sys/fs/cgroup/memory.max": "max\n",
+                "/sys/fs/cgroup/memory.current": "17\n",
+            },
+            5_120_000,
+        ),
+        (
+            {
+                "/proc/meminfo": "MemAvailable: 5000 kB\n",
+                "/sys/fs/cgroup/memory.max": "1000000\n",
+                "/sys/fs/cgroup/memory.current": "400000\n",
+            },
+            600_000,
+        ),
+        (
+            {
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes": "1000\n",
+                "/sys/fs/cgroup/memory/memory.usage_in_bytes": "4000\n",
+            },
+            0,
+        ),
+    ],
+)
+def test_what_is_available(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int | None
+) -> None:
+    def read_text(path: Path) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    free = memory.available_memory_bytes()
+    monkeypatch.undo()
+    if expected is None:
+        expected = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        assert free == pytest.approx(expected, rel=0.5)  # other processes come and go
+    else:
+        assert free == expected
+
+
+def test_measured_memory_is_a_peak() -> None:
+    before = memory.peak_resident_bytes()
+    held = bytearray(32 * MIB)
+    held[:: os.sysconf("SC_PAGE_SIZE")] = b"x" * len(held[:: os.sysconf("SC_PAGE_SIZE")])
+    del held
+    status = Path("/proc/self/status").read_text()
+    high_water = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert high_water is not None
+    assert memory.peak_resident_bytes() == pytest.approx(int(high_water[1]) * 1024, rel=0.05)
+    assert memory.peak_resident_bytes() >= before

@@ -1,0 +1,354 @@
+"""The scheduler's invariants, on random graphs of fake reductions and 1 to 5 workers.
+
+The fake reductions make any sequence of passes (all blocks, one block, a sample), and check for
+themselves that they are given what they must be given, in block order.
+"""
+
+from __future__ import annotations
+
+import random as random_module
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lazymerge.checkpoint.tensor import TensorInfo
+from lazymerge.engine import blocks
+from lazymerge.engine import scheduler as scheduler_module
+from lazymerge.engine.scheduler import Job, Scheduler
+from lazymerge.engine.stages import tensor_tasks
+from lazymerge.graph.graph import Graph
+from lazymerge.graph.node import Apply, Read, Reduce, Write, as_parameters
+from lazymerge.graph.operation import (
+    ApplyOperation,
+    BlockInput,
+    Cost,
+    Done,
+    Parameters,
+    Pass,
+    ReduceOperation,
+    Sample,
+    register,
+)
+
+BLOCK = 4
+SPAN = 3
+PATIENCE_SECONDS = 20
+SAMPLE = Sample(runs=2, run_elements=1)
+
+
+class Failure(Exception):
+    """What a fake worker or reduction fails with."""
+
+
+@register
+class FakePasses(ReduceOperation[Any, str]):
+    """passes: what to look at, one pass after another; label: its name and result."""
+
+    name = "test_fake_passes"
+
+    def cost(self, input_count: int, parameters: Parameters) -> Cost:
+        return Cost(0)
+
+    def statistics_bytes(self, input_count: int, parameters: Parameters, blocks: int) -> int:
+        return 0
+
+    def expected_passes(self, parameters: Parameters) -> int:
+        return 1
+
+    def first_pass(
+        self, parameters: Any, statistics: Sequence[Any], element_count: int, block_count: int
+    ) -> Pass | Done[str]:
+        assert list(statistics) == list(parameters["needs"])
+        return self._pass(parameters, 0, block_count)
+
+    def _pass(self, parameters: Any, number: int, block_count: int) -> Pass | Done[str]:
+        if number == len(parameters["passes"]):
+            return Done(parameters["label"])
+        state = (parameters["label"], number, block_count)
+        match parameters["passes"][number]:
+            case "all":
+                return Pass(state)
+            case "sample":
+                return Pass(state, sample=SAMPLE)
+            case _:
+                return Pass(state, only_block=block_count - 1)
+
+    def run(
+        self,
+        inputs: Sequence[BlockInput],
+        parameters: Parameters,
+        state: Any,
+        scratch: Sequence[Any],
+        start: int,
+    ) -> Any:
+        raise NotImplementedError
+
+    def finish(
+        self, parameters: Any, element_count: int, state: Any, partials: Sequence[Any]
+    ) -> Pass | Done[str]:
+        label, number, block_count = state
+        assert label == parameters["label"]
+        starts = list(range(0, element_count, BLOCK))
+        expected = {
+            "all": starts,
+            "sample": [0],
+            "one": starts[-1:],
+        }[parameters["passes"][number]]
+        assert partials == [(label, number, start) for start in expected]
+        if parameters["fails"]:
+            raise Failure(label)
+        return self._pass(parameters, number + 1, block_count)
+
+
+@register
+class FakeApply(ApplyOperation):
+    """Needs statistics and passes on what it is given for them."""
+
+    name = "test_fake_apply"
+
+    def cost(self, input_count: int, parameters: Parameters) -> Cost:
+        return Cost(0)
+
+    def prepare(self, parameters: Any, statistics: Sequence[Any]) -> Any:
+        assert list(statistics) == list(parameters["needs"])
+        return tuple(statistics)
+
+
+def tensor_graph(graph: Graph, name: str, elements: int, reductions: list[Any]) -> None:
+    """One output tensor: reductions that each need some of those before, then a Write.
+
+    reductions: (passes, which of those before it needs, whether it fails) of each.
+    """
+    read = graph.add(Read("/m", TensorInfo(name, "F32", (elements,), "f", 0, 4 * elements)))
+    made: list[tuple[str, str]] = []
+    for number, (passes, needs, fails) in enumerate(reductions):
+        label = f"{name}.{number}"
+        needed = [made[i] for i in sorted(needs) if i < len(made)]
+        node = Reduce(
+            "test_fake_passes",
+            as_parameters(
+                {
+                    "label": label,
+                    "passes": tuple(passes),
+                    "needs": tuple(label for label, _ in needed),
+                    "fails": fails,
+                }
+            ),
+            (read,),
+            tuple(node_id for _, node_id in needed),
+            (elements,),
+            "F32",
+        )
+        made.append((label, graph.add(node)))
+    labels = tuple(label for label, _ in made)
+    apply = Apply(
+        "test_fake_apply",
+        as_parameters({"needs": labels}),
+        (read,),
+        tuple(node_id for _, node_id in made),
+        (elements,),
+        "F32",
+    )
+    graph.add(Write(name, "F32", (elements,), graph.add(apply)))
+
+
+class Crew:
+    """Workers that compute nothing: they record what they are given, and dawdle at random."""
+
+    def __init__(self, graph: Graph, seed: int, fails_at: int | None = None) -> None:
+        self.graph = graph
+        self.finished: list[tuple[str, list[Any]]] = []
+        self.jobs: list[Job] = []
+        self.fails_at = fails_at
+        self.most_open = 0
+        self._random = random_module.Random(seed)
+        self._lock = threading.Lock()
+        self.scheduler = Scheduler(graph, tensor_tasks(graph), self._finish)
+
+    def _finish(self, write: Write, partials: Sequence[Any]) -> None:
+        with self._lock:
+            self.finished.append((write.name, list(partials)))
+
+    def _work(self) -> None:
+        try:
+            while (job := self.scheduler.take()) is not None:
+                with self._lock:
+                    self.jobs.append(job)
+                    self.most_open = max(self.most_open, len(self.scheduler._active))
+                    if len(self.jobs) == self.fails_at:
+                        raise Failure("a worker")
+                    dawdle = self._random.random() * 2e-4 if self._random.random() < 0.3 else 0
+                time.sleep(dawdle)
+                self.scheduler.give(job, [self._partial(job, pieces) for pieces in job.pieces])
+        except BaseException as error:
+            self.scheduler.stop(error)
+
+    def _partial(self, job: Job, pieces: Any) -> Any:
+        stage = job.task.stages[job.stage]
+        start = pieces[0][0]
+        if isinstance(stage, Reduce):
+            label, number, _ = job.state
+            return (label, number, start)
+        assert list(job.prepared.values()) == [tuple(dict(self._apply(stage).parameters)["needs"])]
+        return start
+
+    def _apply(self, write: Write) -> Apply:
+        node = self.graph[write.source]
+        assert isinstance(node, Apply)
+        return node
+
+    def run(self, workers: int) -> None:
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        assert not any(thread.is_alive() for thread in threads), "deadlock"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_ELEMENTS", BLOCK)
+        patch.setattr(scheduler_module, "SPAN_BLOCKS", SPAN)
+        yield
+
+
+kinds = st.sampled_from(["all", "sample", "one"])
+reduction = st.tuples(
+    st.lists(kinds, max_size=3), st.sets(st.integers(0, 2), max_size=2), st.just(False)
+)
+tensors = st.lists(
+    st.tuples(st.integers(0, 60), st.lists(reduction, max_size=3)), min_size=1, max_size=6
+)
+
+
+def graph_of(tensors: list[Any]) -> Graph:
+    graph = Graph()
+    for number, (elements, reductions) in enumerate(tensors):
+        tensor_graph(graph, f"t{number}", elements, reductions)
+    return graph
+
+
+@settings(max_examples=300)
+@given(tensors, st.integers(1, 5), st.integers(0, 2**32))
+def test_every_block_of_every_pass_once_and_in_order(
+    tensors: list[Any], workers: int, seed: int
+) -> None:
+    crew = Crew(graph_of(tensors), seed)
+    crew.run(workers)
+    assert crew.scheduler.error is None
+    # every output finished once, its blocks in order
+    assert sorted(crew.finished) == sorted(
+        (f"t{number}", list(range(0, elements, BLOCK)))
+        for number, (elements, _) in enumerate(tensors)
+    )
+    # every block of every pass handed out once, in spans of consecutive blocks
+    handed = Counter(
+        (job.task_index, job.stage, str(job.state), job.first + place)
+        for job in crew.jobs
+        for place in range(len(job.pieces))
+    )
+    assert set(handed.values()) <= {1}
+    expected = 0
+    for elements, reductions in tensors:
+        count = -(-elements // BLOCK)
+        sizes = {"all": count, "sample": 1, "one": 1}
+        expected += count
+        if count:
+            expected += sum(sizes[kind] for passes, _, _ in reductions for kind in passes)
+    assert handed.total() == expected
+    for job in crew.jobs:
+        assert 1 <= len(job.pieces) <= SPAN
+        stage = job.task.stages[job.stage]
+        for place, pieces in enumerate(job.pieces):
+            if len(pieces) == 1 and len(job.pieces) > 1:
+                start = (job.first + place) * BLOCK
+                assert pieces[0] == (start, min(start + BLOCK, stage.element_count))
+    # tensors are begun in order
+    begun = list(dict.fromkeys(job.task_index for job in crew.jobs))
+    if workers == 1:
+        assert begun == sorted(begun)
+
+
+@settings(max_examples=100)
+@given(tensors, st.integers(1, 5), st.integers(1, 12), st.integers(0, 2**32))
+def test_an_error_of_a_worker_ends_all(
+    tensors: list[Any], workers: int, fails_at: int, seed: int
+) -> None:
+    crew = Crew(graph_of(tensors), seed, fails_at)
+    crew.run(workers)
+    if len(crew.jobs) >= fails_at:
+        assert isinstance(crew.scheduler.error, Failure)
+        assert len(crew.jobs) < fails_at + workers  # the others end with the job they have
+        assert crew.scheduler.take() is None
+    else:
+        assert len(crew.finished) == len(tensors)
+
+
+@settings(max_examples=50)
+@given(tensors, st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**32))
+def test_an_error_of_an_operation_ends_all(
+    tensors: list[Any], place: int, workers: int, seed: int
+) -> None:
+    failing = (20, [(["all"], set(), True)])
+    place = min(place, len(tensors))
+    crew = Crew(graph_of([*tensors[:place], failing, *tensors[place:]]), seed)
+    crew.run(workers)
+    assert isinstance(crew.scheduler.error, Failure)
+    assert str(crew.scheduler.error) == f"t{place}.0"
+    assert f"t{place}" not in dict(crew.finished)
+
+
+def test_the_first_error_is_kept() -> None:
+    scheduler = Scheduler(Graph(), (), lambda write, partials: None)
+    first, second = Failure("first"), Failure("second")
+    scheduler.stop(first)
+    scheduler.stop(second)
+    scheduler.stop()
+    assert scheduler.error is first
+
+
+def test_a_stop_wakes_waiting_workers() -> None:
+    graph = graph_of([(4, [(["all"], set(), False)])])
+    scheduler = Scheduler(graph, tensor_tasks(graph), lambda write, partials: None)
+    job = scheduler.take()
+    assert job is not None
+    waiting = threading.Thread(target=scheduler.take, daemon=True)
+    waiting.start()
+    time.sleep(0.05)
+    assert waiting.is_alive()  # there is nothing to do until the job is given back
+    scheduler.stop()
+    waiting.join(PATIENCE_SECONDS)
+    assert not waiting.is_alive()
+    assert scheduler.is_stopped
+    assert scheduler.error is None
+
+
+def test_an_earlier_tensor_goes_first() -> None:
+    graph = graph_of([(8, [(["all"], set(), False)]), (40, [])])
+    scheduler = Scheduler(graph, tensor_tasks(graph), lambda write, partials: None)
+    first, second = scheduler.take(), scheduler.take()
+    assert first is not None
+    assert second is not None
+    assert (first.task_index, second.task_index) == (0, 1)  # nothing else to do for tensor 0
+    scheduler.give(first, [("t0.0", 0, start) for start in (0, 4)])
+    third = scheduler.take()
+    assert third is not None
+    assert (third.task_index, third.stage) == (0, 1)  # now there is
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_no_more_tensors_are_open_than_there_are_workers(workers: int) -> None:
+    """The memory plan counts the statistics of so many tensors, and of one more."""
+    sizes = (20, 4, 4, 40, 4, 8, 30, 4) * 3
+    crew = Crew(graph_of([(size, [(["all", "all"], set(), False)]) for size in sizes]), workers)
+    crew.run(workers)
+    assert crew.scheduler.error is None
+    assert 1 <= crew.most_open <= workers
