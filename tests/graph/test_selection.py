@@ -425,6 +425,14 @@ def test_narrow_never_loses_the_threshold() -> None:
         0.0,
         float(np.nextafter(np.float32(1), np.float32(0))),
     )
+    # to the element: the 5th of 5 above is above, of 4 above and 1 inside is inside
+    at_the_edge = narrow(search, counts((5, 0, [])), 100)
+    assert isinstance(at_the_edge, Search)
+    assert at_the_edge.known_low > 2
+    assert isinstance(narrow(search, counts((5, 3, [1.0, 1.5, 2.0])), 100), Search)
+    assert narrow(search, counts((4, 1, [1.5])), 100) == Threshold(
+        1.5, float(np.nextafter(np.float32(1.5), np.float32(0))), 100
+    )
     inside = narrow(search, counts((1, 9, [1.0, 1.5])), 100)
     assert isinstance(inside, Search)
     assert (inside.known_low, inside.known_high) == (1.0, 2.0)
