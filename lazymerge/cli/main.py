@@ -13,7 +13,7 @@ import typer
 
 from ..errors import LazymergeError
 from ..version import __version__
-from . import inspect, methods, plan, run, schema
+from . import inspect, methods, plan, run, schema, torch_loading
 
 EXIT_INTERRUPTED = 130
 
@@ -85,6 +85,7 @@ def command() -> NoReturn:
     Python takes 0.3 to 0.8 s to take torch apart again at exit (measured with torch 2.13), and
     nothing is left to do by then: files are closed and threads joined.
     """
+    torch_loading.is_own_process = True
     try:
         main()
     except SystemExit as exit_:
