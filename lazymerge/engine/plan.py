@@ -30,6 +30,7 @@ from ..output.layout import OutputTensor, Shard, lay_out
 from ..output.manifest import MANIFEST_NAME
 from ..output.sidecars import sidecar_files
 from ..recipe import Recipe, Signature, load_recipe, parse_recipe
+from ..recipe.signature import Scalar
 from ..sizes import format_bytes, format_count, format_memory
 from ..version import __version__
 from .inputs import ReadMode
@@ -366,7 +367,7 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
 
 def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Plan:
     saved = document["recipe"]
-    recipe = parse_recipe(saved["text"], saved["path"], signatures())
+    recipe = parse_recipe(_of_kind(saved["text"], str), _of_kind(saved["path"], str), signatures())
     checkpoints = {}
     for model in document["models"]:
         checkpoint = open_checkpoint(model["reference"])
@@ -390,14 +391,11 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         recipe=recipe,
         checkpoints=checkpoints,
         graph=graph,
-        tensors=tuple(
-            ResolvedTensor(t["name"], t["method"], t["parameters"], t["models"])
-            for t in document["tensors"]
-        ),
-        notices=tuple(document["notices"]),
+        tensors=_resolved_tensors(document["tensors"], graph, checkpoints),
+        notices=tuple(_of_kind(notice, str) for notice in document["notices"]),
         shards=shards,
         memory=_memory(graph, tensor_tasks(graph), resources),
-        config=output["config"],
+        config=_of_kind(output["config"], dict, type(None)),
         sidecar_folder=output["sidecar_folder"],
         sidecars=tuple(output["sidecars"]),
         read_mode=resources.read_mode,
@@ -446,6 +444,46 @@ def _check_reads(graph: Graph, checkpoints: Mapping[str, Checkpoint], path: str)
                 f"{path} reads {node.tensor.name} from {node.folder} where there is no such "
                 "tensor; plan the recipe again"
             )
+
+
+def _resolved_tensors(
+    entries: list[dict[str, Any]], graph: Graph, checkpoints: Mapping[str, Checkpoint]
+) -> tuple[ResolvedTensor, ...]:
+    """What a saved plan tells people of its tensors. Nothing is computed from it, so it is no part
+    of the fingerprint; what is wrong with it must show here and not when it is printed.
+
+    Raises:
+        TypeError, ValueError: it is not of the kind it must be.
+    """
+
+    def scalars(values: object) -> dict[str, Scalar | None]:
+        checked: dict[str, Scalar | None] = _of_kind(values, dict)
+        for value in checked.values():
+            _of_kind(value, bool, int, float, str, type(None))
+        return checked
+
+    tensors = []
+    for entry in entries:
+        by_model = {model: scalars(v) for model, v in _of_kind(entry["models"], dict).items()}
+        if not by_model.keys() <= checkpoints.keys() or entry["method"] not in (*METHODS, "copy"):
+            raise ValueError(f"tensor {entry['name']}")
+        tensors.append(
+            ResolvedTensor(entry["name"], entry["method"], scalars(entry["parameters"]), by_model)
+        )
+    if [tensor.name for tensor in tensors] != [write.name for write in graph.writes]:
+        raise ValueError("its tensors are not those of its graph")
+    return tuple(tensors)
+
+
+def _of_kind(value: Any, *kinds: type) -> Any:
+    """The value, if it is of one of these kinds.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, kinds):
+        raise TypeError(f"{value!r} is no {kinds[0].__name__}")
+    return value
 
 
 def _check_sidecars(output: Mapping[str, Any], source: Checkpoint, path: str) -> None:
