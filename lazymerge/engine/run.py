@@ -199,22 +199,39 @@ def _run(
 
 
 def _work(scheduler: Scheduler, workers: Sequence[Worker]) -> None:
-    """Runs all workers to the end; an error or an interruption stops them first."""
+    """Runs all workers to the end; an error or an interruption stops them first.
+
+    Waits for events and not by Thread.join: a join that Ctrl-C interrupts may take a thread that
+    still runs for one that has ended, and a worker must not
+    write on while the output is being removed.
+    """
+
+    def work(worker: Worker, ended: threading.Event) -> None:
+        try:
+            worker.run()
+        finally:
+            ended.set()
+
+    ends = [threading.Event() for _ in workers]
     threads = [
-        threading.Thread(target=worker.run, name=f"worker-{number}", daemon=True)
-        for number, worker in enumerate(workers)
+        threading.Thread(target=work, args=pair, name=f"worker-{number}", daemon=True)
+        for number, pair in enumerate(zip(workers, ends, strict=True))
     ]
-    for thread in threads:
-        thread.start()
+    started = 0
     try:
         for thread in threads:
-            while thread.is_alive():
-                thread.join(WAKE_SECONDS)
+            thread.start()
+            started += 1
+        for ended in ends:
+            while not ended.wait(WAKE_SECONDS):
+                pass
     except BaseException:
         scheduler.stop()
-        for thread in threads:
-            thread.join()
+        for ended in ends[:started]:
+            ended.wait()
         raise
+    for thread in threads:
+        thread.join()
     if scheduler.error is not None:
         raise scheduler.error
 
