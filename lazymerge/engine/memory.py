@@ -173,6 +173,16 @@ def _span_bytes(reads: Sequence[Read], element_count: int) -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The process's peak resident set so far."""
+    """The process's peak resident set so far.
+
+    Linux keeps ru_maxrss over exec: a run started by a large process would be told of its
+    parent's memory. VmHWM is of this program alone.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
