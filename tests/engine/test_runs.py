@@ -1,0 +1,322 @@
+"""Runs: what they report, and what is left when one is interrupted or fails: nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lazymerge.engine import blocks
+from lazymerge.engine.inputs import ReadMode
+from lazymerge.engine.plan import Plan, Resources, make_plan
+from lazymerge.engine.run import run_plan
+from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
+from merge_cases import RECIPES, write_models
+from xxhash import xxh3_128_digest, xxh3_128_hexdigest
+
+from conftest import write_checkpoint
+from merging import plan_of, recipe_of
+
+BLOCK = 1000
+RESOURCES = Resources(4 << 30, workers=2)
+NAMES = [f"model.layers.{number}.w" for number in range(6)]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Three models of six tensors of five blocks each, in shards of two tensors."""
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", BLOCK)
+    for number, model in enumerate(("base", "a", "b")):
+        tensors = {name: torch.full((5 * BLOCK - 3,), float(number)) for name in NAMES}
+        write_checkpoint(tmp_path / model, tensors, {"model_type": "llama"})
+        (tmp_path / model / "tokenizer.json").write_text("{}")
+    return plan_of(tmp_path, RECIPES["linear"], {}, RESOURCES, max_shard_bytes=40_000)
+
+
+class Recorder:
+    """Counts what it is told; `then` is called after every block with the number of blocks."""
+
+    def __init__(self, then: Callable[[int], None] = lambda blocks: None) -> None:
+        self.read = self.written = self.blocks = 0
+        self.tensors: Counter[str] = Counter()
+        self.completed: Counter[str] = Counter()
+        self._then = then
+        self._lock = threading.Lock()
+
+    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
+        with self._lock:
+            self.read += bytes_read
+            self.written += bytes_written
+            self.blocks += 1
+            self.tensors[tensor] += 1
+            count = self.blocks
+        self._then(count)
+
+    def finished(self, tensor: str) -> None:
+        with self._lock:
+            self.completed[tensor] += 1
+
+
+def assert_nothing_is_left(tmp_path: Path) -> None:
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base"]
+    for model in ("a", "b", "base"):
+        assert {path.name for path in (tmp_path / model).iterdir()} <= {
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+        }
+    time.sleep(0.01)  # for threads that have ended to be gone
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker-")]
+
+
+# ------------------------------------------------------------------------ success
+
+
+def test_report_and_observer_agree_with_the_plan(plan: Plan, tmp_path: Path) -> None:
+    observer = Recorder()
+    report = run_plan(plan, tmp_path / "out", observer=observer)
+    assert report.output == str(tmp_path / "out")
+    assert report.bytes_read == observer.read == plan.bytes_read
+    headers = sum(shard.header_bytes for shard in plan.shards)
+    assert report.bytes_written + headers == plan.bytes_written
+    assert observer.written == report.bytes_written
+    assert observer.tensors == dict.fromkeys(NAMES, 5)
+    assert observer.completed == dict.fromkeys(NAMES, 1)
+    assert 0 < report.seconds < 60
+    assert report.measured_bytes > 0
+
+
+def test_the_folder_is_complete_and_the_manifest_tells_the_truth(
+    plan: Plan, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_plan(plan, out, fsync=False)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "lazymerge.json",
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]
+    manifest = json.loads((out / "lazymerge.json").read_text())
+    assert manifest["fingerprint"] == plan.fingerprint
+    assert sorted(manifest["tensors"]) == NAMES
+    for shard in plan.shards:
+        data = (out / shard.file).read_bytes()
+        assert len(data) == shard.size_bytes
+        for place in shard.tensors:
+            values = data[place.start : place.stop_exclusive]
+            digests = [
+                xxh3_128_digest(values[at : at + 4 * BLOCK])
+                for at in range(0, len(values), 4 * BLOCK)
+            ]
+            assert len(digests) == 5
+            entry = manifest["tensors"][place.name]
+            assert entry["file"] == shard.file
+            assert entry["checksum"] == xxh3_128_hexdigest(b"".join(digests))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_models(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_the_order_in_which_tensors_are_done_does_not_show(
+    models: Path, tmp_path: Path, method: str
+) -> None:
+    recipe = recipe_of(models, RECIPES[method])
+    found = []
+    for name in ("forward", "backward"):
+        plan = make_plan(recipe, RESOURCES)
+        if name == "backward":
+            plan.__dict__["tasks"] = tuple(reversed(plan.tasks))  # a cached property
+        run_plan(plan, tmp_path / name, fsync=False)
+        found.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_the_callers_threads_of_torch_are_given_back(plan: Plan, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    seen: set[int] = set()
+    try:
+        run_plan(plan, tmp_path / "out", fsync=False)
+        assert torch.get_num_threads() == 3
+
+        def fail(blocks: int) -> None:
+            seen.add(torch.get_num_threads())
+            raise LazymergeError("enough")
+
+        with pytest.raises(LazymergeError, match="enough"):
+            run_plan(plan, tmp_path / "again", observer=Recorder(fail))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
+
+
+# ------------------------------------------------------------------------ failure
+
+
+def test_ctrl_c(plan: Plan, tmp_path: Path) -> None:
+    def interrupt(blocks: int) -> None:
+        if blocks == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        if blocks >= 7:
+            time.sleep(0.2)  # not done before the main thread has heard of it
+
+    observer = Recorder(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan, tmp_path / "deeper" / "out", observer=observer)
+    assert observer.blocks < 30  # blocks begun are ended, no others begun
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("at", [1, 12, 30])
+def test_an_error_in_a_worker_is_raised_whenever_it_comes(
+    plan: Plan, tmp_path: Path, workers: int, at: int
+) -> None:
+    def fail(blocks: int) -> None:
+        if blocks == at:
+            raise ZeroDivisionError(at)
+
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ZeroDivisionError, match=str(at)):
+        run_plan(
+            plan.with_resources(Resources(4 << 30, workers)),
+            tmp_path / "deeper" / "out",
+            observer=Recorder(fail),
+        )
+    assert_nothing_is_left(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_read_that_fails(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.preadv
+    calls = Counter[str]()
+
+    def fail(*arguments: Any) -> int:
+        calls["preadv"] += 1
+        if calls["preadv"] > 20:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(LazymergeError, match=r"reading .*model\.safetensors at byte \d+: Input/"):
+        run_plan(plan, tmp_path / "out")
+    assert_nothing_is_left(tmp_path)
+
+
+def test_an_input_truncated_under_the_run(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "a" / "model.safetensors"
+    with pytest.raises(LazymergeError, match=r"a/model\.safetensors ends at byte \d+, ") as caught:
+        run_plan(plan, tmp_path / "out", observer=Recorder(lambda n: os.truncate(path, 500)))
+    assert caught.value.exit_code == 1
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["pread", "mmap"])
+def test_an_input_truncated_before_the_run(plan: Plan, tmp_path: Path, mode: ReadMode) -> None:
+    os.truncate(tmp_path / "a" / "model.safetensors", 500)
+    mapped = plan.with_resources(Resources(4 << 30, 2, mode))
+    with pytest.raises(InputError, match=r"a/model\.safetensors cannot be read"):
+        run_plan(mapped, tmp_path / "out")
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.ENOSPC, DoesNotFitError, r"no room for .*\.partial: No space left"),
+        (errno.EIO, LazymergeError, r"cannot write .*\.partial: Input/output error"),
+    ],
+)
+def test_a_write_that_fails(
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kind: type[LazymergeError],
+    message: str,
+) -> None:
+    real = os.pwrite
+    calls = Counter[str]()
+
+    def fail(*arguments: Any) -> int:
+        calls["pwrite"] += 1
+        if calls["pwrite"] > 17:
+            raise OSError(number, os.strerror(number))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(kind, match=message):
+        run_plan(plan, tmp_path / "out")
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_tokenizer_file_that_has_gone(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    with pytest.raises(LazymergeError, match=r"base/tokenizer\.json: No such file"):
+        run_plan(plan, tmp_path / "out")
+    assert_nothing_is_left(tmp_path)
+
+
+def test_what_others_put_there_meanwhile_stays(plan: Plan, tmp_path: Path) -> None:
+    out = tmp_path / "deeper" / "out"
+
+    def fail(blocks: int) -> None:
+        (out / "notes.txt").write_text("mine")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_plan(plan, out, observer=Recorder(fail))
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_was_there_stays(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+
+    def fail(blocks: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_plan(plan, tmp_path / "out", observer=Recorder(fail))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_earlier_output_is_replaced_only_when_asked(plan: Plan, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_plan(plan, out, fsync=False)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(InputError, match="is not empty"):
+        run_plan(plan, out)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    single = make_plan(plan.recipe, RESOURCES)
+    run_plan(single, out, fsync=False, overwrite=True)
+    assert [path.name for path in sorted(out.glob("*.safetensors*"))] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("model", ["base", "b"])
+def test_an_input_is_never_the_output(plan: Plan, tmp_path: Path, model: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / model)
+    before = (tmp_path / model / "model.safetensors").read_bytes()
+    for output in (tmp_path / model, tmp_path / "link"):
+        with pytest.raises(InputError, match="is the folder of an input model"):
+            run_plan(plan, output, overwrite=True)
+    assert (tmp_path / model / "model.safetensors").read_bytes() == before
