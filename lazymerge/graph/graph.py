@@ -1,23 +1,30 @@
-"""The DAG of operations that a recipe compiles into."""
+"""The DAG of operations that a recipe compiles into.
+
+The nodes carry the ids of their inputs, so they are the graph; nothing else needs to be stored to
+run it. For whoever wants to analyse or draw it, `digraph` gives it as a networkx graph. networkx
+is imported only then: that takes 0.2 s, and neither planning nor running needs it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from .node import Apply, BlockNode, Node, Read, Reduce, Write
 
+if TYPE_CHECKING:
+    import networkx as nx
+
 
 class Graph:
-    """Nodes by id, with an edge from each node to every node that uses its result.
+    """Nodes by id; a node can be added once its inputs are there, so there are no cycles.
 
     Adding a node that is already there is a no-op: identical work is shared.
     """
 
     def __init__(self) -> None:
-        self.digraph: nx.DiGraph[str] = nx.DiGraph()
+        self._nodes: dict[str, Node] = {}
         self._writes: list[Write] = []
 
     def add(self, node: Node) -> str:
@@ -26,32 +33,40 @@ class Graph:
         Raises:
             KeyError: an input is not in the graph.
         """
-        if node.id in self.digraph:
+        if node.id in self._nodes:
             return node.id
-        inputs = node_inputs(node)
-        for source in inputs:
-            if source not in self.digraph:
+        for source in node_inputs(node):
+            if source not in self._nodes:
                 raise KeyError(f"{type(node).__name__} {node.id} uses unknown node {source}")
-        self.digraph.add_node(node.id, node=node)
-        self.digraph.add_edges_from((source, node.id) for source in inputs)
+        self._nodes[node.id] = node
         if isinstance(node, Write):
             self._writes.append(node)
         return node.id
 
     def __getitem__(self, node_id: str) -> Node:
-        node: Node = self.digraph.nodes[node_id]["node"]
-        return node
+        return self._nodes[node_id]
 
     def __contains__(self, node_id: str) -> bool:
-        return node_id in self.digraph
+        return node_id in self._nodes
 
     def __len__(self) -> int:
-        return len(self.digraph)
+        return len(self._nodes)
 
     def __iter__(self) -> Iterator[Node]:
         """Nodes in the order they were added, which is a topological order."""
-        for _, data in self.digraph.nodes(data=True):
-            yield data["node"]
+        return iter(self._nodes.values())
+
+    @property
+    def digraph(self) -> nx.DiGraph[str]:
+        """The graph for networkx: ids, each with its node as attribute `node`, and an edge from
+        every node to each that uses its result. Made anew at every call."""
+        import networkx as nx
+
+        digraph: nx.DiGraph[str] = nx.DiGraph()
+        for node in self:
+            digraph.add_node(node.id, node=node)
+            digraph.add_edges_from((source, node.id) for source in node_inputs(node))
+        return digraph
 
     @property
     def writes(self) -> tuple[Write, ...]:

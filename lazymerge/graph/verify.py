@@ -11,10 +11,8 @@ R7  every node is used by some output
 
 from __future__ import annotations
 
-import networkx as nx
-
 from ..checkpoint.tensor import DTYPES
-from .graph import Graph
+from .graph import Graph, node_inputs
 from .node import Apply, Node, Read, Reduce, Write
 from .operation import WORKING_DTYPES, apply_operation, reduce_operation
 
@@ -50,9 +48,9 @@ def verify_graph(graph: Graph) -> None:
     names = [write.name for write in graph.writes]
     _require(len(set(names)) == len(names), "R4", None, "two outputs have one name")
     used = {write.id for write in graph.writes}
-    for node_id in reversed(list(nx.topological_sort(graph.digraph))):
-        if node_id in used:
-            used.update(graph.digraph.predecessors(node_id))
+    for node in reversed(list(graph)):  # users before what they use
+        if node.id in used:
+            used.update(node_inputs(node))
     _require(len(used) == len(graph), "R7", None, "some nodes lead to no output")
 
 
