@@ -84,7 +84,8 @@ def _view(checkpoint: Checkpoint, *, with_tensors: bool) -> RenderableType:
     facts.add_row(
         "size",
         f"{len(checkpoint.tensors)} tensors, {format_count(checkpoint.parameter_count)} "
-        f"parameters, {format_bytes(checkpoint.size_bytes)} in {len(checkpoint.files)} files",
+        f"parameters, {format_bytes(checkpoint.size_bytes)} in "
+        f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'}",
     )
     shares = dtype_shares(checkpoint)
     facts.add_row(

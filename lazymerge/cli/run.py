@@ -52,7 +52,7 @@ def run(
         from rich.text import Text
 
         for notice in made.notices:
-            console.print(Text.assemble(("notice", "yellow"), f" {notice}"))
+            console.print(Text.assemble(("notice", "yellow"), f" {notice}"), soft_wrap=True)
     with progress_display(made, console, quiet=quiet or as_json) as observer:
         report = run_plan(made, output, overwrite=overwrite, fsync=not no_fsync, observer=observer)
     if as_json:
@@ -62,5 +62,6 @@ def run(
         print_json({**asdict(report), "memory": memory_plan, "notices": list(made.notices)})
     elif not quiet:
         moved = report.bytes_read + report.bytes_written
-        console.print(done_line(made, report.seconds, moved, report.measured_bytes))
+        done = done_line(made, report.seconds, moved, report.measured_bytes)
+        console.print(done, soft_wrap=True)
         console.print(report.output, soft_wrap=True)
