@@ -63,7 +63,7 @@ class LinearCombination(ApplyOperation):
 
 @register
 class TaskVectors(ApplyOperation):
-    """out = x₀ + Σ fᵢ (xᵢ − x₀), for inputs x₀, x₁ … xₙ, n ≥ 1.
+    """out = x₀ + Σ fᵢ (xᵢ − x₀), for inputs x₀, x₁ … xₙ, n ≥ 1, added from left to right.
 
     The differences are formed first, as the formula says. (1 − Σ fᵢ) x₀ + Σ fᵢ xᵢ would be a
     fourth cheaper, but rounds fᵢ xᵢ where the formula has an exact difference: of 1.1 billion
@@ -93,10 +93,8 @@ class TaskVectors(ApplyOperation):
         first, *others = prepared["factors"]
         inputs[0].read_into(base)
         inputs[1].read_into(out)
-        out.sub_(base)
-        if first != 1.0:
-            out.mul_(first)
+        if first != 1.0:  # else x₀ + (x₁ − x₀), which is x₁
+            out.sub_(base).mul_(first).add_(base)
         for source, factor in zip(inputs[2:], others, strict=True):
             source.read_into(change)
             out.add_(change.sub_(base).mul_(factor))
-        out.add_(base)
