@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .engine.inputs import ReadMode
+from .engine.execution import DEFAULT_READ_MODE, ReadMode
 from .engine.plan import (
     DEFAULT_MAX_SHARD_BYTES,
-    DEFAULT_READ_MODE,
     Plan,
     Resources,
     load_plan,

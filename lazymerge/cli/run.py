@@ -40,9 +40,10 @@ def run(
     """Merge models by a recipe or a saved plan into OUT."""
     made = plan_of(recipe, memory, workers, read_mode, max_shard_size, unsafe_truncate_embeddings)
 
-    from .torch_loading import load_torch
+    if made.memory.libraries == "torch":
+        from .torch_loading import load_torch
 
-    load_torch()
+        load_torch()
     from ..engine.run import run_plan
     from .console import messages, print_json
     from .progress import done_line, progress_display

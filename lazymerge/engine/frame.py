@@ -1,49 +1,71 @@
 """A stage bound to one worker's arena: offsets become tensors, nodes become inputs.
 
 The frame owns every buffer that the stage's operations fill. A worker keeps one frame per stage
-it works on and moves it from block to block.
+it works on and moves it from block to block. There is a kind of frame for each kind of layout
+(stages.py); the one of the native kernels is in native/frame.py.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
 from ..graph.node import Apply, Read, Reduce, Write
 from ..graph.operation import ApplyOperation, BlockInput, apply_operation, reduce_operation
-from .inputs import InputFiles, MappedInput, Pieces, PreadInput, ReadMode
+from .arena import Arena
+from .execution import ReadMode
+from .inputs import InputFiles, MappedInput, Pieces, open_input
+from .native.frame import NativeFrame
 from .rounding import round_once
-from .stages import Slot, StageLayout
+from .stages import NativeLayout, RawLayout, Slot, StageLayout, TorchLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Arena:
-    """One worker's memory: page-aligned, allocated once, touched as it is used."""
+class _TensorInput:
+    """One input tensor, decoded by torch."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self._memory = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE))
-        self._view = memoryview(self._memory)
-
-    def tensor(self, slot: Slot) -> Tensor:
-        """The slot's memory as a tensor of its dtype, shape (slot.elements,)."""
+    def __init__(
+        self,
+        node: Read,
+        files: InputFiles,
+        read_mode: ReadMode,
+        arena: Arena,
+        slots: Sequence[Slot],
+    ) -> None:
         import torch
 
-        return torch.frombuffer(
-            self._memory,
-            dtype=getattr(torch, DTYPES[slot.dtype].torch_name),
-            count=slot.elements,
-            offset=slot.offset,
+        dtype = DTYPES[node.dtype]
+        self.source = open_input(node, files, read_mode, [arena.bytes(slot) for slot in slots])
+        self._elements = 0
+        memory: Any = arena.memory
+        offset, elements = slots[0].offset, slots[0].elements // dtype.item_bytes
+        if isinstance(self.source, MappedInput):
+            memory = self.source.map
+            offset, elements = node.tensor.start, node.tensor.element_count
+        self._typed = torch.frombuffer(
+            memory, dtype=getattr(torch, dtype.torch_name), count=elements, offset=offset
         )
 
-    def bytes(self, slot: Slot) -> memoryview:
-        """The slot's memory as bytes."""
-        size = slot.elements * DTYPES[slot.dtype].item_bytes
-        return self._view[slot.offset : slot.offset + size]
+    def seek(self, pieces: Pieces, elements: int) -> None:
+        self.source.seek(pieces)
+        self._elements = elements
+
+    def read_into(self, out: Any) -> None:
+        if isinstance(self.source, MappedInput):
+            filled = 0
+            for start, stop in self.source.pieces:
+                out[filled : filled + stop - start].copy_(self._typed[start:stop])
+                filled += stop - start
+        else:
+            self.source.raw()
+            out.copy_(self._typed[: self._elements])
+
+    def raw(self, slot: int = 0) -> memoryview:
+        return self.source.raw(slot)
 
 
 class _Buffers:
@@ -75,38 +97,103 @@ class _ApplyInput:
         self.own = own
         self.start = 0
 
-    def read_into(self, out: Tensor) -> None:
+    def read_into(self, out: Any) -> None:
         target = self.own.current[0] if self.own.current else out
         self.operation.run(target, self.inputs, self.prepared, self.scratch.current, self.start)
         if target is not out:
             out.copy_(target)
 
-    def raw(self, slot: int = 0) -> Tensor:
+    def raw(self, slot: int = 0) -> memoryview:
         raise TypeError("a computed block has no stored bytes")
 
 
-class Frame:
+class Frame(Protocol):
     """One stage of one tensor, ready to run any of its blocks."""
+
+    def reduce(self, pieces: Pieces, state: Any) -> Any:
+        """The partial result of one block (Reduce stages)."""
+
+    def encode(self, start: int, stop: int) -> memoryview:
+        """The bytes of one output block (Write stages), valid until the next call."""
+
+    def release(self, start: int, stop: int) -> None:
+        """Gives back what reading an element range has left in memory."""
+
+
+def make_frame(
+    graph: Graph,
+    stage: Reduce | Write,
+    layout: StageLayout,
+    arena: Arena,
+    files: InputFiles,
+    prepared: Mapping[str, Any],
+    read_mode: ReadMode,
+) -> Frame:
+    """The frame for a layout. prepared: what ApplyOperation.prepare returned, by node id."""
+    if isinstance(layout, NativeLayout):
+        return NativeFrame(graph, stage, layout, arena, files, prepared, read_mode)
+    if isinstance(layout, RawLayout):
+        assert isinstance(stage, Write)
+        return RawFrame(graph, stage, layout, arena, files, prepared, read_mode)
+    return TorchFrame(graph, stage, layout, arena, files, prepared, read_mode)
+
+
+class RawFrame:
+    """A stage that passes bytes on."""
 
     def __init__(
         self,
         graph: Graph,
-        stage: Reduce | Write,
-        layout: StageLayout,
+        stage: Write,
+        layout: RawLayout,
         arena: Arena,
         files: InputFiles,
         prepared: Mapping[str, Any],
         read_mode: ReadMode,
     ) -> None:
-        """prepared: what ApplyOperation.prepare returned, by node id."""
+        self._source = graph.block_node(stage.source)
+        self._prepared = prepared
+        slots = [arena.bytes(slot) for slot in layout.raw]
+        self._inputs = [
+            open_input(read, files, read_mode, slots) for read in graph.reads_of(stage.source)
+        ]
+
+    def reduce(self, pieces: Pieces, state: Any) -> Any:
+        raise TypeError("a stage of raw bytes reduces nothing")
+
+    def encode(self, start: int, stop: int) -> memoryview:
+        for source in self._inputs:
+            source.seek(((start, stop),))
+        if isinstance(self._source, Read):
+            return self._inputs[0].raw()
+        operation = apply_operation(self._source.operation)
+        return operation.run_raw(self._inputs, self._prepared[self._source.id], start)
+
+    def release(self, start: int, stop: int) -> None:
+        for source in self._inputs:
+            source.release(start, stop)
+
+
+class TorchFrame:
+    """A stage that torch computes."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        stage: Reduce | Write,
+        layout: TorchLayout,
+        arena: Arena,
+        files: InputFiles,
+        prepared: Mapping[str, Any],
+        read_mode: ReadMode,
+    ) -> None:
         self._graph = graph
         self._layout = layout
         self._arena = arena
         self._files = files
         self._prepared = prepared
         self._read_mode = read_mode
-        self._raw = [(arena.tensor(slot), arena.bytes(slot)) for slot in layout.raw]
-        self._reads: dict[str, PreadInput | MappedInput] = {}
+        self._reads: dict[str, _TensorInput] = {}
         self._applies: dict[str, _ApplyInput] = {}
         self._buffers: list[_Buffers] = []
         self._elements = -1
@@ -116,7 +203,7 @@ class Frame:
         self._result = self._node_buffers([layout.result] if layout.result else ())
         self._encoded = self._node_buffers([layout.encoded] if layout.encoded else ())
         self._rounding = self._node_buffers(layout.rounding)
-        self._source: PreadInput | MappedInput | _ApplyInput | None = None
+        self._source: _TensorInput | _ApplyInput | None = None
         self._output_item_bytes = 0
         if isinstance(stage, Reduce):
             self._reduce_operation = reduce_operation(stage.operation)
@@ -125,7 +212,7 @@ class Frame:
             self._inputs = [self._input(node) for node in stage.inputs]
         else:
             source = self._input(stage.source)
-            assert isinstance(source, PreadInput | MappedInput | _ApplyInput)
+            assert isinstance(source, _TensorInput | _ApplyInput)
             self._source = source
             self._output_item_bytes = DTYPES[stage.dtype].item_bytes
 
@@ -138,10 +225,8 @@ class Frame:
         node = self._graph.block_node(node_id)
         if isinstance(node, Read):
             if node_id not in self._reads:
-                self._reads[node_id] = (
-                    MappedInput(node, self._files)
-                    if self._read_mode == "mmap"
-                    else PreadInput(node, self._files, self._raw)
+                self._reads[node_id] = _TensorInput(
+                    node, self._files, self._read_mode, self._arena, self._layout.raw
                 )
             return self._reads[node_id]
         if node_id not in self._applies:
@@ -170,7 +255,6 @@ class Frame:
             apply.start = start
 
     def reduce(self, pieces: Pieces, state: Any) -> Any:
-        """The partial result of one block (Reduce stages)."""
         start = pieces[0][0]
         self._seek(pieces, start)
         return self._reduce_operation.run(
@@ -178,16 +262,11 @@ class Frame:
         )
 
     def encode(self, start: int, stop: int) -> memoryview:
-        """The bytes of one output block (Write stages), valid until the next call."""
         self._seek(((start, stop),), start)
         size = (stop - start) * self._output_item_bytes
         source = self._source
         encoded = self._encoded.current
         if isinstance(source, _ApplyInput):
-            if source.operation.is_raw:
-                return _bytes_of(
-                    source.operation.run_raw(source.inputs, source.prepared, start), size
-                )
             result = self._result.current[0]
             source.read_into(result)
             if not encoded:
@@ -196,8 +275,6 @@ class Frame:
             self._round(result, encoded[0])
         else:
             assert source is not None
-            if not encoded:
-                return _bytes_of(source.raw(0), size)
             if self._rounding.current:
                 source.read_into(self._result.current[0])
                 self._round(self._result.current[0], encoded[0])
@@ -213,12 +290,5 @@ class Frame:
             encoded.copy_(result)
 
     def release(self, start: int, stop: int) -> None:
-        """Gives back what reading an element range has left in memory."""
         for read in self._reads.values():
-            read.release(start, stop)
-
-
-def _bytes_of(tensor: Tensor, size: int) -> memoryview:
-    """A uint8 tensor's memory, shape (size,)."""
-    data: Any = tensor.numpy()
-    return memoryview(data)[:size]
+            read.source.release(start, stop)

@@ -13,16 +13,12 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
 from ..checkpoint.tensor import DTYPES
 from ..errors import LazymergeError
 from ..graph.node import Read
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-ReadMode = Literal["mmap", "pread"]
+from .execution import ReadMode
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -95,34 +91,22 @@ def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: str) ->
 class PreadInput:
     """One input tensor, copied block by block into the worker's arena."""
 
-    def __init__(
-        self,
-        node: Read,
-        files: InputFiles,
-        raw: Sequence[tuple[Tensor, memoryview]],
-    ) -> None:
-        """raw: per slot, a uint8 tensor and the same memory as a memoryview."""
-        import torch
-
+    def __init__(self, node: Read, files: InputFiles, slots: Sequence[memoryview]) -> None:
+        """slots: room for a block each."""
         self._path = str(Path(node.folder) / node.tensor.file)
         self._descriptor = files.descriptor(self._path)
         self._first_byte = node.tensor.start
-        dtype = DTYPES[node.dtype]
-        self._item_bytes = dtype.item_bytes
-        self._raw = raw
-        whole = raw[0][0]
-        usable = len(whole) // dtype.item_bytes * dtype.item_bytes
-        self._typed = whole[:usable].view(getattr(torch, dtype.torch_name))
+        self._item_bytes = DTYPES[node.dtype].item_bytes
+        self._slots = slots
         self._pieces: Pieces = ()
-        self._elements = 0
 
-    def seek(self, pieces: Pieces, elements: int) -> None:
-        """Moves to a block made of these pieces, of so many elements in all."""
+    def seek(self, pieces: Pieces) -> None:
+        """Moves to a block made of these pieces."""
         self._pieces = pieces
-        self._elements = elements
 
-    def _fill(self, slot: int) -> None:
-        memory = self._raw[slot][1]
+    def raw(self, slot: int = 0) -> memoryview:
+        """The block's bytes, in the slot; what the slot held before is gone."""
+        memory = self._slots[slot]
         item_bytes = self._item_bytes
         filled = 0
         for start, stop in self._pieces:
@@ -134,67 +118,58 @@ class PreadInput:
                 self._path,
             )
             filled += length
+        return memory[:filled]
 
-    def raw(self, slot: int = 0) -> Tensor:
-        self._fill(slot)
-        return self._raw[slot][0][: self._elements * self._item_bytes]
-
-    def read_into(self, out: Tensor) -> None:
-        self._fill(0)
-        out.copy_(self._typed[: self._elements])
+    def read_into(self, out: Any) -> None:
+        """Decoding is what frames do."""
+        raise TypeError("undecoded bytes")
 
     def release(self, start: int, stop: int) -> None:
         """Nothing to release: the arena is reused."""
 
 
 class MappedInput:
-    """One input tensor, decoded straight from the mapped file."""
+    """One input tensor, as it lies in the mapped file."""
 
     def __init__(self, node: Read, files: InputFiles) -> None:
-        import torch
+        path = str(Path(node.folder) / node.tensor.file)
+        self.map = files.mapping(path)
+        self.tensor = node.tensor
+        self.pieces: Pieces = ()
+        self._item_bytes = DTYPES[node.dtype].item_bytes
+        self._view = memoryview(self.map)
+        if len(self.map) < node.tensor.stop_exclusive:
+            raise LazymergeError(f"{path} is shorter than its header promises")
 
-        self._path = str(Path(node.folder) / node.tensor.file)
-        self._map = files.mapping(self._path)
-        info = node.tensor
-        dtype = DTYPES[info.dtype]
-        self._item_bytes = dtype.item_bytes
-        self._first_byte = info.start
-        if len(self._map) < info.stop_exclusive:
-            raise LazymergeError(f"{self._path} is shorter than its header promises")
-        self._typed = torch.frombuffer(
-            self._map,
-            dtype=getattr(torch, dtype.torch_name),
-            count=info.element_count,
-            offset=info.start,
-        )
-        self._bytes = torch.frombuffer(
-            self._map, dtype=torch.uint8, count=info.size_bytes, offset=info.start
-        )
-        self._pieces: Pieces = ()
+    def seek(self, pieces: Pieces) -> None:
+        """Moves to a block made of these pieces."""
+        self.pieces = pieces
 
-    def seek(self, pieces: Pieces, elements: int) -> None:
-        """Moves to a block made of these pieces, of so many elements in all."""
-        self._pieces = pieces
+    def byte_offset(self, element: int) -> int:
+        """Where an element lies in the map."""
+        return self.tensor.start + element * self._item_bytes
 
-    def raw(self, slot: int = 0) -> Tensor:
-        ((start, stop),) = self._pieces
-        return self._bytes[start * self._item_bytes : stop * self._item_bytes]
+    def raw(self, slot: int = 0) -> memoryview:
+        """The block's bytes, in the map (blocks of one piece only)."""
+        ((start, stop),) = self.pieces
+        return self._view[self.byte_offset(start) : self.byte_offset(stop)]
 
-    def read_into(self, out: Tensor) -> None:
-        if len(self._pieces) == 1:
-            start, stop = self._pieces[0]
-            out.copy_(self._typed[start:stop])
-            return
-        filled = 0
-        for start, stop in self._pieces:
-            out[filled : filled + stop - start].copy_(self._typed[start:stop])
-            filled += stop - start
+    def read_into(self, out: Any) -> None:
+        """Decoding is what frames do."""
+        raise TypeError("undecoded bytes")
 
     def release(self, start: int, stop: int) -> None:
         """Gives the pages of an element range back; whole pages within the range only."""
-        first = self._first_byte + start * self._item_bytes
-        last = self._first_byte + stop * self._item_bytes
-        first = -(-first // PAGE_BYTES) * PAGE_BYTES
-        last = last // PAGE_BYTES * PAGE_BYTES
+        first = -(-self.byte_offset(start) // PAGE_BYTES) * PAGE_BYTES
+        last = self.byte_offset(stop) // PAGE_BYTES * PAGE_BYTES
         if last > first:
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+            self.map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def open_input(
+    node: Read, files: InputFiles, read_mode: ReadMode, slots: Sequence[memoryview]
+) -> PreadInput | MappedInput:
+    """An input tensor in the given mode. slots: room for a block each (pread)."""
+    if read_mode == "mmap":
+        return MappedInput(node, files)
+    return PreadInput(node, files, slots)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..checkpoint.tensor import DTYPES
 from ..errors import DoesNotFitError
@@ -23,16 +24,19 @@ from ..graph.graph import Graph
 from ..graph.node import Read
 from ..sizes import format_memory
 from .blocks import BLOCK_ELEMENTS
-from .inputs import ReadMode
+from .execution import Execution
 from .scheduler import SPAN_BLOCKS
-from .stages import TensorTask, stage_layout, statistics_bytes
+from .stages import NativeLayout, TensorTask, TorchLayout, stage_layout, statistics_bytes
 
 MIB = 1 << 20
 
-RESERVED_BYTES = 252 * MIB
-"""Interpreter, torch 2.13 (CPU), numpy and lazymerge after import, on Linux x86-64 with Python
-3.11: measured 236 to 241 MiB; one decoder kernel of each dtype adds up to 6 MiB when it first
-runs."""
+Libraries = Literal["none", "numpy", "torch"]
+"""What a run loads: the native kernels need neither, selections need numpy, torch needs itself."""
+
+RESERVED_BYTES: dict[Libraries, int] = {"none": 64 * MIB, "numpy": 96 * MIB, "torch": 252 * MIB}
+"""Interpreter, lazymerge and these libraries after import, on Linux x86-64 with Python 3.11:
+measured 236 to 241 MiB with torch 2.13 (CPU); one decoder kernel of each dtype adds up to 6 MiB
+when it first runs."""
 
 NODE_BYTES = 3000
 """Per node of the graph: measured 2.2 to 2.8 kB, headers included, for 363 to 90,000 tensors."""
@@ -44,6 +48,7 @@ DEFAULT_LIMIT_BYTES = 2 << 30
 class MemoryPlan:
     """What a run may and will occupy. All sizes in bytes.
 
+    libraries: what is loaded for it, the largest part of what is reserved.
     workers: threads that compute.
     arena_bytes: buffers of one worker.
     statistics_bytes: partial results of reductions in progress.
@@ -54,6 +59,7 @@ class MemoryPlan:
 
     limit_bytes: int
     reserved_bytes: int
+    libraries: Libraries
     workers: int
     arena_bytes: int
     statistics_bytes: int
@@ -115,7 +121,7 @@ def plan_memory(
     tasks: Sequence[TensorTask],
     limit_bytes: int,
     workers: int,
-    read_mode: ReadMode,
+    execution: Execution,
 ) -> MemoryPlan:
     """Chooses the number of workers that fits the limit.
 
@@ -128,22 +134,30 @@ def plan_memory(
     arena_bytes, hungriest = 0, ""
     statistics: list[int] = [0]
     span_bytes = 0
+    libraries: Libraries = "none"
     for task in tasks:
         statistics.append(statistics_bytes(graph, task))
         for stage in task.stages:
             reads = graph.reads_of(stage.id)
-            size = stage_layout(graph, stage).size_bytes if stage.element_count else 0
-            if size > arena_bytes:
-                arena_bytes, hungriest = size, task.write.name
+            if not stage.element_count:
+                continue
+            layout = stage_layout(graph, stage, execution)
+            if layout.size_bytes > arena_bytes:
+                arena_bytes, hungriest = layout.size_bytes, task.write.name
+            if isinstance(layout, TorchLayout):
+                libraries = "torch"
+            elif isinstance(layout, NativeLayout) and layout.stores and libraries == "none":
+                libraries = "numpy"
             span_bytes = max(span_bytes, _span_bytes(reads, stage.element_count))
     statistics.sort(reverse=True)
-    reserved = RESERVED_BYTES + len(graph) * NODE_BYTES
-    per_worker_mapped = span_bytes if read_mode == "mmap" else 0
+    reserved = RESERVED_BYTES[libraries] + len(graph) * NODE_BYTES
+    per_worker_mapped = span_bytes if execution.read_mode == "mmap" else 0
 
     def plan(count: int, smallest: int) -> MemoryPlan:
         return MemoryPlan(
             limit_bytes=limit_bytes,
             reserved_bytes=reserved,
+            libraries=libraries,
             workers=count,
             arena_bytes=arena_bytes,
             # a tensor is begun only when no span is ready, so at most one per worker is open
@@ -160,7 +174,7 @@ def plan_memory(
             return chosen
     raise DoesNotFitError(
         f"the merge needs {format_memory(smallest)} of memory with one worker, the limit is "
-        f"{format_memory(limit_bytes)}: {format_memory(reserved)} for Python and torch, "
+        f"{format_memory(limit_bytes)}: {format_memory(reserved)} for Python and its libraries, "
         f"{format_memory(arena_bytes)} of buffers (most for {hungriest}), "
         f"{format_memory(plan(1, 0).statistics_bytes)} of statistics; "
         f"the smallest limit that works is --memory {smallest // MIB}MiB"

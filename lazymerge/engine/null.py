@@ -11,7 +11,7 @@ operations expect them to go: a sample if they begin with one, then the expected
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,15 @@ from ..graph.node import Reduce, Write
 from ..graph.operation import Done, Pass, reduce_operation
 from .plan import Plan
 from .scheduler import Job, Scheduler, _Active
-from .stages import BUFFER_ALIGNMENT, Slot, StageLayout, TensorTask, stage_layout
+from .stages import (
+    BUFFER_ALIGNMENT,
+    NativeLayout,
+    RawLayout,
+    Slot,
+    StageLayout,
+    TensorTask,
+    stage_layout,
+)
 
 
 class IllegalPlanError(AssertionError):
@@ -87,7 +95,7 @@ def walk_plan(plan: Plan) -> Walk:
     arena_bytes = 0
     while (job := scheduler.take()) is not None:
         name, stage = job.task.write.name, job.task.stages[job.stage]
-        layout = stage_layout(plan.graph, stage)
+        layout = stage_layout(plan.graph, stage, plan.execution)
         verify_layout(layout, plan.memory.arena_bytes)
         arena_bytes = max(arena_bytes, layout.size_bytes)
         walked = _walked(job, stage)
@@ -96,10 +104,7 @@ def walk_plan(plan: Plan) -> Walk:
         (sampled if walked.is_sample else full)[name] += walked.elements * sum(widths)
         for pieces in job.pieces:
             elements = sum(stop - start for start, stop in pieces)
-            computed = [slot for slot in layout_slots(layout) if slot not in layout.raw]
-            if any(slot.elements < elements for slot in computed) or any(
-                slot.elements < elements * max(widths) for slot in layout.raw
-            ):
+            if not fits(layout, elements, widths):
                 raise IllegalPlanError(f"{name}: a block of {elements} elements in {layout}")
             if isinstance(stage, Write):
                 ((start, stop),) = pieces
@@ -113,8 +118,26 @@ def walk_plan(plan: Plan) -> Walk:
     return Walk(tuple(jobs), tuple(finished), full, sampled, written, arena_bytes)
 
 
+def fits(layout: StageLayout, elements: int, widths: Sequence[int]) -> bool:
+    """Whether a block has room in the buffers of a stage. widths: bytes per element of inputs."""
+    if isinstance(layout, NativeLayout):
+        blocks = [slot for slot in (*layout.stores, layout.output) if slot is not None]
+        raw = list(zip(layout.raw, widths, strict=True)) if layout.raw else []
+    else:
+        blocks = [slot for slot in layout_slots(layout) if slot not in layout.raw]
+        raw = [(slot, max(widths)) for slot in layout.raw]
+    return all(slot.elements >= elements for slot in blocks) and all(
+        slot.elements >= elements * width for slot, width in raw
+    )
+
+
 def layout_slots(layout: StageLayout) -> list[Slot]:
     """All buffers of a stage. All are live from its first block to its last."""
+    if isinstance(layout, RawLayout):
+        return list(layout.raw)
+    if isinstance(layout, NativeLayout):
+        own = [*layout.raw, layout.registers, *layout.stores, layout.output]
+        return [slot for slot in own if slot is not None]
     slots = [*layout.raw, layout.result, layout.encoded, *layout.rounding]
     for node in layout.nodes.values():
         slots += [node.out, *node.scratch]

@@ -33,12 +33,11 @@ from ..recipe import Recipe, Signature, load_recipe, parse_recipe
 from ..recipe.signature import Scalar
 from ..sizes import format_bytes, format_count, format_memory
 from ..version import __version__
-from .inputs import ReadMode
+from .execution import DEFAULT_READ_MODE, Execution, Kernels, ReadMode, default_kernels
 from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memory
 from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
-DEFAULT_READ_MODE: ReadMode = "pread"
 PLAN_FORMAT = 1
 
 
@@ -49,11 +48,18 @@ class Resources:
     limit_bytes: bound of the peak resident set.
     workers: threads that compute.
     read_mode: how inputs are read; the output does not depend on it.
+    kernels: who computes; nor on this.
     """
 
     limit_bytes: int | None = None
     workers: int | None = None
     read_mode: ReadMode = DEFAULT_READ_MODE
+    kernels: Kernels | None = None
+
+    @property
+    def execution(self) -> Execution:
+        """How a run reads and computes."""
+        return Execution(self.read_mode, self.kernels or default_kernels())
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Plan:
     memory: what the run may and will occupy.
     config: the output's config.json, None where no model has one.
     sidecars: files copied from `sidecar_folder`.
-    read_mode: how inputs are read.
+    execution: how the run reads and computes.
     """
 
     recipe: Recipe
@@ -82,7 +88,12 @@ class Plan:
     config: Mapping[str, object] | None
     sidecar_folder: str
     sidecars: tuple[str, ...]
-    read_mode: ReadMode
+    execution: Execution
+
+    @property
+    def read_mode(self) -> ReadMode:
+        """How inputs are read."""
+        return self.execution.read_mode
 
     @cached_property
     def tasks(self) -> tuple[TensorTask, ...]:
@@ -187,7 +198,7 @@ class Plan:
         return replace(
             self,
             memory=_memory(self.graph, self.tasks, resources),
-            read_mode=resources.read_mode,
+            execution=resources.execution,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -212,7 +223,8 @@ class Plan:
                 "header_bytes_read": sum(c.header_bytes_read for c in self.checkpoints.values()),
             },
             "memory": self.memory.as_dict(),
-            "read_mode": self.read_mode,
+            "read_mode": self.execution.read_mode,
+            "kernels": self.execution.kernels,
             "notices": list(self.notices),
             "models": [
                 {
@@ -306,7 +318,7 @@ def make_plan(
         config=_output_config(source, compiled),
         sidecar_folder=source.folder,
         sidecars=sidecar_files(source.folder) if Path(source.reference).is_dir() else (),
-        read_mode=resources.read_mode,
+        execution=resources.execution,
     )
 
 
@@ -398,7 +410,7 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         config=_of_kind(output["config"], dict, type(None)),
         sidecar_folder=output["sidecar_folder"],
         sidecars=tuple(output["sidecars"]),
-        read_mode=resources.read_mode,
+        execution=resources.execution,
     )
     if plan.fingerprint != document["fingerprint"]:
         raise InputError(f"{path} was altered after it was made; plan the recipe again")
@@ -522,7 +534,7 @@ def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
 def _memory(graph: Graph, tasks: tuple[TensorTask, ...], resources: Resources) -> MemoryPlan:
     limit = default_limit_bytes() if resources.limit_bytes is None else resources.limit_bytes
     workers = default_workers() if resources.workers is None else resources.workers
-    return plan_memory(graph, tasks, limit, workers, resources.read_mode)
+    return plan_memory(graph, tasks, limit, workers, resources.execution)
 
 
 def _output_config(source: Checkpoint, compiled: CompiledMerge) -> dict[str, object] | None:

@@ -42,13 +42,14 @@ class _Whole:
         """stored: shape (n,), in the dtype of the file or of a result."""
         self._stored = stored
 
-    def read_into(self, out: Tensor) -> None:
+    def read_into(self, out: Any) -> None:
         out.copy_(self._stored)
 
-    def raw(self, slot: int = 0) -> Tensor:
+    def raw(self, slot: int = 0) -> memoryview:
         from torch import uint8
 
-        return self._stored.view(uint8)
+        data: Any = self._stored.view(uint8).numpy()
+        return memoryview(data)
 
     def sample(self, sample: Sample) -> _Whole:
         from torch import cat
@@ -94,7 +95,8 @@ class _Evaluation:
         prepared = operation.prepare(parameters, self._results(node.statistics))
         if operation.is_raw:
             stored = getattr(torch, DTYPES[node.working_dtype].torch_name)
-            return operation.run_raw(inputs, prepared, 0).clone().view(stored)
+            data = bytearray(operation.run_raw(inputs, prepared, 0))
+            return torch.frombuffer(data, dtype=stored)
         scratch = _buffers(operation.cost(len(inputs), parameters).scratch, node.element_count)
         (out,) = _buffers(1, node.element_count)
         operation.run(out, inputs, prepared, scratch, 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -125,7 +125,7 @@ def check_inputs(plan: Plan) -> None:
             path = Path(checkpoint.folder) / file.path
             try:
                 status = path.stat()
-                with safe_open(path, framework="pt"):
+                with safe_open(path, framework="np"):
                     pass
             except (OSError, SafetensorError) as error:
                 raise InputError(f"{path} cannot be read: {error}") from error
@@ -136,8 +136,6 @@ def check_inputs(plan: Plan) -> None:
 def _run(
     plan: Plan, folder: Path, writer: ShardWriter, *, fsync: bool, observer: Observer
 ) -> RunReport:
-    import torch
-
     began = time.perf_counter()
     checksums: dict[str, str] = {}
     totals = [0, 0]
@@ -158,24 +156,24 @@ def _run(
 
     scheduler = Scheduler(plan.graph, plan.tasks, finished)
     files = InputFiles()
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)  # parallelism is between workers, on different blocks
     try:
-        workers = [
-            Worker(
-                plan.graph,
+        with _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext():
+            _work(
                 scheduler,
-                writer,
-                files,
-                plan.memory.arena_bytes,
-                plan.read_mode,
-                moved,
+                [
+                    Worker(
+                        plan.graph,
+                        scheduler,
+                        writer,
+                        files,
+                        plan.memory.arena_bytes,
+                        plan.execution,
+                        moved,
+                    )
+                    for _ in range(plan.memory.workers)
+                ],
             )
-            for _ in range(plan.memory.workers)
-        ]
-        _work(scheduler, workers)
     finally:
-        torch.set_num_threads(threads_before)
         files.close()
     writer.close()
     try:
@@ -196,6 +194,19 @@ def _run(
     except OSError as error:
         raise write_error(folder / MANIFEST_NAME, error) from error
     return report
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Parallelism is between workers, on different blocks."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _work(scheduler: Scheduler, workers: Sequence[Worker]) -> None:

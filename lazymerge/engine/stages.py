@@ -4,20 +4,28 @@
             stage 1  Write  ◄ Apply sign_consensus  (one pass)
 
 A stage streams blocks through one tree of block-valued nodes. Its buffers are laid out here, at
-plan time and without torch; the worker that runs it only turns offsets into tensors. What the
+plan time and without torch; the worker that runs it only turns offsets into addresses. What the
 plan says about memory and what the run uses are therefore the same numbers.
+
+Three kinds of stages have three kinds of layout, in order of preference:
+
+    RawLayout     bytes are passed on as they are: copies, and tensors that must be equal
+    NativeLayout  a recorded program, run by the native kernels chunk by chunk
+    TorchLayout   anything else: one torch call after the other over whole blocks
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
 from ..graph.node import Apply, Read, Reduce, Write
-from ..graph.operation import apply_operation, reduce_operation
+from ..graph.operation import Cost, apply_operation, reduce_operation
 from .blocks import block_count, block_length
+from .execution import Execution
+from .native import library
 
 BUFFER_ALIGNMENT = 64
 """Cache line, and the widest vector register: results must not depend on how a buffer lies."""
@@ -44,12 +52,42 @@ class NodeSlots:
 
 
 @dataclass(frozen=True, slots=True)
-class StageLayout:
-    """The buffers of one stage in one worker's arena.
+class RawLayout:
+    """The buffers of a stage that decodes nothing: undecoded input blocks, U8."""
+
+    raw: tuple[Slot, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLayout:
+    """The buffers of a stage that the native kernels compute.
+
+    inputs: ids of the Read nodes, in the order of the program's inputs.
+    raw: an undecoded block of each, U8 (none are needed where files are mapped).
+    registers: all registers of the program, one chunk of the working dtype each.
+    stores: blocks that leave the kernels whole.
+    output: the block in the output's dtype (Write stages).
+    rounds_once: float64 goes to 16 bits without rounding to float32 on the way.
+    """
+
+    inputs: tuple[str, ...]
+    raw: tuple[Slot, ...]
+    registers: Slot | None
+    register_count: int
+    stores: tuple[Slot, ...]
+    output: Slot | None
+    rounds_once: bool
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TorchLayout:
+    """The buffers of one stage that torch computes.
 
     raw: undecoded input blocks, U8.
     result: the block in working dtype, before the output's rounding (Write of an Apply).
-    encoded: the block in the output's dtype; None where `result` or `raw` already is.
+    encoded: the block in the output's dtype; None where `result` already is.
     rounding: scratch for rounding float64 once; empty where that is not needed.
     nodes: buffers of the Apply and Reduce nodes of the stage, by id.
     size_bytes: of all of them.
@@ -80,16 +118,62 @@ def tensor_tasks(graph: Graph) -> tuple[TensorTask, ...]:
     return tuple(TensorTask(write, graph.reductions_of(write.id)) for write in graph.writes)
 
 
-def stage_layout(graph: Graph, stage: Reduce | Write) -> StageLayout:
+StageLayout = RawLayout | NativeLayout | TorchLayout
+
+
+def stage_layout(graph: Graph, stage: Reduce | Write, execution: Execution) -> StageLayout:
     """Lays out the buffers of a stage."""
-    return _Layout(graph, block_length(stage.element_count)).lay_out(stage)
+    elements = block_length(stage.element_count)
+    if isinstance(stage, Write):
+        source = graph.block_node(stage.source)
+        if isinstance(source, Read) and source.dtype == stage.dtype:
+            return _Raw(graph, elements).lay_out([source], 1)
+        if isinstance(source, Apply) and apply_operation(source.operation).is_raw:
+            cost = apply_operation(source.operation).cost(
+                len(source.inputs), dict(source.parameters)
+            )
+            return _Raw(graph, elements).lay_out(graph.reads_of(source.id), cost.raw)
+    if execution.kernels == "native" and is_native(graph, stage):
+        return _Native(graph, elements).lay_out(stage, is_mapped=execution.read_mode == "mmap")
+    return _Torch(graph, elements).lay_out(stage)
+
+
+def is_native(graph: Graph, stage: Reduce | Write) -> bool:
+    """Whether the native kernels know all that a stage asks for: one recordable operation straight
+    over its inputs, whose dtypes they read and write."""
+    if isinstance(stage, Write):
+        source = graph.block_node(stage.source)
+        if not library.writes(stage.dtype):
+            return False
+        if isinstance(source, Apply):
+            if not apply_operation(source.operation).is_recordable:
+                return False
+            inputs = [graph.block_node(node) for node in source.inputs]
+        else:
+            inputs = [source]
+    else:
+        if not reduce_operation(stage.operation).is_recordable:
+            return False
+        inputs = [graph.block_node(node) for node in stage.inputs]
+    return all(isinstance(node, Read) and library.reads(node.dtype) for node in inputs)
+
+
+def rounds_from_float64(graph: Graph, write: Write) -> bool:
+    """Whether float64 arithmetic ends in a dtype that torch reaches by way of float32."""
+    if DTYPES[write.dtype].item_bytes > 2:
+        return False
+    return any(read.dtype == "F64" for read in graph.reads_of(write.id))
 
 
 def statistics_bytes(graph: Graph, task: TensorTask) -> int:
     """Upper bound of what a task's statistics occupy while it runs."""
     return sum(
         reduce_operation(reduce.operation).statistics_bytes(
-            len(reduce.inputs), dict(reduce.parameters), block_count(reduce.element_count)
+            len(reduce.inputs),
+            dict(reduce.parameters),
+            reduce.element_count,
+            block_count(reduce.element_count),
+            DTYPES[reduce.working_dtype].item_bytes,
         )
         for reduce in task.reductions
     )
@@ -117,38 +201,6 @@ class _Layout:
         self.graph = graph
         self.elements = elements
         self.size_bytes = 0
-        self.nodes: dict[str, NodeSlots] = {}
-        self.raw_count = 1
-        self.raw_item_bytes = 1
-
-    def lay_out(self, stage: Reduce | Write) -> StageLayout:
-        result = encoded = None
-        rounding: tuple[Slot, ...] = ()
-        if isinstance(stage, Reduce):
-            self.reduce(stage)
-        else:
-            source = self.graph.block_node(stage.source)
-            is_computed = isinstance(source, Apply) and not apply_operation(source.operation).is_raw
-            if isinstance(source, Read):
-                self.read(source)
-            else:
-                self.apply(source)
-            if source.dtype != stage.dtype:
-                encoded = self.slot(stage.dtype)
-                if self.rounds_from_float64(stage):
-                    rounding = (self.slot("F64"), self.slot("F64"))
-            if is_computed or rounding:
-                result = self.slot(source.dtype)
-        raw = tuple(
-            self.slot("U8", self.elements * self.raw_item_bytes) for _ in range(self.raw_count)
-        )
-        return StageLayout(raw, result, encoded, rounding, self.nodes, self.size_bytes)
-
-    def rounds_from_float64(self, write: Write) -> bool:
-        """Whether float64 arithmetic ends in a dtype that torch reaches by way of float32."""
-        if DTYPES[write.dtype].item_bytes > 2:
-            return False
-        return any(read.dtype == "F64" for read in self.graph.reads_of(write.id))
 
     def slot(self, dtype: str, elements: int | None = None) -> Slot:
         count = self.elements if elements is None else elements
@@ -156,6 +208,81 @@ class _Layout:
         size = count * DTYPES[dtype].item_bytes
         self.size_bytes += -(-size // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
         return slot
+
+
+class _Raw(_Layout):
+    def lay_out(self, reads: Sequence[Read], count: int) -> RawLayout:
+        size = self.elements * max(DTYPES[read.dtype].item_bytes for read in reads)
+        raw = tuple(self.slot("U8", size) for _ in range(count))
+        return RawLayout(raw, self.size_bytes)
+
+
+class _Native(_Layout):
+    def lay_out(self, stage: Reduce | Write, *, is_mapped: bool) -> NativeLayout:
+        reads: Sequence[Read]
+        output = None
+        working_dtype, cost = "F32", Cost(scratch=0)
+        if isinstance(stage, Reduce):
+            working_dtype = stage.working_dtype
+            cost = reduce_operation(stage.operation).cost(len(stage.inputs), dict(stage.parameters))
+            reads, register_count = self.graph.reads_of(stage.id), cost.scratch
+        else:
+            source = self.graph.block_node(stage.source)
+            if isinstance(source, Apply):
+                working_dtype = source.working_dtype
+                cost = apply_operation(source.operation).cost(
+                    len(source.inputs), dict(source.parameters)
+                )
+            elif source.dtype == "F64":
+                working_dtype = "F64"
+            reads, register_count = self.graph.reads_of(source.id), 1 + cost.scratch
+            output = self.slot(stage.dtype)
+        registers = self.slot(working_dtype, library.chunk_elements() * register_count)
+        return NativeLayout(
+            inputs=tuple(read.id for read in reads),
+            raw=()
+            if is_mapped
+            else tuple(
+                self.slot("U8", self.elements * DTYPES[read.dtype].item_bytes) for read in reads
+            ),
+            registers=registers,
+            register_count=register_count,
+            stores=tuple(self.slot(working_dtype) for _ in range(cost.stores)),
+            output=output,
+            rounds_once=isinstance(stage, Write) and rounds_from_float64(self.graph, stage),
+            size_bytes=self.size_bytes,
+        )
+
+
+class _Torch(_Layout):
+    def __init__(self, graph: Graph, elements: int) -> None:
+        super().__init__(graph, elements)
+        self.nodes: dict[str, NodeSlots] = {}
+        self.raw_count = 1
+        self.raw_item_bytes = 1
+
+    def lay_out(self, stage: Reduce | Write) -> TorchLayout:
+        result = encoded = None
+        rounding: tuple[Slot, ...] = ()
+        if isinstance(stage, Reduce):
+            self.reduce(stage)
+        else:
+            source = self.graph.block_node(stage.source)
+            is_computed = isinstance(source, Apply)
+            if isinstance(source, Read):
+                self.read(source)
+            else:
+                self.apply(source)
+            if source.dtype != stage.dtype:
+                encoded = self.slot(stage.dtype)
+                if rounds_from_float64(self.graph, stage):
+                    rounding = (self.slot("F64"), self.slot("F64"))
+            if is_computed or rounding:
+                result = self.slot(source.dtype)
+        raw = tuple(
+            self.slot("U8", self.elements * self.raw_item_bytes) for _ in range(self.raw_count)
+        )
+        return TorchLayout(raw, result, encoded, rounding, self.nodes, self.size_bytes)
 
     def read(self, node: Read) -> None:
         self.raw_item_bytes = max(self.raw_item_bytes, DTYPES[node.dtype].item_bytes)

@@ -11,8 +11,10 @@ from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
 from ..graph.node import Reduce
 from ..output.writer import ShardWriter
-from .frame import Arena, Frame
-from .inputs import InputFiles, ReadMode
+from .arena import Arena
+from .execution import Execution
+from .frame import Frame, make_frame
+from .inputs import InputFiles
 from .scheduler import Job, Scheduler
 from .stages import stage_layout
 
@@ -30,7 +32,7 @@ class Worker:
         writer: ShardWriter,
         files: InputFiles,
         arena_bytes: int,
-        read_mode: ReadMode,
+        execution: Execution,
         moved: Moved,
     ) -> None:
         self._graph = graph
@@ -38,7 +40,7 @@ class Worker:
         self._writer = writer
         self._files = files
         self._arena = Arena(arena_bytes)
-        self._read_mode = read_mode
+        self._execution = execution
         self._moved = moved
         self._frame: Frame | None = None
         self._frame_of: tuple[int, int] = (-1, -1)
@@ -84,14 +86,14 @@ class Worker:
         if self._frame is None or key != self._frame_of:
             stage = job.task.stages[job.stage]
             self._frame = None
-            self._frame = Frame(
+            self._frame = make_frame(
                 self._graph,
                 stage,
-                stage_layout(self._graph, stage),
+                stage_layout(self._graph, stage, self._execution),
                 self._arena,
                 self._files,
                 job.prepared,
-                self._read_mode,
+                self._execution.read_mode,
             )
             self._frame_of = key
         return self._frame

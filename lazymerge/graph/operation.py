@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 from .node import ParameterValue
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from .vector import Vector
 
 Parameters = Mapping[str, ParameterValue]
 
@@ -33,21 +33,23 @@ class Cost:
     scratch: number of scratch buffers of the working dtype, besides the output's.
     raw: number of undecoded input blocks that are held at once (1 for operations that pull
         and decode their inputs one after another).
+    stores: number of vectors that leave the native kernels whole (`copy_of`, `count_inside`).
     """
 
     scratch: int
     raw: int = 1
+    stores: int = 0
 
 
 class BlockInput(Protocol):
     """One input of an operation, positioned at the current block."""
 
-    def read_into(self, out: Tensor) -> None:
+    def read_into(self, out: Vector) -> None:
         """Fills `out` (shape (n,), working dtype) with the block's elements."""
 
-    def raw(self, slot: int = 0) -> Tensor:
-        """The block's bytes as stored, shape (n * item_bytes,) uint8, valid until the next
-        call with the same slot (below Cost.raw)."""
+    def raw(self, slot: int = 0) -> memoryview:
+        """The block's bytes as stored, valid until the next call with the same slot (below
+        Cost.raw)."""
 
 
 class ApplyOperation(ABC):
@@ -56,6 +58,9 @@ class ApplyOperation(ABC):
     name: ClassVar[str]
     is_raw: ClassVar[bool] = False
     """Works on undecoded bytes (implements run_raw instead of run)."""
+    is_recordable: ClassVar[bool] = False
+    """`run` does nothing with its vectors but what graph/vector.py offers, whatever their values,
+    and does not look at `start`: then the native kernels can run it."""
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         """The dtype blocks are computed in: float64 where an input is float64, else float32."""
@@ -71,10 +76,10 @@ class ApplyOperation(ABC):
 
     def run(
         self,
-        out: Tensor,
+        out: Vector,
         inputs: Sequence[BlockInput],
         prepared: Any,
-        scratch: Sequence[Tensor],
+        scratch: Sequence[Vector],
         start: int,
     ) -> None:
         """Fills one block.
@@ -85,8 +90,8 @@ class ApplyOperation(ABC):
         """
         raise NotImplementedError(self.name)
 
-    def run_raw(self, inputs: Sequence[BlockInput], prepared: Any, start: int) -> Tensor:
-        """The output block's bytes, shape (n * item_bytes,) uint8 (raw operations only)."""
+    def run_raw(self, inputs: Sequence[BlockInput], prepared: Any, start: int) -> memoryview:
+        """The output block's bytes (raw operations only)."""
         raise NotImplementedError(self.name)
 
 
@@ -140,6 +145,9 @@ class ReduceOperation(ABC, Generic[Partial, Result]):
     """
 
     name: ClassVar[str]
+    is_recordable: ClassVar[bool] = False
+    """As of ApplyOperation; what the functions of graph/vector.py return is not looked at either,
+    only returned, in tuples."""
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         """The dtype blocks are computed in: float64 where an input is float64, else float32."""
@@ -150,8 +158,18 @@ class ReduceOperation(ABC, Generic[Partial, Result]):
         """Buffers needed per worker; a reduction has no output buffer."""
 
     @abstractmethod
-    def statistics_bytes(self, input_count: int, parameters: Parameters, blocks: int) -> int:
-        """Upper bound of the memory held by partial results and the result."""
+    def statistics_bytes(
+        self,
+        input_count: int,
+        parameters: Parameters,
+        element_count: int,
+        block_count: int,
+        item_bytes: int,
+    ) -> int:
+        """Upper bound of the memory held by partial results and the result.
+
+        item_bytes: of the working dtype.
+        """
 
     @abstractmethod
     def expected_passes(self, parameters: Parameters) -> int:
@@ -173,7 +191,7 @@ class ReduceOperation(ABC, Generic[Partial, Result]):
         inputs: Sequence[BlockInput],
         parameters: Parameters,
         state: Any,
-        scratch: Sequence[Tensor],
+        scratch: Sequence[Vector],
         start: int,
     ) -> Partial:
         """The partial result of one block; scratch tensors have the block's length."""

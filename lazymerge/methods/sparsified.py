@@ -22,32 +22,21 @@ from ..graph.operation import (
     register,
 )
 from ..graph.operations.selection import Threshold
+from ..graph.vector import keep_largest, total
 from ..recipe.signature import BaseModel, Parameter, Scope, Signature
 from .merge import TensorMerge, merge_method
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ..graph.vector import Vector
 
 SMALLEST_NORM = 1e-7
 """L1 norms below this are not rescaled to."""
 
 
-def keep_largest(change: Tensor, threshold: Threshold | None, start: int) -> None:
-    """Zeroes, in place, the elements of a block that do not reach the threshold.
-
-    change: shape (n,), elements start … start + n − 1 of the tensor. None keeps everything.
-
-    hardshrink zeroes |x| ≤ λ in one sweep and passes nan on; up to `stop_index` elements equal
-    to the threshold survive, behind it they do not.
-    """
-    if threshold is None:
-        return
-    from torch import hardshrink
-
-    split = min(max(threshold.stop_index - start, 0), len(change))
-    kept_if_equal, dropped_if_equal = change[:split], change[split:]
-    hardshrink(kept_if_equal, threshold.below, out=kept_if_equal)
-    hardshrink(dropped_if_equal, threshold.value, out=dropped_if_equal)
+def thin(change: Vector, threshold: Threshold | None, start: int) -> None:
+    """Zeroes, in place, the elements of a block that do not reach the threshold; None keeps all."""
+    if threshold is not None:
+        keep_largest(change, threshold.value, threshold.below, threshold.stop_index, start)
 
 
 def _thresholds(parameters: Parameters, statistics: Sequence[Any]) -> Sequence[Threshold | None]:
@@ -64,12 +53,20 @@ class SurvivingNorms(ReduceOperation["tuple[tuple[float, float], ...]", "tuple[f
     """
 
     name = "surviving_norms"
+    is_recordable = True
 
     def cost(self, input_count: int, parameters: Parameters) -> Cost:
         return Cost(scratch=2)
 
-    def statistics_bytes(self, input_count: int, parameters: Parameters, blocks: int) -> int:
-        return blocks * input_count * 160
+    def statistics_bytes(
+        self,
+        input_count: int,
+        parameters: Parameters,
+        element_count: int,
+        block_count: int,
+        item_bytes: int,
+    ) -> int:
+        return block_count * input_count * 160
 
     def expected_passes(self, parameters: Parameters) -> int:
         return 1
@@ -88,20 +85,18 @@ class SurvivingNorms(ReduceOperation["tuple[tuple[float, float], ...]", "tuple[f
         inputs: Sequence[BlockInput],
         parameters: Parameters,
         state: Sequence[Threshold | None],
-        scratch: Sequence[Tensor],
+        scratch: Sequence[Vector],
         start: int,
     ) -> tuple[tuple[float, float], ...]:
-        from torch import float64
-
         base, change = scratch
         inputs[0].read_into(base)
         norms = []
         for source, threshold in zip(inputs[1:], state, strict=True):
             source.read_into(change)
             change.sub_(base).abs_()
-            before = float(change.sum(dtype=float64))
-            keep_largest(change, threshold, start)
-            norms.append((before, float(change.sum(dtype=float64))))
+            before = total(change)
+            thin(change, threshold, start)
+            norms.append((before, total(change)))
         return tuple(norms)
 
     def finish(
@@ -133,6 +128,7 @@ class SignConsensus(ApplyOperation):
     """
 
     name = "sign_consensus"
+    is_recordable = True
 
     def cost(self, input_count: int, parameters: Parameters) -> Cost:
         return Cost(scratch=input_count + 2)
@@ -145,10 +141,10 @@ class SignConsensus(ApplyOperation):
 
     def run(
         self,
-        out: Tensor,
+        out: Vector,
         inputs: Sequence[BlockInput],
         prepared: Any,
-        scratch: Sequence[Tensor],
+        scratch: Sequence[Vector],
         start: int,
     ) -> None:
         weights, scales, thresholds, parameters = prepared
@@ -159,7 +155,7 @@ class SignConsensus(ApplyOperation):
         ):
             source.read_into(change)
             change.sub_(base)
-            keep_largest(change, threshold, start)
+            thin(change, threshold, start)
             if scale != 1.0:
                 change.mul_(scale)
 
@@ -179,7 +175,7 @@ class SignConsensus(ApplyOperation):
         if parameters["normalize"]:
             divisor = changes[0].gt_(0).mul_(weights[0])
             for change, weight in zip(changes[1:], weights[1:], strict=True):
-                divisor.add_(change.gt_(0), alpha=weight)
+                divisor.add_(change.gt_(0).mul_(weight))
             spare.copy_(divisor).eq_(0)
             total.div_(divisor.add_(spare))
         sign.mul_(total)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..operation import ApplyOperation, BlockInput, Cost, Parameters, register
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ..vector import Vector
 
 
 @register
@@ -34,6 +34,7 @@ class LinearCombination(ApplyOperation):
     """
 
     name = "linear_combination"
+    is_recordable = True
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         return "F64"
@@ -46,10 +47,10 @@ class LinearCombination(ApplyOperation):
 
     def run(
         self,
-        out: Tensor,
+        out: Vector,
         inputs: Sequence[BlockInput],
         prepared: Sequence[float],
-        scratch: Sequence[Tensor],
+        scratch: Sequence[Vector],
         start: int,
     ) -> None:
         inputs[0].read_into(out)
@@ -74,6 +75,7 @@ class TaskVectors(ApplyOperation):
     """
 
     name = "task_vectors"
+    is_recordable = True
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         return "F64"
@@ -83,10 +85,10 @@ class TaskVectors(ApplyOperation):
 
     def run(
         self,
-        out: Tensor,
+        out: Vector,
         inputs: Sequence[BlockInput],
         prepared: Any,
-        scratch: Sequence[Tensor],
+        scratch: Sequence[Vector],
         start: int,
     ) -> None:
         base, change = scratch

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..operation import BlockInput, Cost, Done, Parameters, Pass, ReduceOperation, register
+from ..vector import dot
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ..vector import Vector
 
 GramMatrix = tuple[tuple[float, ...], ...]
 
@@ -22,21 +23,29 @@ GramMatrix = tuple[tuple[float, ...], ...]
 class Gram(ReduceOperation["tuple[float, ...]", GramMatrix]):
     """⟨xᵢ, xⱼ⟩ for all pairs of inputs; the result is symmetric, n tuples of n floats.
 
-    Each block gives a float64 dot product per pair; these are summed exactly (math.fsum), so the
-    matrix depends on the block boundaries alone.
+    Each block gives a float64 dot product per pair, summed in a fixed order; these are summed
+    exactly (math.fsum), so the matrix depends on the block boundaries alone.
     """
 
     name = "gram"
+    is_recordable = True
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         return "F64"
 
     def cost(self, input_count: int, parameters: Parameters) -> Cost:
-        return Cost(scratch=input_count)
+        return Cost(scratch=input_count + 1)
 
-    def statistics_bytes(self, input_count: int, parameters: Parameters, blocks: int) -> int:
+    def statistics_bytes(
+        self,
+        input_count: int,
+        parameters: Parameters,
+        element_count: int,
+        block_count: int,
+        item_bytes: int,
+    ) -> int:
         pairs = input_count * (input_count + 1) // 2
-        return blocks * (pairs * 32 + 64)  # a Python float and its place in a tuple
+        return block_count * (pairs * 32 + 64)  # a Python float and its place in a tuple
 
     def expected_passes(self, parameters: Parameters) -> int:
         return 1
@@ -55,13 +64,14 @@ class Gram(ReduceOperation["tuple[float, ...]", GramMatrix]):
         inputs: Sequence[BlockInput],
         parameters: Parameters,
         state: Any,
-        scratch: Sequence[Tensor],
+        scratch: Sequence[Vector],
         start: int,
     ) -> tuple[float, ...]:
-        for source, vector in zip(inputs, scratch, strict=True):
+        *vectors, room = scratch
+        for source, vector in zip(inputs, vectors, strict=True):
             source.read_into(vector)
         return tuple(
-            float(scratch[row].dot(scratch[column]))
+            dot(vectors[row], vectors[column], room)
             for row in range(len(inputs))
             for column in range(row + 1)
         )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from ...errors import InputError
 from ..operation import ApplyOperation, BlockInput, Cost, Parameters, register
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..vector import same_bytes
 
 
 @register
@@ -30,10 +28,10 @@ class Identical(ApplyOperation):
     def cost(self, input_count: int, parameters: Parameters) -> Cost:
         return Cost(scratch=0, raw=min(2, input_count))
 
-    def run_raw(self, inputs: Sequence[BlockInput], prepared: Any, start: int) -> Tensor:
+    def run_raw(self, inputs: Sequence[BlockInput], prepared: Any, start: int) -> memoryview:
         first = inputs[0].raw(0)
         for index, other in enumerate(inputs[1:], start=1):
-            if not bool((first == other.raw(1)).all()):
+            if not same_bytes(first, other.raw(1)):
                 models = cast("tuple[str, ...]", prepared["models"])
                 raise InputError(
                     f"tensor {prepared['tensor']} holds integers or booleans, which cannot be "

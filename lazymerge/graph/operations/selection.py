@@ -36,11 +36,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ..operation import BlockInput, Cost, Done, Parameters, Pass, ReduceOperation, Sample, register
+from ..vector import Counts, copy_of, count_inside, find_equal
 
 if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
-    from torch import Tensor
+
+    from ..vector import Vector
 
     Magnitudes = NDArray[numpy.floating[Any]]
 
@@ -54,6 +56,12 @@ SAMPLE_RUNS_LARGE = 1024
 CANDIDATES = 1 << 20
 """Values kept per model and tensor: 4 MB in float32, 8 MB in float64. Tensors of no more elements
 need no sample: all their values are candidates."""
+
+ALL_CANDIDATES = 1 << 21
+"""Values kept per tensor; with more than two models each gets its share of it."""
+
+COUNTS_BYTES = 320
+"""Of one block's counts besides its values: a Counts, an array's header, a tuple."""
 
 MIN_BLOCK_CANDIDATES = 64
 """Every block may keep this many, so that the values kept stay a sample of all blocks."""
@@ -131,19 +139,6 @@ class State:
     only_block: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """One block's contribution to a search.
-
-    above: elements > high. inside: elements in [low, high]. values: at most `quota` of those
-    inside, evenly spread, in element order (none when low == high, where they are all equal).
-    """
-
-    above: int
-    inside: int
-    values: Magnitudes
-
-
 @register
 class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | None, ...]]):
     """For inputs x₀, x₁ … xₙ: the threshold that the kᵢ largest |xᵢ − x₀| reach, for each i ≥ 1.
@@ -155,15 +150,23 @@ class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | Non
     """
 
     name = "magnitude_thresholds"
+    is_recordable = True
 
     def cost(self, input_count: int, parameters: Parameters) -> Cost:
-        return Cost(scratch=3)
+        return Cost(scratch=3, stores=_wanted(parameters))
 
-    def statistics_bytes(self, input_count: int, parameters: Parameters, blocks: int) -> int:
-        wanted = sum(keep is not None for keep in _keep(parameters))
-        # the candidates as collected, joined and partitioned, at up to 8 bytes each
-        candidates = max(CANDIDATES, MIN_BLOCK_CANDIDATES * blocks)
-        return wanted * (candidates * 3 * 8 + blocks * 256)
+    def statistics_bytes(
+        self,
+        input_count: int,
+        parameters: Parameters,
+        element_count: int,
+        block_count: int,
+        item_bytes: int,
+    ) -> int:
+        wanted = _wanted(parameters)
+        candidates = min(element_count, _quota(wanted, block_count) * block_count)
+        # those of all models as collected; those of one, joined and partitioned
+        return (wanted + 2) * candidates * item_bytes + wanted * block_count * COUNTS_BYTES
 
     def expected_passes(self, parameters: Parameters) -> int:
         return 1
@@ -176,8 +179,8 @@ class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | Non
         block_count: int,
     ) -> Pass | Done[tuple[Threshold | None, ...]]:
         entries = tuple(None if keep is None else Search(keep) for keep in _keep(parameters))
-        quota = max(MIN_BLOCK_CANDIDATES, CANDIDATES // max(1, block_count))
-        if element_count <= CANDIDATES:
+        quota = _quota(_wanted(parameters), block_count)
+        if element_count <= _candidates(_wanted(parameters)):
             return Pass(State(entries, quota))
         runs = SAMPLE_RUNS_LARGE if element_count > 1 << 24 else SAMPLE_RUNS
         return Pass(State(entries, quota, is_sample=True), sample=Sample(runs, SAMPLE_RUN_ELEMENTS))
@@ -187,10 +190,10 @@ class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | Non
         inputs: Sequence[BlockInput],
         parameters: Parameters,
         state: State,
-        scratch: Sequence[Tensor],
+        scratch: Sequence[Vector],
         start: int,
     ) -> tuple[Any, ...]:
-        base, change, masks = scratch
+        base, change, room = scratch
         inputs[0].read_into(base)
         partials: list[Any] = []
         for source, entry in zip(inputs[1:], state.entries, strict=True):
@@ -199,11 +202,11 @@ class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | Non
                 source.read_into(change)
                 change.sub_(base).abs_()
                 if isinstance(entry, Locate):
-                    partial = _locate(change.numpy(), entry, start)
+                    partial = find_equal(change, entry.value, entry.ties_kept, start)
                 elif state.is_sample:
-                    partial = change.numpy().copy()
+                    partial = copy_of(change)
                 elif isinstance(entry, Search):
-                    partial = _count(change.numpy(), entry, state.quota, masks.numpy())
+                    partial = count_inside(change, entry.low, entry.high, state.quota, room)
             partials.append(partial)
         return tuple(partials)
 
@@ -223,7 +226,7 @@ class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | Non
                 else:
                     entry = narrow(entry, column, element_count)
             elif isinstance(entry, Locate) and _is_due(entry, state):
-                entry = Threshold(entry.value, entry.below, stop_index=column[0])
+                entry = Threshold(entry.value, entry.below, stop_index=column[0] + 1)
             entries.append(entry)
         following = State(tuple(entries), state.quota)
         if any(isinstance(entry, Search) for entry in entries):
@@ -238,35 +241,22 @@ def _keep(parameters: Parameters) -> tuple[int | None, ...]:
     return cast("tuple[int | None, ...]", parameters["keep"])
 
 
+def _wanted(parameters: Parameters) -> int:
+    return sum(keep is not None for keep in _keep(parameters))
+
+
+def _candidates(wanted: int) -> int:
+    """Values kept of one of so many models."""
+    return min(CANDIDATES, ALL_CANDIDATES // max(1, wanted))
+
+
+def _quota(wanted: int, block_count: int) -> int:
+    """Values kept of one model's block."""
+    return max(MIN_BLOCK_CANDIDATES, _candidates(wanted) // max(1, block_count))
+
+
 def _is_due(entry: Entry, state: State) -> bool:
     return isinstance(entry, Locate) and entry.block == state.only_block
-
-
-def _count(values: Magnitudes, search: Search, quota: int, room: Magnitudes) -> Counts:
-    """Counts and candidates of one block; `room` has space for two booleans per element."""
-    import numpy
-
-    masks = room.view(numpy.bool_)
-    above, inside = masks[: len(values)], masks[len(values) : 2 * len(values)]
-    numpy.greater(values, values.dtype.type(search.high), out=above)
-    numpy.greater_equal(values, values.dtype.type(search.low), out=inside)
-    above_count = int(numpy.count_nonzero(above))
-    inside_count = int(numpy.count_nonzero(inside)) - above_count
-    if search.low == search.high or inside_count == 0:
-        return Counts(above_count, inside_count, values[:0].copy())
-    numpy.not_equal(inside, above, out=inside)
-    places = numpy.flatnonzero(inside)
-    if inside_count > quota:
-        places = places[numpy.arange(quota) * inside_count // quota]
-    return Counts(above_count, inside_count, values[places])
-
-
-def _locate(values: Magnitudes, locate: Locate, start: int) -> int:
-    """The flat index that follows the last surviving tie."""
-    import numpy
-
-    ties = numpy.flatnonzero(values == values.dtype.type(locate.value))
-    return start + int(ties[locate.ties_kept - 1]) + 1
 
 
 def bracket_from_sample(search: Search, sample: Magnitudes, element_count: int) -> Search:

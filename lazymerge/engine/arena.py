@@ -1,0 +1,48 @@
+"""A worker's memory: one allocation, made and touched before the first block."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import TYPE_CHECKING
+
+from ..checkpoint.tensor import DTYPES
+from .stages import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Arena:
+    """Page-aligned memory that all buffers of a worker lie in.
+
+    Its pages are made at once (MAP_POPULATE, where there is such a thing), so that a run uses from
+    its first block on what the plan says it will, and faults on none of them later.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        size = max(size_bytes, mmap.PAGESIZE)
+        populate = getattr(mmap, "MAP_POPULATE", 0)
+        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | populate)
+        self._view = memoryview(self.memory)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+    def tensor(self, slot: Slot) -> Tensor:
+        """The slot's memory as a tensor of its dtype, shape (slot.elements,)."""
+        import torch
+
+        return torch.frombuffer(
+            self.memory,
+            dtype=getattr(torch, DTYPES[slot.dtype].torch_name),
+            count=slot.elements,
+            offset=slot.offset,
+        )
+
+    def bytes(self, slot: Slot) -> memoryview:
+        """The slot's memory as bytes."""
+        size = slot.elements * DTYPES[slot.dtype].item_bytes
+        return self._view[slot.offset : slot.offset + size]
+
+    def address(self, slot: Slot) -> int:
+        """Where the slot lies in the process's memory."""
+        return self._address + slot.offset

@@ -1,0 +1,30 @@
+"""How a run reads and computes. The output does not depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .native import library
+
+ReadMode = Literal["mmap", "pread"]
+Kernels = Literal["native", "torch"]
+
+DEFAULT_READ_MODE: ReadMode = "pread"
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How a run reads and computes.
+
+    read_mode: inputs are decoded where they are mapped, or copied into the arena first.
+    kernels: the native ones where they can do what a stage asks for, or torch alone.
+    """
+
+    read_mode: ReadMode = DEFAULT_READ_MODE
+    kernels: Kernels = "native"
+
+
+def default_kernels() -> Kernels:
+    """Native ones where they are built."""
+    return "native" if library.is_available() else "torch"

@@ -1,0 +1,176 @@
+/* Block programs: what `program.py` has recorded of an operation, run in the first-level cache.
+ *
+ * A block of 2^18 elements is walked in chunks that fit the cache together with all registers of
+ * the program; every instruction is one loop over a chunk. Each element therefore comes from memory
+ * once and goes back once, however many operations a merge method consists of.
+ *
+ * The arithmetic is IEEE 754 in the working type, operation by operation: no contraction to fused
+ * multiply-add, no reassociation, no flushing (see setup.py for the flags). The same program run by
+ * torch, one call per instruction, gives the same bits; only the payload of a nan may differ.
+ *
+ * No Python, no allocation, no threads: everything is passed in by the caller. The numbers of the
+ * operations and dtypes are those of program.py.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define CHUNK 1024 /* elements; program.py sizes the registers by lm_chunk() */
+#define LANES 16   /* running sums of a reduction; vector.py defines their order */
+
+enum dtype { F64, F32, F16, BF16, F8_E4M3, F8_E5M2 };
+
+enum operation {
+    LOAD,      /* dst = input k                                     */
+    COPY,      /* dst = a                                           */
+    ADD,       /* dst = a + b                                       */
+    SUB,       /* dst = a - b                                       */
+    MUL,       /* dst = a * b                                       */
+    DIV,       /* dst = a / b                                       */
+    ADD_S,     /* dst = a + x                                       */
+    MUL_S,     /* dst = a * x                                       */
+    ABS,       /* dst = |a|                                         */
+    MAX_S,     /* dst = a < x ? x : a                               */
+    GE_S,      /* dst = a >= x ? 1 : 0                              */
+    GT_S,      /* dst = a > x ? 1 : 0                               */
+    EQ_S,      /* dst = a == x ? 1 : 0                              */
+    KEEP,      /* dst = |a| <= (index < k ? y : x) ? 0 : a          */
+    STORE,     /* memory b = a                                      */
+    DOT,       /* lanes k += a * b                                  */
+    SUM,       /* lanes k += a                                      */
+    COUNT,     /* counters k: a > y, x <= a <= y; the latter to b   */
+    FIND,      /* counters k: equal to x so far; index of the b-th  */
+    LOAD_SUB,  /* dst = input k - a                                 */
+    MUL_ADD,   /* dst = dst + a * x, rounded twice                  */
+    LOAD_MUL_ADD /* dst = dst + (input k) * x, rounded twice        */
+};
+
+struct instruction {
+    int32_t operation, dst, a, b;
+    double x, y;
+    int64_t k;
+};
+
+struct call {
+    const struct instruction *program;
+    const void *const *inputs; /* first element of the block, one pointer per input */
+    const int32_t *dtypes;     /* one per input */
+    const float *const *f8;    /* values of the 256 codes: F8_E4M3, F8_E5M2 */
+    void *registers;           /* CHUNK elements of the working type each */
+    void *const *stores;       /* memory of STORE and COUNT, working type */
+    double *lanes;             /* LANES each */
+    int64_t *counters;         /* 3 each */
+    void *output;              /* NULL: none */
+    int64_t length;            /* instructions */
+    int64_t start;             /* index of the block's first element in its tensor */
+    int64_t count;             /* elements of the block */
+    int64_t stored;            /* elements that the stores hold already */
+    int32_t is_wide;           /* working type: 1 double, 0 float */
+    int32_t result;            /* register that is written to `output` */
+    int32_t output_dtype;
+    int32_t rounds_once;       /* double to 16 bits without rounding to float on the way */
+};
+
+#define PORTABLE_LOOP _Pragma("GCC ivdep") /* registers are equal or apart, never shifted */
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONED __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CLONED
+#endif
+
+static inline float float_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t bits_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float from_bf16(uint16_t code)
+{
+    return float_of((uint32_t)code << 16);
+}
+
+static inline float from_f16(uint16_t code)
+{
+    uint32_t magnitude = (uint32_t)(code & 0x7FFF) << 13;
+    uint32_t sign = (uint32_t)(code & 0x8000) << 16;
+    /* the exponent's bias differs by 112; multiplying by 2^112 is exact, subnormals included */
+    uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
+    uint32_t special = magnitude | 0x7F800000; /* inf and nan keep their mantissa */
+    return float_of(((code & 0x7C00) == 0x7C00 ? special : finite) | sign);
+}
+
+static inline uint16_t to_bf16(float value)
+{
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (uint16_t)rounded;
+}
+
+static inline uint16_t to_f16(float value)
+{
+    uint32_t bits = bits_of(value);
+    uint32_t sign = (bits >> 16) & 0x8000;
+    uint32_t magnitude = bits & 0x7FFFFFFF;
+    /* normal: rebias, round to nearest even in the 13 bits that go */
+    uint32_t normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+    /* below 2^-14: adding 1/2 aligns the last bit kept, 2^-24, with float's last bit */
+    uint32_t small = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    uint32_t code = magnitude < 0x38800000 ? small : normal;
+    code = magnitude >= 0x477FF000 ? 0x7C00 : code; /* 65520 and more are infinite */
+    code = magnitude > 0x7F800000 ? 0x7E00 : code;
+    return (uint16_t)(code | sign);
+}
+
+/* To float, inexact results with the last bit set: no later rounding to fewer bits can then meet
+ * a middle that the double was not on (rounding to odd, Boldo and Melquiond 2008). */
+static inline float to_odd_float(double value)
+{
+    float nearest = (float)value;
+    double back = nearest;
+    uint32_t inexact = back != value;
+    uint32_t grown = fabs(back) > fabs(value);
+    return float_of((bits_of(nearest) - grown) | inexact);
+}
+
+#define REAL float
+#define ABSOLUTE fabsf
+#define RUN run_float
+#include "loops.h"
+#undef REAL
+#undef ABSOLUTE
+#undef RUN
+
+#define REAL double
+#define ABSOLUTE fabs
+#define RUN run_double
+#define IS_WIDE
+#include "loops.h"
+
+/* Runs a program over one block. */
+void lm_run(const struct call *call)
+{
+    if (call->is_wide)
+        run_double(call);
+    else
+        run_float(call);
+}
+
+int32_t lm_chunk(void)
+{
+    return CHUNK;
+}
+
+int32_t lm_version(void)
+{
+    return 1; /* of this interface; library.py refuses another */
+}

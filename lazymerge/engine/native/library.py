@@ -1,0 +1,211 @@
+"""Finding the native kernels and calling them.
+
+They are plain C without Python in it, called through ctypes, which lets go of the interpreter lock
+for the time of the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from ...checkpoint.tensor import DTYPES
+from .program import Program
+
+INTERFACE_VERSION = 1
+
+KERNELS_VARIABLE = "LAZYMERGE_KERNELS"
+"""Set to "torch", the native kernels are not used."""
+
+DTYPE_NUMBERS = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3, "F8_E4M3": 4, "F8_E5M2": 5}
+"""Dtypes that the kernels read, as in kernels.c."""
+
+WRITTEN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+LANES = 16
+COUNTERS = 3
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (
+        ("operation", ctypes.c_int32),
+        ("dst", ctypes.c_int32),
+        ("a", ctypes.c_int32),
+        ("b", ctypes.c_int32),
+        ("x", ctypes.c_double),
+        ("y", ctypes.c_double),
+        ("k", ctypes.c_int64),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("program", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p),
+        ("dtypes", ctypes.c_void_p),
+        ("f8", ctypes.c_void_p),
+        ("registers", ctypes.c_void_p),
+        ("stores", ctypes.c_void_p),
+        ("lanes", ctypes.c_void_p),
+        ("counters", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("length", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("stored", ctypes.c_int64),
+        ("is_wide", ctypes.c_int32),
+        ("result", ctypes.c_int32),
+        ("output_dtype", ctypes.c_int32),
+        ("rounds_once", ctypes.c_int32),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    folder = Path(__file__).parent
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_kernels{suffix}"
+        if path.exists():
+            try:
+                library = ctypes.CDLL(str(path))
+                if library.lm_version() != INTERFACE_VERSION:
+                    continue  # left from an older installation
+            except (OSError, AttributeError):
+                continue
+            library.lm_run.argtypes = [ctypes.c_void_p]
+            library.lm_run.restype = None
+            return library
+    return None
+
+
+def is_available() -> bool:
+    """Whether the kernels are built, and wanted."""
+    return os.environ.get(KERNELS_VARIABLE) != "torch" and _library() is not None
+
+
+def chunk_elements() -> int:
+    """Elements of one register."""
+    library = _library()
+    return 0 if library is None else int(library.lm_chunk())
+
+
+@cache
+def float8_values(dtype: str) -> tuple[float, ...]:
+    """The values of an 8-bit float's 256 codes.
+
+    Source: Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433.
+    """
+    exponent_bits, mantissa_bits = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}[dtype]
+    bias = (1 << (exponent_bits - 1)) - 1
+    values = []
+    for code in range(256):
+        exponent = (code & 0x7F) >> mantissa_bits
+        mantissa = code & ((1 << mantissa_bits) - 1)
+        largest = (1 << exponent_bits) - 1
+        if dtype == "F8_E5M2" and exponent == largest:
+            value = float("nan") if mantissa else float("inf")
+        elif dtype == "F8_E4M3" and code & 0x7F == 0x7F:
+            value = float("nan")  # E4M3 has no infinity
+        elif exponent == 0:
+            value = mantissa * 2.0 ** (1 - bias - mantissa_bits)
+        else:
+            value = (1 + mantissa / (1 << mantissa_bits)) * 2.0 ** (exponent - bias)
+        values.append(-value if code & 0x80 else value)
+    return tuple(values)
+
+
+@cache
+def _float8_tables() -> ctypes.Array[ctypes.c_void_p]:
+    tables = [(ctypes.c_float * 256)(*float8_values(d)) for d in ("F8_E4M3", "F8_E5M2")]
+    pointers = (ctypes.c_void_p * 2)(*map(ctypes.addressof, tables))
+    pointers._tables = tables  # type: ignore[attr-defined]  # they live as long as the pointers
+    return pointers
+
+
+class Kernel:
+    """A program with its memory, ready to be called for block after block."""
+
+    def __init__(
+        self,
+        program: Program,
+        input_dtypes: Sequence[str],
+        *,
+        working_dtype: str,
+        registers: int,
+        stores: Sequence[int],
+        output: int = 0,
+        output_dtype: str | None = None,
+        rounds_once: bool = False,
+    ) -> None:
+        """registers, stores, output: addresses of memory that outlives the kernel.
+
+        Each store has room for a block of the working dtype.
+        """
+        library = _library()
+        assert library is not None
+        assert len(stores) >= program.stores
+        self.program = program
+        self._run = library.lm_run
+        self._instructions = (_Instruction * max(1, len(program.instructions)))(
+            *(
+                _Instruction(int(i.code), i.dst, i.a, i.b, i.x, i.y, i.k)
+                for i in program.instructions
+            )
+        )
+        self.inputs = (ctypes.c_void_p * max(1, len(input_dtypes)))()
+        self._dtypes = (ctypes.c_int32 * max(1, len(input_dtypes)))(
+            *(DTYPE_NUMBERS[dtype] for dtype in input_dtypes)
+        )
+        self._stores = (ctypes.c_void_p * max(1, len(stores)))(*stores)
+        self.lanes = (ctypes.c_double * (LANES * max(1, program.lanes)))()
+        self.counters = (ctypes.c_int64 * (COUNTERS * max(1, program.counters)))()
+        self._call = _Call(
+            program=ctypes.addressof(self._instructions),
+            inputs=ctypes.addressof(self.inputs),
+            dtypes=ctypes.addressof(self._dtypes),
+            f8=ctypes.addressof(_float8_tables()),
+            registers=registers,
+            stores=ctypes.addressof(self._stores),
+            lanes=ctypes.addressof(self.lanes),
+            counters=ctypes.addressof(self.counters),
+            output=output,
+            length=len(program.instructions),
+            is_wide=working_dtype == "F64",
+            result=program.result,
+            output_dtype=0 if output_dtype is None else DTYPE_NUMBERS[output_dtype],
+            rounds_once=rounds_once,
+        )
+        self._address = ctypes.addressof(self._call)
+
+    def reset(self) -> None:
+        """Sets lanes and counters to zero."""
+        ctypes.memset(self.lanes, 0, ctypes.sizeof(self.lanes))
+        ctypes.memset(self.counters, 0, ctypes.sizeof(self.counters))
+
+    def run(self, start: int, count: int, stored: int = 0) -> None:
+        """Runs the program on a block; `inputs` has been set to the addresses of its elements.
+
+        start: flat index of the first element. stored: elements that the stores hold already.
+        """
+        call = self._call
+        call.start = start
+        call.count = count
+        call.stored = stored
+        self._run(self._address)
+
+
+def reads(dtype: str) -> bool:
+    """Whether the kernels decode a dtype."""
+    return dtype in DTYPE_NUMBERS
+
+
+def writes(dtype: str) -> bool:
+    """Whether the kernels encode a dtype."""
+    return dtype in WRITTEN_DTYPES
+
+
+assert DTYPE_NUMBERS.keys() == {name for name, dtype in DTYPES.items() if dtype.is_float}

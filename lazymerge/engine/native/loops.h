@@ -1,0 +1,242 @@
+/* The loops of kernels.c for one working type: REAL is float or double. */
+
+#define EACH(expression)                                                                           \
+    do {                                                                                           \
+        PORTABLE_LOOP                                                                              \
+        for (ptrdiff_t i = 0; i < n; i++) {                                                        \
+            dst[i] = (expression);                                                                 \
+        }                                                                                          \
+    } while (0)
+
+/* An expression in `in`, the i-th element of input k, whatever its dtype. */
+#define EACH_INPUT(expression)                                                                     \
+    do {                                                                                           \
+        const char *data = call->inputs[now->k];                                                   \
+        switch (call->dtypes[now->k]) {                                                            \
+        case F64: {                                                                                \
+            const double *from = (const double *)data + first;                                     \
+            PORTABLE_LOOP                                                                          \
+            for (ptrdiff_t i = 0; i < n; i++) {                                                    \
+                REAL in = (REAL)from[i];                                                           \
+                dst[i] = (expression);                                                             \
+            }                                                                                      \
+            break;                                                                                 \
+        }                                                                                          \
+        case F32: {                                                                                \
+            const float *from = (const float *)data + first;                                       \
+            PORTABLE_LOOP                                                                          \
+            for (ptrdiff_t i = 0; i < n; i++) {                                                    \
+                REAL in = from[i];                                                                 \
+                dst[i] = (expression);                                                             \
+            }                                                                                      \
+            break;                                                                                 \
+        }                                                                                          \
+        case F16: {                                                                                \
+            const uint16_t *from = (const uint16_t *)data + first;                                 \
+            PORTABLE_LOOP                                                                          \
+            for (ptrdiff_t i = 0; i < n; i++) {                                                    \
+                REAL in = from_f16(from[i]);                                                       \
+                dst[i] = (expression);                                                             \
+            }                                                                                      \
+            break;                                                                                 \
+        }                                                                                          \
+        case BF16: {                                                                               \
+            const uint16_t *from = (const uint16_t *)data + first;                                 \
+            PORTABLE_LOOP                                                                          \
+            for (ptrdiff_t i = 0; i < n; i++) {                                                    \
+                REAL in = from_bf16(from[i]);                                                      \
+                dst[i] = (expression);                                                             \
+            }                                                                                      \
+            break;                                                                                 \
+        }                                                                                          \
+        default: {                                                                                 \
+            const uint8_t *from = (const uint8_t *)data + first;                                   \
+            const float *values = call->f8[call->dtypes[now->k] - F8_E4M3];                        \
+            for (ptrdiff_t i = 0; i < n; i++) {                                                    \
+                REAL in = values[from[i]];                                                         \
+                dst[i] = (expression);                                                             \
+            }                                                                                      \
+        }                                                                                          \
+        }                                                                                          \
+    } while (0)
+
+CLONED static void RUN(const struct call *call)
+{
+    REAL *registers = call->registers;
+    for (int64_t first = 0; first < call->count; first += CHUNK) {
+        const ptrdiff_t n = call->count - first < CHUNK ? call->count - first : CHUNK;
+        for (const struct instruction *now = call->program; now < call->program + call->length;
+             now++) {
+            REAL *dst = registers + (ptrdiff_t)now->dst * CHUNK;
+            const REAL *a = registers + (ptrdiff_t)now->a * CHUNK;
+            const REAL *b = registers + (ptrdiff_t)now->b * CHUNK;
+            const REAL x = (REAL)now->x;
+            const REAL y = (REAL)now->y;
+            switch (now->operation) {
+            case LOAD:
+                EACH_INPUT(in);
+                break;
+            case LOAD_SUB:
+                EACH_INPUT(in - a[i]);
+                break;
+            case LOAD_MUL_ADD:
+                EACH_INPUT(dst[i] + in * x);
+                break;
+            case COPY:
+                EACH(a[i]);
+                break;
+            case ADD:
+                EACH(a[i] + b[i]);
+                break;
+            case SUB:
+                EACH(a[i] - b[i]);
+                break;
+            case MUL:
+                EACH(a[i] * b[i]);
+                break;
+            case DIV:
+                EACH(a[i] / b[i]);
+                break;
+            case ADD_S:
+                EACH(a[i] + x);
+                break;
+            case MUL_S:
+                EACH(a[i] * x);
+                break;
+            case MUL_ADD:
+                EACH(dst[i] + a[i] * x);
+                break;
+            case ABS:
+                EACH(ABSOLUTE(a[i]));
+                break;
+            case MAX_S:
+                EACH(a[i] < x ? x : a[i]);
+                break;
+            case GE_S:
+                EACH((REAL)(a[i] >= x));
+                break;
+            case GT_S:
+                EACH((REAL)(a[i] > x));
+                break;
+            case EQ_S:
+                EACH((REAL)(a[i] == x));
+                break;
+            case KEEP: {
+                /* x: dropped if equal, y: the magnitude below it */
+                int64_t left = now->k - (call->start + first);
+                ptrdiff_t split = left < 0 ? 0 : left > n ? n : (ptrdiff_t)left;
+                PORTABLE_LOOP
+                for (ptrdiff_t i = 0; i < split; i++) {
+                    dst[i] = a[i] <= y && a[i] >= -y ? 0 : a[i];
+                }
+                PORTABLE_LOOP
+                for (ptrdiff_t i = split; i < n; i++) {
+                    dst[i] = a[i] <= x && a[i] >= -x ? 0 : a[i];
+                }
+                break;
+            }
+            case STORE:
+                memcpy((REAL *)call->stores[now->b] + call->stored + first, a, n * sizeof *a);
+                break;
+            case DOT:
+            case SUM: {
+                double *lanes = call->lanes + now->k * LANES;
+                double sums[LANES];
+                memcpy(sums, lanes, sizeof sums);
+                ptrdiff_t whole = n / LANES * LANES;
+                if (now->operation == DOT) {
+                    for (ptrdiff_t i = 0; i < whole; i += LANES)
+                        for (int lane = 0; lane < LANES; lane++)
+                            sums[lane] += (double)a[i + lane] * (double)b[i + lane];
+                    for (ptrdiff_t i = whole; i < n; i++)
+                        sums[i - whole] += (double)a[i] * (double)b[i];
+                } else {
+                    for (ptrdiff_t i = 0; i < whole; i += LANES)
+                        for (int lane = 0; lane < LANES; lane++)
+                            sums[lane] += (double)a[i + lane];
+                    for (ptrdiff_t i = whole; i < n; i++)
+                        sums[i - whole] += (double)a[i];
+                }
+                memcpy(lanes, sums, sizeof sums);
+                break;
+            }
+            case COUNT: {
+                int64_t *counters = call->counters + now->k * 3;
+                int64_t above = 0, reaching = 0;
+                for (ptrdiff_t i = 0; i < n; i++) {
+                    above += a[i] > y;
+                    reaching += a[i] >= x;
+                }
+                counters[0] += above;
+                if (reaching > above) {
+                    if (x != y) { /* else all of them are equal to x */
+                        REAL *store = (REAL *)call->stores[now->b] + counters[1];
+                        ptrdiff_t kept = 0;
+                        for (ptrdiff_t i = 0; i < n; i++) {
+                            store[kept] = a[i]; /* overwritten by the next one unless inside */
+                            kept += a[i] >= x && !(a[i] > y);
+                        }
+                    }
+                    counters[1] += reaching - above;
+                }
+                break;
+            }
+            case FIND: {
+                int64_t *counters = call->counters + now->k * 3;
+                for (ptrdiff_t i = 0; i < n; i++) {
+                    counters[0] += a[i] == x;
+                    if (a[i] == x && counters[0] == now->b)
+                        counters[1] = call->start + first + i;
+                }
+                break;
+            }
+            }
+        }
+        if (call->output) {
+            const REAL *from = registers + (ptrdiff_t)call->result * CHUNK;
+            switch (call->output_dtype) {
+            case F64: {
+                double *to = (double *)call->output + first;
+                for (ptrdiff_t i = 0; i < n; i++)
+                    to[i] = from[i];
+                break;
+            }
+            case F32: {
+                float *to = (float *)call->output + first;
+                for (ptrdiff_t i = 0; i < n; i++)
+                    to[i] = (float)from[i];
+                break;
+            }
+            case F16: {
+                uint16_t *to = (uint16_t *)call->output + first;
+#ifdef IS_WIDE
+                if (call->rounds_once) {
+                    for (ptrdiff_t i = 0; i < n; i++)
+                        to[i] = to_f16(to_odd_float(from[i]));
+                    break;
+                }
+#endif
+                for (ptrdiff_t i = 0; i < n; i++)
+                    to[i] = to_f16((float)from[i]);
+                break;
+            }
+            case BF16: {
+                uint16_t *to = (uint16_t *)call->output + first;
+#ifdef IS_WIDE
+                if (call->rounds_once) {
+                    for (ptrdiff_t i = 0; i < n; i++)
+                        to[i] = to_bf16(to_odd_float(from[i]));
+                    break;
+                }
+#endif
+                for (ptrdiff_t i = 0; i < n; i++)
+                    to[i] = to_bf16((float)from[i]);
+                break;
+            }
+            }
+        }
+    }
+}
+
+#undef EACH
+#undef EACH_INPUT
