@@ -41,9 +41,12 @@ enum operation {
     SUM,       /* lanes k += a                                      */
     COUNT,     /* counters k: a > y, x <= a <= y; the latter to b   */
     FIND,      /* counters k: equal to x so far; index of the b-th  */
-    LOAD_SUB,  /* dst = input k - a                                 */
-    MUL_ADD,   /* dst = dst + a * x, rounded twice                  */
-    LOAD_MUL_ADD /* dst = dst + (input k) * x, rounded twice        */
+    /* several of the above in one trip, each rounded as if it stood alone */
+    LOAD_SUB,        /* dst = input k - a                           */
+    LOAD_MUL,        /* dst = input k * x                           */
+    MUL_ADD,         /* dst = b + a * x                             */
+    LOAD_MUL_ADD,    /* dst = b + (input k) * x                     */
+    LOAD_SUB_MUL_ADD /* dst = b + (input k - a) * x                 */
 };
 
 struct instruction {
@@ -74,32 +77,28 @@ struct call {
 
 #define PORTABLE_LOOP _Pragma("GCC ivdep") /* registers are equal or apart, never shifted */
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONED __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONED
-#endif
+#define INLINE static inline __attribute__((always_inline))
 
-static inline float float_of(uint32_t bits)
+INLINE float float_of(uint32_t bits)
 {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-static inline uint32_t bits_of(float value)
+INLINE uint32_t bits_of(float value)
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static inline float from_bf16(uint16_t code)
+INLINE float from_bf16(uint16_t code)
 {
     return float_of((uint32_t)code << 16);
 }
 
-static inline float from_f16(uint16_t code)
+INLINE float from_f16(uint16_t code)
 {
     uint32_t magnitude = (uint32_t)(code & 0x7FFF) << 13;
     uint32_t sign = (uint32_t)(code & 0x8000) << 16;
@@ -109,14 +108,14 @@ static inline float from_f16(uint16_t code)
     return float_of(((code & 0x7C00) == 0x7C00 ? special : finite) | sign);
 }
 
-static inline uint16_t to_bf16(float value)
+INLINE uint16_t to_bf16(float value)
 {
     uint32_t bits = bits_of(value);
     uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (uint16_t)rounded;
 }
 
-static inline uint16_t to_f16(float value)
+INLINE uint16_t to_f16(float value)
 {
     uint32_t bits = bits_of(value);
     uint32_t sign = (bits >> 16) & 0x8000;
@@ -133,7 +132,7 @@ static inline uint16_t to_f16(float value)
 
 /* To float, inexact results with the last bit set: no later rounding to fewer bits can then meet
  * a middle that the double was not on (rounding to odd, Boldo and Melquiond 2008). */
-static inline float to_odd_float(double value)
+INLINE float to_odd_float(double value)
 {
     float nearest = (float)value;
     double back = nearest;
@@ -142,23 +141,90 @@ static inline float to_odd_float(double value)
     return float_of((bits_of(nearest) - grown) | inexact);
 }
 
+/* Every loop is compiled for any processor, and on x86 once more for those with AVX2 and F16C
+ * (2013 and later), which convert halves themselves. */
+static void halves_to_floats(const uint16_t *from, float *to, ptrdiff_t n)
+{
+    PORTABLE_LOOP
+    for (ptrdiff_t i = 0; i < n; i++)
+        to[i] = from_f16(from[i]);
+}
+
+static void floats_to_halves(const float *from, uint16_t *to, ptrdiff_t n)
+{
+    PORTABLE_LOOP
+    for (ptrdiff_t i = 0; i < n; i++)
+        to[i] = to_f16(from[i]);
+}
+
+#define TARGET
+#define HALVES_TO_FLOATS halves_to_floats
+#define FLOATS_TO_HALVES floats_to_halves
 #define REAL float
+#define TO_ODD(value) (value)
 #define ABSOLUTE fabsf
 #define RUN run_float
 #include "loops.h"
-#undef REAL
-#undef ABSOLUTE
-#undef RUN
-
 #define REAL double
 #define ABSOLUTE fabs
 #define RUN run_double
-#define IS_WIDE
+#define TO_ODD to_odd_float
 #include "loops.h"
+#undef TARGET
+#undef HALVES_TO_FLOATS
+#undef FLOATS_TO_HALVES
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_AVX2
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx2,f16c")))
+
+TARGET static void halves_to_floats_avx2(const uint16_t *from, float *to, ptrdiff_t n)
+{
+    ptrdiff_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+    for (; i < n; i++)
+        to[i] = _cvtsh_ss(from[i]);
+}
+
+TARGET static void floats_to_halves_avx2(const float *from, uint16_t *to, ptrdiff_t n)
+{
+    ptrdiff_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *)(to + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < n; i++)
+        to[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+}
+
+#define HALVES_TO_FLOATS halves_to_floats_avx2
+#define FLOATS_TO_HALVES floats_to_halves_avx2
+#define REAL float
+#define TO_ODD(value) (value)
+#define ABSOLUTE fabsf
+#define RUN run_float_avx2
+#include "loops.h"
+#define REAL double
+#define ABSOLUTE fabs
+#define RUN run_double_avx2
+#define TO_ODD to_odd_float
+#include "loops.h"
+#endif
 
 /* Runs a program over one block. */
 void lm_run(const struct call *call)
 {
+#ifdef HAS_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+        if (call->is_wide)
+            run_double_avx2(call);
+        else
+            run_float_avx2(call);
+        return;
+    }
+#endif
     if (call->is_wide)
         run_double(call);
     else

@@ -1,4 +1,4 @@
-/* The loops of kernels.c for one working type: REAL is float or double. */
+/* The loops of kernels.c for one working type and one kind of processor. */
 
 #define EACH(expression)                                                                           \
     do {                                                                                           \
@@ -12,6 +12,7 @@
 #define EACH_INPUT(expression)                                                                     \
     do {                                                                                           \
         const char *data = call->inputs[now->k];                                                   \
+        float floats[CHUNK];                                                                       \
         switch (call->dtypes[now->k]) {                                                            \
         case F64: {                                                                                \
             const double *from = (const double *)data + first;                                     \
@@ -32,10 +33,10 @@
             break;                                                                                 \
         }                                                                                          \
         case F16: {                                                                                \
-            const uint16_t *from = (const uint16_t *)data + first;                                 \
+            HALVES_TO_FLOATS((const uint16_t *)data + first, floats, n);                           \
             PORTABLE_LOOP                                                                          \
             for (ptrdiff_t i = 0; i < n; i++) {                                                    \
-                REAL in = from_f16(from[i]);                                                       \
+                REAL in = floats[i];                                                               \
                 dst[i] = (expression);                                                             \
             }                                                                                      \
             break;                                                                                 \
@@ -60,7 +61,7 @@
         }                                                                                          \
     } while (0)
 
-CLONED static void RUN(const struct call *call)
+TARGET static void RUN(const struct call *call)
 {
     REAL *registers = call->registers;
     for (int64_t first = 0; first < call->count; first += CHUNK) {
@@ -79,8 +80,14 @@ CLONED static void RUN(const struct call *call)
             case LOAD_SUB:
                 EACH_INPUT(in - a[i]);
                 break;
+            case LOAD_MUL:
+                EACH_INPUT(in * x);
+                break;
             case LOAD_MUL_ADD:
-                EACH_INPUT(dst[i] + in * x);
+                EACH_INPUT(b[i] + in * x);
+                break;
+            case LOAD_SUB_MUL_ADD:
+                EACH_INPUT(b[i] + (in - a[i]) * x);
                 break;
             case COPY:
                 EACH(a[i]);
@@ -104,7 +111,7 @@ CLONED static void RUN(const struct call *call)
                 EACH(a[i] * x);
                 break;
             case MUL_ADD:
-                EACH(dst[i] + a[i] * x);
+                EACH(b[i] + a[i] * x);
                 break;
             case ABS:
                 EACH(ABSOLUTE(a[i]));
@@ -162,23 +169,28 @@ CLONED static void RUN(const struct call *call)
             }
             case COUNT: {
                 int64_t *counters = call->counters + now->k * 3;
-                int64_t above = 0, reaching = 0;
+                int32_t above = 0, reaching = 0;
                 for (ptrdiff_t i = 0; i < n; i++) {
                     above += a[i] > y;
                     reaching += a[i] >= x;
                 }
                 counters[0] += above;
-                if (reaching > above) {
-                    if (x != y) { /* else all of them are equal to x */
-                        REAL *store = (REAL *)call->stores[now->b] + counters[1];
-                        ptrdiff_t kept = 0;
-                        for (ptrdiff_t i = 0; i < n; i++) {
-                            store[kept] = a[i]; /* overwritten by the next one unless inside */
-                            kept += a[i] >= x && !(a[i] > y);
+                if (reaching > above && x != y) { /* if x is y, all of them are equal to it */
+                    REAL *store = (REAL *)call->stores[now->b] + counters[1];
+                    uint8_t inside[CHUNK];
+                    memset(inside + n, 0, CHUNK - n);
+                    for (ptrdiff_t i = 0; i < n; i++)
+                        inside[i] = a[i] >= x && !(a[i] > y);
+                    for (ptrdiff_t group = 0; group < n; group += 8) {
+                        uint64_t any;
+                        memcpy(&any, inside + group, sizeof any);
+                        for (ptrdiff_t i = group; any && i < group + 8; i++) {
+                            if (inside[i])
+                                *store++ = a[i];
                         }
                     }
-                    counters[1] += reaching - above;
                 }
+                counters[1] += reaching - above;
                 break;
             }
             case FIND: {
@@ -197,40 +209,36 @@ CLONED static void RUN(const struct call *call)
             switch (call->output_dtype) {
             case F64: {
                 double *to = (double *)call->output + first;
+                PORTABLE_LOOP
                 for (ptrdiff_t i = 0; i < n; i++)
                     to[i] = from[i];
                 break;
             }
             case F32: {
                 float *to = (float *)call->output + first;
+                PORTABLE_LOOP
                 for (ptrdiff_t i = 0; i < n; i++)
                     to[i] = (float)from[i];
                 break;
             }
             case F16: {
                 uint16_t *to = (uint16_t *)call->output + first;
-#ifdef IS_WIDE
-                if (call->rounds_once) {
-                    for (ptrdiff_t i = 0; i < n; i++)
-                        to[i] = to_f16(to_odd_float(from[i]));
-                    break;
-                }
-#endif
+                float floats[CHUNK];
+                PORTABLE_LOOP
                 for (ptrdiff_t i = 0; i < n; i++)
-                    to[i] = to_f16((float)from[i]);
+                    floats[i] = call->rounds_once ? TO_ODD(from[i]) : (float)from[i];
+                FLOATS_TO_HALVES(floats, to, n);
                 break;
             }
             case BF16: {
                 uint16_t *to = (uint16_t *)call->output + first;
-#ifdef IS_WIDE
-                if (call->rounds_once) {
-                    for (ptrdiff_t i = 0; i < n; i++)
-                        to[i] = to_bf16(to_odd_float(from[i]));
-                    break;
-                }
-#endif
+                float floats[CHUNK];
+                PORTABLE_LOOP
                 for (ptrdiff_t i = 0; i < n; i++)
-                    to[i] = to_bf16((float)from[i]);
+                    floats[i] = call->rounds_once ? TO_ODD(from[i]) : (float)from[i];
+                PORTABLE_LOOP
+                for (ptrdiff_t i = 0; i < n; i++)
+                    to[i] = to_bf16(floats[i]);
                 break;
             }
             }
@@ -240,3 +248,7 @@ CLONED static void RUN(const struct call *call)
 
 #undef EACH
 #undef EACH_INPUT
+#undef REAL
+#undef ABSOLUTE
+#undef RUN
+#undef TO_ODD

@@ -49,13 +49,25 @@ class Code(IntEnum):
     COUNT = 17
     FIND = 18
     LOAD_SUB = 19
-    MUL_ADD = 20
-    LOAD_MUL_ADD = 21
+    LOAD_MUL = 20
+    MUL_ADD = 21
+    LOAD_MUL_ADD = 22
+    LOAD_SUB_MUL_ADD = 23
 
 
-READS_A = frozenset(Code) - {Code.LOAD, Code.LOAD_MUL_ADD}
-READS_B = frozenset({Code.ADD, Code.SUB, Code.MUL, Code.DIV, Code.DOT})
-READS_OWN = frozenset({Code.MUL_ADD, Code.LOAD_MUL_ADD})
+READS_A = frozenset(Code) - {Code.LOAD, Code.LOAD_MUL, Code.LOAD_MUL_ADD}
+READS_B = frozenset(
+    {
+        Code.ADD,
+        Code.SUB,
+        Code.MUL,
+        Code.DIV,
+        Code.DOT,
+        Code.MUL_ADD,
+        Code.LOAD_MUL_ADD,
+        Code.LOAD_SUB_MUL_ADD,
+    }
+)
 WRITES = frozenset(Code) - {Code.STORE, Code.DOT, Code.SUM, Code.COUNT, Code.FIND}
 
 
@@ -72,10 +84,8 @@ class Instruction:
     k: int = 0
 
     def reads(self, register: int) -> bool:
-        return (
-            (self.code in READS_A and self.a == register)
-            or (self.code in READS_B and self.b == register)
-            or (self.code in READS_OWN and self.dst == register)
+        return (self.code in READS_A and self.a == register) or (
+            self.code in READS_B and self.b == register
         )
 
     def writes(self, register: int) -> bool:
@@ -290,44 +300,51 @@ def fuse(instructions: Sequence[Instruction], result: int | None) -> list[Instru
 
     result: a register that is read afterwards.
 
-        load r; sub r − b              →  load_sub r
-        mul r · x; add d + r           →  mul_add d         if r is not needed any more
-        load r; mul_add d (of r)       →  load_mul_add d    if r is not needed any more
+        load r; r − a             →  load_sub r
+        load r; r · x             →  load_mul r
+        r · x; d = b + r          →  mul_add d            if nobody needs r (unless it is d)
+        load r; mul_add d         →  load_mul_add d       likewise
+        load_sub r; mul_add d     →  load_sub_mul_add d   likewise
     """
     fused: list[Instruction] = []
     for place, now in enumerate(instructions):
         fused.append(now)
         rest = instructions[place + 1 :]
-        if len(fused) >= 2:
-            first, second = fused[-2:]
-            if _is(first, Code.LOAD) and _is(second, Code.SUB) and _in_place(second, first.dst):
-                if second.b != first.dst:
-                    fused[-2:] = [replace(first, code=Code.LOAD_SUB, a=second.b)]
-            elif (
-                _is(first, Code.MUL_SCALAR)
-                and _is(second, Code.ADD)
-                and second.dst == second.a != second.b == first.dst
-                and first.a == first.dst
-                and not _is_needed(first.dst, rest, result)
-            ):
-                fused[-2:] = [Instruction(Code.MUL_ADD, dst=second.dst, a=first.dst, x=first.x)]
-        if len(fused) >= 2:
-            first, second = fused[-2:]
-            if (
-                _is(first, Code.LOAD)
-                and _is(second, Code.MUL_ADD)
-                and second.a == first.dst != second.dst
-            ):
-                fused[-2:] = [Instruction(Code.LOAD_MUL_ADD, dst=second.dst, x=second.x, k=first.k)]
+        while len(fused) >= 2:
+            joined = _join(fused[-2], fused[-1], rest, result)
+            if joined is None:
+                break
+            fused[-2:] = [joined]
     return fused
 
 
-def _is(instruction: Instruction, code: Code) -> bool:
-    return instruction.code is code
+def _join(
+    first: Instruction, second: Instruction, rest: Sequence[Instruction], result: int | None
+) -> Instruction | None:
+    """One instruction for two neighbours, None where there is none."""
+    register = first.dst
+    codes = (first.code, second.code)
+    in_place = second.dst == second.a == register
+    if codes == (Code.LOAD, Code.SUB) and in_place and second.b != register:
+        return replace(first, code=Code.LOAD_SUB, a=second.b)
+    if codes == (Code.LOAD, Code.MUL_SCALAR) and in_place:
+        return replace(first, code=Code.LOAD_MUL, x=second.x)
+    if second.dst != register and _is_needed(register, rest, result):
+        return None
+    if codes == (Code.LOAD_MUL, Code.ADD) and (other := _addend(second, register)) is not None:
+        return Instruction(Code.LOAD_MUL_ADD, dst=second.dst, b=other, x=first.x, k=first.k)
+    if codes == (Code.MUL_SCALAR, Code.ADD) and (other := _addend(second, register)) is not None:
+        return Instruction(Code.MUL_ADD, dst=second.dst, a=first.a, b=other, x=first.x)
+    if codes == (Code.LOAD_SUB, Code.MUL_ADD) and second.a == register != second.b:
+        return replace(first, code=Code.LOAD_SUB_MUL_ADD, dst=second.dst, b=second.b, x=second.x)
+    return None
 
 
-def _in_place(instruction: Instruction, register: int) -> bool:
-    return instruction.dst == instruction.a == register
+def _addend(addition: Instruction, register: int) -> int | None:
+    """What is added to a register, None where it is not one of two different addends."""
+    if (addition.a == register) == (addition.b == register):
+        return None
+    return addition.b if addition.a == register else addition.a
 
 
 def _is_needed(register: int, rest: Sequence[Instruction], result: int | None) -> bool:
