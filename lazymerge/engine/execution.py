@@ -1,10 +1,11 @@
-"""How a run reads and computes. The output does not depend on it."""
+"""How a run reads and computes. Of this, the output depends on the class of device alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from .blocks import DeviceClass
 from .native import library
 
 ReadMode = Literal["mmap", "pread"]
@@ -19,10 +20,15 @@ class Execution:
 
     read_mode: inputs are decoded where they are mapped, or copied into the arena first.
     kernels: the native ones where they can do what a stage asks for, or torch alone.
+    device: who computes.
+    vram_limit_bytes: what may be allocated on an accelerator; None: a share of what is free when
+        the run starts.
     """
 
     read_mode: ReadMode = DEFAULT_READ_MODE
     kernels: Kernels = "native"
+    device: DeviceClass = "cpu"
+    vram_limit_bytes: int | None = None
 
 
 def default_kernels() -> Kernels:

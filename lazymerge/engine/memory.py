@@ -11,37 +11,44 @@ Fewer workers first, refusal last.
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from ..checkpoint.tensor import DTYPES
 from ..errors import DoesNotFitError
 from ..graph.graph import Graph
 from ..graph.node import Read
 from ..sizes import format_memory
+from .baseline import Libraries, reserved_bytes, resident_bytes
 from .blocks import BLOCK_ELEMENTS
 from .execution import Execution
 from .scheduler import SPAN_BLOCKS
-from .stages import NativeLayout, TensorTask, TorchLayout, stage_layout, statistics_bytes
+from .stages import TensorTask, TorchLayout, stage_layout, statistics_bytes
 
 MIB = 1 << 20
-
-Libraries = Literal["none", "numpy", "torch"]
-"""What a run loads: the native kernels need neither, selections need numpy, torch needs itself."""
-
-RESERVED_BYTES: dict[Libraries, int] = {"none": 64 * MIB, "numpy": 96 * MIB, "torch": 252 * MIB}
-"""Interpreter, lazymerge and these libraries after import, on Linux x86-64 with Python 3.11:
-measured 236 to 241 MiB with torch 2.13 (CPU); one decoder kernel of each dtype adds up to 6 MiB
-when it first runs."""
 
 NODE_BYTES = 3000
 """Per node of the graph: measured 2.2 to 2.8 kB, headers included, for 363 to 90,000 tensors."""
 
 DEFAULT_LIMIT_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class VramPlan:
+    """What a run may and will allocate on an accelerator. All sizes in bytes.
+
+    limit_bytes: the user's; None: a share of what is free when the run starts.
+    projected_bytes: the plan's claim. arena_bytes: buffers of one worker.
+    hungriest: output tensor whose stage needs the most of them.
+    smallest_limit_bytes: the limit with which one worker would do.
+    """
+
+    limit_bytes: int | None
+    projected_bytes: int
+    arena_bytes: int
+    hungriest: str
+    smallest_limit_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,7 @@ class MemoryPlan:
     mapped_bytes: pages of mapped inputs left resident.
     hungriest: output tensor whose stage needs the largest arena.
     smallest_limit_bytes: the limit with which one worker would do.
+    vram: what it occupies of an accelerator, where one computes.
     """
 
     limit_bytes: int
@@ -66,6 +74,7 @@ class MemoryPlan:
     mapped_bytes: int
     hungriest: str
     smallest_limit_bytes: int
+    vram: VramPlan | None = None
 
     @property
     def projected_bytes(self) -> int:
@@ -106,8 +115,10 @@ def available_memory_bytes() -> int:
 
 
 def default_limit_bytes() -> int:
-    """The smaller of 2 GiB and half of what is available."""
-    return min(DEFAULT_LIMIT_BYTES, available_memory_bytes() // 2)
+    """The smaller of 2 GiB and half of what is available; in a program that uses lazymerge as a
+    library and holds much already, that much more."""
+    held = max(0, resident_bytes() - reserved_bytes("torch"))
+    return min(DEFAULT_LIMIT_BYTES, available_memory_bytes() // 2) + held
 
 
 def default_workers() -> int:
@@ -122,10 +133,12 @@ def plan_memory(
     limit_bytes: int,
     workers: int,
     execution: Execution,
+    held_bytes: int = 0,
 ) -> MemoryPlan:
     """Chooses the number of workers that fits the limit.
 
     workers: how many are wanted.
+    held_bytes: what the process that will run it occupies already.
 
     Raises:
         DoesNotFitError: even one worker does not fit; the message names the smallest limit that
@@ -134,7 +147,7 @@ def plan_memory(
     arena_bytes, hungriest = 0, ""
     statistics: list[int] = [0]
     span_bytes = 0
-    libraries: Libraries = "none"
+    libraries: Libraries = "numpy"
     for task in tasks:
         statistics.append(statistics_bytes(graph, task))
         for stage in task.stages:
@@ -146,11 +159,9 @@ def plan_memory(
                 arena_bytes, hungriest = layout.size_bytes, task.write.name
             if isinstance(layout, TorchLayout):
                 libraries = "torch"
-            elif isinstance(layout, NativeLayout) and layout.stores and libraries == "none":
-                libraries = "numpy"
             span_bytes = max(span_bytes, _span_bytes(reads, stage.element_count))
     statistics.sort(reverse=True)
-    reserved = RESERVED_BYTES[libraries] + len(graph) * NODE_BYTES
+    reserved = max(reserved_bytes(libraries), held_bytes) + len(graph) * NODE_BYTES
     per_worker_mapped = span_bytes if execution.read_mode == "mmap" else 0
 
     def plan(count: int, smallest: int) -> MemoryPlan:
@@ -160,8 +171,7 @@ def plan_memory(
             libraries=libraries,
             workers=count,
             arena_bytes=arena_bytes,
-            # a tensor is begun only when no span is ready, so at most one per worker is open
-            statistics_bytes=sum(statistics[: count + 1]),
+            statistics_bytes=sum(statistics[:count]),  # no more tensors are open than workers
             mapped_bytes=count * per_worker_mapped,
             hungriest=hungriest,
             smallest_limit_bytes=smallest,
@@ -184,19 +194,3 @@ def plan_memory(
 def _span_bytes(reads: Sequence[Read], element_count: int) -> int:
     elements = min(element_count, SPAN_BLOCKS * BLOCK_ELEMENTS)
     return sum(elements * DTYPES[read.dtype].item_bytes for read in reads)
-
-
-def peak_resident_bytes() -> int:
-    """The process's peak resident set so far.
-
-    Linux keeps ru_maxrss over exec: a run started by a large process would be told of its
-    parent's memory. VmHWM is of this program alone.
-    """
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

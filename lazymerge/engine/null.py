@@ -19,10 +19,12 @@ from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
 from ..graph.node import Reduce, Write
 from ..graph.operation import Done, Pass, reduce_operation
+from .blocks import DeviceClass
 from .plan import Plan
 from .scheduler import Job, Scheduler, _Active
 from .stages import (
     BUFFER_ALIGNMENT,
+    DeviceLayout,
     NativeLayout,
     RawLayout,
     Slot,
@@ -85,7 +87,12 @@ def walk_plan(plan: Plan) -> Walk:
     """
     sizes = {tensor.name: tensor.size_bytes for shard in plan.shards for tensor in shard.tensors}
     finished: list[str] = []
-    scheduler = _NullScheduler(plan.graph, plan.tasks, lambda write, _: finished.append(write.name))
+    scheduler = _NullScheduler(
+        plan.graph,
+        plan.tasks,
+        lambda write, _: finished.append(write.name),
+        plan.execution.device,
+    )
     jobs: list[WalkedJob] = []
     full, sampled, written = (
         dict.fromkeys(sizes, 0),
@@ -97,6 +104,10 @@ def walk_plan(plan: Plan) -> Walk:
         name, stage = job.task.write.name, job.task.stages[job.stage]
         layout = stage_layout(plan.graph, stage, plan.execution)
         verify_layout(layout, plan.memory.arena_bytes)
+        if isinstance(layout, DeviceLayout):
+            assert plan.memory.vram is not None
+            room = min(layout.device_bytes, plan.memory.vram.arena_bytes)
+            verify_slots(layout.device_slots, room)
         arena_bytes = max(arena_bytes, layout.size_bytes)
         walked = _walked(job, stage)
         jobs.append(walked)
@@ -120,7 +131,14 @@ def walk_plan(plan: Plan) -> Walk:
 
 def fits(layout: StageLayout, elements: int, widths: Sequence[int]) -> bool:
     """Whether a block has room in the buffers of a stage. widths: bytes per element of inputs."""
-    if isinstance(layout, NativeLayout):
+    if isinstance(layout, DeviceLayout):
+        blocks = list(layout.block_slots)
+        raw = [
+            (slot, width)
+            for side in (*layout.staged, *layout.raw)
+            for slot, width in zip(side, widths, strict=True)
+        ]
+    elif isinstance(layout, NativeLayout):
         blocks = [slot for slot in (*layout.stores, layout.output) if slot is not None]
         raw = list(zip(layout.raw, widths, strict=True)) if layout.raw else []
     else:
@@ -132,7 +150,10 @@ def fits(layout: StageLayout, elements: int, widths: Sequence[int]) -> bool:
 
 
 def layout_slots(layout: StageLayout) -> list[Slot]:
-    """All buffers of a stage. All are live from its first block to its last."""
+    """All buffers of a stage in a worker's arena (an accelerator's lie elsewhere). All are live
+    from its first block to its last."""
+    if isinstance(layout, DeviceLayout):
+        return list(layout.host_slots)
     if isinstance(layout, RawLayout):
         return list(layout.raw)
     if isinstance(layout, NativeLayout):
@@ -150,14 +171,23 @@ def verify_layout(layout: StageLayout, arena_bytes: int) -> None:
     Raises:
         IllegalPlanError: naming the buffer.
     """
+    verify_slots(layout_slots(layout), min(layout.size_bytes, arena_bytes))
+
+
+def verify_slots(slots: Sequence[Slot], arena_bytes: int) -> None:
+    """Checks that buffers are aligned, within an arena, and apart.
+
+    Raises:
+        IllegalPlanError: naming the buffer.
+    """
     end = 0
-    for slot in sorted(layout_slots(layout), key=lambda slot: slot.offset):
+    for slot in sorted(slots, key=lambda slot: slot.offset):
         if slot.offset % BUFFER_ALIGNMENT:
             raise IllegalPlanError(f"{slot} is not aligned")
         if slot.offset < end:
             raise IllegalPlanError(f"{slot} overlaps the buffer before it")
         end = slot.offset + slot.elements * DTYPES[slot.dtype].item_bytes
-        if end > min(layout.size_bytes, arena_bytes):
+        if end > arena_bytes:
             raise IllegalPlanError(f"{slot} leaves the arena of {arena_bytes} bytes")
 
 
@@ -176,8 +206,14 @@ def _walked(job: Job, stage: Reduce | Write) -> WalkedJob:
 class _NullScheduler(Scheduler):
     """The scheduler, with reductions that end after their expected passes without a result."""
 
-    def __init__(self, graph: Graph, tasks: tuple[TensorTask, ...], finished: Any) -> None:
-        super().__init__(graph, tasks, finished)
+    def __init__(
+        self,
+        graph: Graph,
+        tasks: tuple[TensorTask, ...],
+        finished: Any,
+        device: DeviceClass = "cpu",
+    ) -> None:
+        super().__init__(graph, tasks, finished, device)
         self._full_passes: dict[tuple[int, int], int] = defaultdict(int)
 
     def _prepare(self, active: _Active, stage: Reduce | Write) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Work is handed out in spans of consecutive blocks. A tensor's stages follow one 
 a stage's passes; within a pass the spans are independent and go to whichever worker asks first.
 While the last spans of a pass are still being computed, workers begin the next tensor, and come
 back as soon as there is more to do for the earlier one: the ready spans are kept in a heap
-ordered by tensor.
+ordered by tensor. No more tensors are open than there are workers, so that there is a bound on
+the memory of their statistics.
 
     worker 1   t0 pass 1 ▓▓▓▓▓▓▓▓  t0 pass 2 ▓▓▓▓▓▓▓▓ ...
     worker 2   t0 pass 1 ▓▓▓▓▓▓  t1 ▓▓  t0 pass 2 ▓▓▓ ...
@@ -24,7 +25,7 @@ from typing import Any
 from ..graph.graph import Graph
 from ..graph.node import Apply, Reduce, Write
 from ..graph.operation import Done, Pass, apply_operation, reduce_operation
-from .blocks import block_count, block_range
+from .blocks import DeviceClass, block_count, block_range
 from .inputs import Pieces
 from .stages import TensorTask
 
@@ -74,10 +75,24 @@ Finished = Callable[[Write, Sequence[Any]], None]
 class Scheduler:
     """Hands out jobs and takes back their results; safe to use from several threads."""
 
-    def __init__(self, graph: Graph, tasks: Sequence[TensorTask], finished: Finished) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        tasks: Sequence[TensorTask],
+        finished: Finished,
+        device: DeviceClass = "cpu",
+        most_open: int | None = None,
+    ) -> None:
+        """device: decides where blocks begin and end.
+
+        most_open: tensors that may be begun and not finished at a time, each with the partial
+            results of its reductions; None: any number.
+        """
         self._graph = graph
+        self._device = device
         self._tasks = tasks
         self._finished = finished
+        self._most_open = len(tasks) if most_open is None else most_open
         self._next_task = 0
         self._active: dict[int, _Active] = {}
         self._ready: list[tuple[int, int, Job]] = []
@@ -95,7 +110,8 @@ class Scheduler:
                         return None
                     if self._ready:
                         return heapq.heappop(self._ready)[2]
-                    if self._next_task < len(self._tasks):
+                    is_open = len(self._active) < self._most_open
+                    if is_open and self._next_task < len(self._tasks):
                         active = _Active(self._next_task, self._tasks[self._next_task])
                         self._active[active.index] = active
                         self._next_task += 1
@@ -158,7 +174,7 @@ class Scheduler:
                     dict(stage.parameters),
                     [active.results[node] for node in stage.statistics],
                     stage.element_count,
-                    block_count(stage.element_count),
+                    block_count(stage.element_count, self._device),
                 )
         self._open_pass(active, following)
 
@@ -189,10 +205,10 @@ class Scheduler:
             starts = [round(run * spacing) for run in range(sample.runs)]
             blocks: list[Pieces] = [[(start, start + sample.run_elements) for start in starts]]
         elif following.only_block is not None:
-            blocks = [(block_range(following.only_block, elements),)]
+            blocks = [(block_range(following.only_block, elements, self._device),)]
         else:
-            count = block_count(elements)
-            blocks = [(block_range(block, elements),) for block in range(count)]
+            count = block_count(elements, self._device)
+            blocks = [(block_range(block, elements, self._device),) for block in range(count)]
         active.partials = [None] * len(blocks)
         jobs = [
             Job(

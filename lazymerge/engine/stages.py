@@ -7,9 +7,10 @@ A stage streams blocks through one tree of block-valued nodes. Its buffers are l
 plan time and without torch; the worker that runs it only turns offsets into addresses. What the
 plan says about memory and what the run uses are therefore the same numbers.
 
-Three kinds of stages have three kinds of layout, in order of preference:
+Stages have one of four kinds of layout, the first that fits:
 
     RawLayout     bytes are passed on as they are: copies, and tensors that must be equal
+    DeviceLayout  whatever is computed, where an accelerator computes
     NativeLayout  a recorded program, run by the native kernels chunk by chunk
     TorchLayout   anything else: one torch call after the other over whole blocks
 """
@@ -18,12 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
 from ..graph.node import Apply, Read, Reduce, Write
 from ..graph.operation import Cost, apply_operation, reduce_operation
-from .blocks import block_count, block_length
+from .blocks import DeviceClass, block_count, block_length
 from .execution import Execution
 from .native import library
 
@@ -101,6 +103,88 @@ class TorchLayout:
     size_bytes: int
 
 
+SIDES = 2
+"""Buffers that an accelerator copies from or to come in twos: one is filled, one is emptied."""
+
+EXCHANGED_ELEMENTS = 1 << 18
+"""Most elements that a reduction brings from or to an accelerator at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceSlots:
+    """What reductions on an accelerator work in (engine/device/vector.py).
+
+    spare: a block of the working dtype, and an element.
+    ranks, found: EXCHANGED_ELEMENTS of the working dtype; places: as many indices, I32.
+    """
+
+    spare: Slot
+    ranks: Slot
+    places: Slot
+    found: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLayout:
+    """The buffers of one stage that an accelerator computes, in the worker's arena (host) and in
+    its share of the accelerator's memory (device).
+
+    inputs: ids of the stage's Read nodes.
+    staged: host; for each side, an undecoded block of each input, U8.
+    raw: device; the same.
+    result: device; the block in working dtype, where the output's is another.
+    encoded: device; for each side, the block in the output's dtype (Write stages).
+    received: host; the same.
+    rounding: device; scratch for rounding float64 once; empty where that is not needed.
+    nodes: device; buffers of the Apply and Reduce nodes of the stage, by id.
+    workspace: device; what reductions work in (Reduce stages).
+    exchange: host; EXCHANGED_ELEMENTS of at most 8 bytes, which they bring over (Reduce stages).
+    size_bytes: of all host buffers; device_bytes: of all device buffers.
+    """
+
+    inputs: tuple[str, ...]
+    staged: tuple[tuple[Slot, ...], ...]
+    raw: tuple[tuple[Slot, ...], ...]
+    result: Slot | None
+    encoded: tuple[Slot, ...]
+    received: tuple[Slot, ...]
+    rounding: tuple[Slot, ...]
+    nodes: Mapping[str, NodeSlots]
+    workspace: WorkspaceSlots | None
+    exchange: Slot | None
+    size_bytes: int
+    device_bytes: int
+
+    @property
+    def host_slots(self) -> tuple[Slot, ...]:
+        """All buffers in the worker's arena."""
+        exchange = () if self.exchange is None else (self.exchange,)
+        return (*chain.from_iterable(self.staged), *self.received, *exchange)
+
+    @property
+    def device_slots(self) -> tuple[Slot, ...]:
+        """All buffers on the accelerator."""
+        raw = chain.from_iterable(self.raw)
+        workspace = self.workspace
+        if workspace is None:
+            return (*raw, *self._device_blocks)
+        return (*raw, *self._device_blocks, workspace.ranks, workspace.places, workspace.found)
+
+    @property
+    def block_slots(self) -> tuple[Slot, ...]:
+        """The buffers, on both, that hold a whole block in their dtype."""
+        return (*self.received, *self._device_blocks)
+
+    @property
+    def _device_blocks(self) -> tuple[Slot, ...]:
+        slots = [self.result, *self.encoded, *self.rounding]
+        for node in self.nodes.values():
+            slots += [node.out, *node.scratch]
+        if self.workspace is not None:
+            slots.append(self.workspace.spare)
+        return tuple(slot for slot in slots if slot is not None)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorTask:
     """One output tensor's work: its reductions in order, then the pass that writes it."""
@@ -118,12 +202,12 @@ def tensor_tasks(graph: Graph) -> tuple[TensorTask, ...]:
     return tuple(TensorTask(write, graph.reductions_of(write.id)) for write in graph.writes)
 
 
-StageLayout = RawLayout | NativeLayout | TorchLayout
+StageLayout = RawLayout | DeviceLayout | NativeLayout | TorchLayout
 
 
 def stage_layout(graph: Graph, stage: Reduce | Write, execution: Execution) -> StageLayout:
     """Lays out the buffers of a stage."""
-    elements = block_length(stage.element_count)
+    elements = block_length(stage.element_count, execution.device)
     if isinstance(stage, Write):
         source = graph.block_node(stage.source)
         if isinstance(source, Read) and source.dtype == stage.dtype:
@@ -133,6 +217,8 @@ def stage_layout(graph: Graph, stage: Reduce | Write, execution: Execution) -> S
                 len(source.inputs), dict(source.parameters)
             )
             return _Raw(graph, elements).lay_out(graph.reads_of(source.id), cost.raw)
+    if execution.device != "cpu":
+        return _Device(graph, elements).lay_out_both(stage)
     if execution.kernels == "native" and is_native(graph, stage):
         return _Native(graph, elements).lay_out(stage, is_mapped=execution.read_mode == "mmap")
     return _Torch(graph, elements).lay_out(stage)
@@ -165,14 +251,14 @@ def rounds_from_float64(graph: Graph, write: Write) -> bool:
     return any(read.dtype == "F64" for read in graph.reads_of(write.id))
 
 
-def statistics_bytes(graph: Graph, task: TensorTask) -> int:
+def statistics_bytes(graph: Graph, task: TensorTask, device: DeviceClass = "cpu") -> int:
     """Upper bound of what a task's statistics occupy while it runs."""
     return sum(
         reduce_operation(reduce.operation).statistics_bytes(
             len(reduce.inputs),
             dict(reduce.parameters),
             reduce.element_count,
-            block_count(reduce.element_count),
+            block_count(reduce.element_count, device),
             DTYPES[reduce.working_dtype].item_bytes,
         )
         for reduce in task.reductions
@@ -312,3 +398,59 @@ class _Torch(_Layout):
             slots = self.nodes[source.id]
             if source.dtype != user.working_dtype and slots.out is None:
                 self.nodes[source.id] = NodeSlots(self.slot(source.dtype), slots.scratch)
+
+
+class _Device(_Torch):
+    """Lays out two memories: its own is the accelerator's, `host` the worker's arena."""
+
+    def __init__(self, graph: Graph, elements: int) -> None:
+        super().__init__(graph, elements)
+        self.host = _Layout(graph, elements)
+
+    def lay_out_both(self, stage: Reduce | Write) -> DeviceLayout:
+        reads = self.graph.reads_of(stage.id)
+        sizes = [self.elements * DTYPES[read.dtype].item_bytes for read in reads]
+        staged = tuple(tuple(self.host.slot("U8", n) for n in sizes) for _ in range(SIDES))
+        raw = tuple(tuple(self.slot("U8", n) for n in sizes) for _ in range(SIDES))
+        result = exchange = workspace = None
+        encoded: tuple[Slot, ...] = ()
+        received: tuple[Slot, ...] = ()
+        rounding: tuple[Slot, ...] = ()
+        if isinstance(stage, Reduce):
+            self.reduce(stage)
+            workspace = self.workspace(stage.working_dtype)
+            exchange = self.host.slot("F64", workspace.found.elements)
+        else:
+            source = self.graph.block_node(stage.source)
+            if isinstance(source, Apply):
+                self.apply(source)
+            encoded = tuple(self.slot(stage.dtype) for _ in range(SIDES))
+            received = tuple(self.host.slot(stage.dtype) for _ in range(SIDES))
+            if rounds_from_float64(self.graph, stage):
+                rounding = (self.slot("F64"), self.slot("F64"))
+            if rounding or (isinstance(source, Apply) and source.dtype != stage.dtype):
+                result = self.slot(source.dtype)
+        return DeviceLayout(
+            inputs=tuple(read.id for read in reads),
+            staged=staged,
+            raw=raw,
+            result=result,
+            encoded=encoded,
+            received=received,
+            rounding=rounding,
+            nodes=self.nodes,
+            workspace=workspace,
+            exchange=exchange,
+            size_bytes=self.host.size_bytes,
+            device_bytes=self.size_bytes,
+        )
+
+    def workspace(self, dtype: str) -> WorkspaceSlots:
+        most = min(EXCHANGED_ELEMENTS, self.elements)
+        # the element more: half a block of float64, rounded up
+        return WorkspaceSlots(
+            spare=self.slot(dtype, self.elements + 1),
+            ranks=self.slot(dtype, most),
+            places=self.slot("I32", most),
+            found=self.slot(dtype, most),
+        )
