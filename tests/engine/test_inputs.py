@@ -14,6 +14,8 @@ import pytest
 import torch
 from lazymerge.checkpoint import DTYPES
 from lazymerge.checkpoint.tensor import TensorInfo
+from lazymerge.engine.arena import Arena
+from lazymerge.engine.frame import _TensorInput
 from lazymerge.engine.inputs import (
     PAGE_BYTES,
     InputFiles,
@@ -21,6 +23,7 @@ from lazymerge.engine.inputs import (
     PreadInput,
     read_exactly,
 )
+from lazymerge.engine.stages import Slot
 from lazymerge.errors import LazymergeError
 from lazymerge.graph.node import Read
 
@@ -42,9 +45,9 @@ def node_for(path: Path, dtype: str, start: int, elements: int) -> Read:
     return Read(str(path.parent), TensorInfo("t", dtype, (elements,), path.name, start, stop))
 
 
-def arena(count: int = 1, size: int = BLOCK * 8) -> list[tuple[torch.Tensor, memoryview]]:
-    memories = [bytearray(size) for _ in range(count)]
-    return [(torch.frombuffer(m, dtype=torch.uint8), memoryview(m)) for m in memories]
+def arena(count: int = 1, size: int = BLOCK * 8) -> list[memoryview]:
+    """Room for a block each."""
+    return [memoryview(bytearray(size)) for _ in range(count)]
 
 
 PIECES: list[list[tuple[int, int]]] = [
@@ -70,20 +73,38 @@ def test_both_ways_give_the_same_bytes(
     path.write_bytes(data)
     node = node_for(path, dtype, start, ELEMENTS)
     tensor_bytes = data[start:]
+    slot = Slot(64, "U8", BLOCK * item_bytes)
+    memory = Arena(64 + BLOCK * item_bytes)
+    decoders = [
+        _TensorInput(node, files, "pread", memory, [slot]),
+        _TensorInput(node, files, "mmap", memory, [slot]),
+    ]
     for pieces in [*PIECES, *reversed(PIECES)]:
         count = sum(stop - first for first, stop in pieces)
         expected = b"".join(tensor_bytes[a * item_bytes : b * item_bytes] for a, b in pieces)
-        for source in (PreadInput(node, files, arena()), MappedInput(node, files)):
-            source.seek(pieces, count)
+        copied, mapped = PreadInput(node, files, arena()), MappedInput(node, files)
+        copied.seek(pieces)
+        assert copied.raw() == expected
+        if len(pieces) == 1:
+            mapped.seek(pieces)
+            assert mapped.raw() == expected
+        for decoder in decoders:
+            decoder.seek(pieces, count)
             same = torch.empty(count, dtype=getattr(torch, DTYPES[dtype].torch_name))
-            source.read_into(same)
+            decoder.read_into(same)
             assert bits(same) == expected
-            if len(pieces) == 1:
-                assert bits(source.raw()) == expected
             if DTYPES[dtype].is_float:
                 wide = torch.empty(count, dtype=torch.float64)
-                source.read_into(wide)
+                decoder.read_into(wide)
                 assert bits(wide) == bits(same.to(torch.float64))
+
+
+def test_decoding_is_not_for_those_who_hand_out_bytes(tmp_path: Path, files: InputFiles) -> None:
+    (tmp_path / "f").write_bytes(bytes(40))
+    node = node_for(tmp_path / "f", "F32", 0, 10)
+    for source in (PreadInput(node, files, arena()), MappedInput(node, files)):
+        with pytest.raises(TypeError, match="undecoded"):
+            source.read_into(torch.empty(10))
 
 
 def test_slots_of_raw_bytes_do_not_disturb_each_other(tmp_path: Path, files: InputFiles) -> None:
@@ -96,17 +117,18 @@ def test_slots_of_raw_bytes_do_not_disturb_each_other(tmp_path: Path, files: Inp
         [MappedInput(node, files) for node in nodes],
     ):
         for source in sources:
-            source.seek([(10, 20)], 10)
+            source.seek([(10, 20)])
         first, second = sources[0].raw(0), sources[1].raw(1)
-        assert (bits(first), bits(second)) == (b"a" * 10, b"b" * 10)
+        assert (first, second) == (b"a" * 10, b"b" * 10)
 
 
 def test_inputs_are_never_written_to(tmp_path: Path, files: InputFiles) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"\1" * 100)
     source = MappedInput(node_for(path, "U8", 0, 100), files)
-    source.seek([(0, 100)], 100)
-    source.raw().fill_(9)
+    source.seek([(0, 100)])
+    source.raw()[:] = b"\t" * 100
+    assert source.raw() == b"\t" * 100
     assert path.read_bytes() == b"\1" * 100
 
 
@@ -118,11 +140,11 @@ class TestPread:
         path.write_bytes(bytes(4000))
         source = PreadInput(node_for(path, "F32", 0, 1000), files, arena())
         os.truncate(path, 3001)
-        source.seek([(0, 750)], 750)
-        source.read_into(torch.empty(750))
-        source.seek([(700, 800)], 100)
+        source.seek([(0, 750)])
+        assert source.raw() == bytes(3000)
+        source.seek([(700, 800)])
         with pytest.raises(LazymergeError, match=rf"{re.escape(str(path))} ends at byte 3001") as e:
-            source.read_into(torch.empty(100))
+            source.raw()
         assert e.value.exit_code == 1
 
     def test_a_file_that_cannot_be_read(
@@ -131,14 +153,14 @@ class TestPread:
         path = tmp_path / "model.safetensors"
         path.write_bytes(bytes(4000))
         source = PreadInput(node_for(path, "F32", 0, 1000), files, arena())
-        source.seek([(10, 20)], 10)
+        source.seek([(10, 20)])
 
         def fail(*arguments: Any) -> int:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         monkeypatch.setattr(os, "preadv", fail)
         with pytest.raises(LazymergeError, match=rf"{re.escape(str(path))} at byte 40: Input/out"):
-            source.read_into(torch.empty(10))
+            source.raw()
 
     def test_short_reads_are_continued(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,14 +192,13 @@ class TestMapped:
         path.write_bytes(random.bytes(size + 1001))
         node = node_for(path, "U8", 1001, size)
         source = MappedInput(node, files)
-        source.seek([(0, size)], size)
+        source.seek([(0, size)])
         before = mapped_resident_bytes()
-        out = torch.empty(size, dtype=torch.uint8)
-        source.read_into(out)
+        read = bytes(source.raw())
         assert mapped_resident_bytes() - before > size * 3 // 4
         source.release(0, size)
         assert mapped_resident_bytes() - before < size // 4
-        assert torch.equal(source.raw(), out)
+        assert source.raw() == read == path.read_bytes()[1001:]
 
     @pytest.mark.parametrize(("start", "stop"), [(0, 1), (5, 9000), (4096, 4096), (0, 5000)])
     def test_release_of_any_range_harms_nothing(
@@ -186,9 +207,9 @@ class TestMapped:
         path = tmp_path / "f"
         path.write_bytes(random.bytes(3 * PAGE_BYTES))
         source = MappedInput(node_for(path, "U8", 9, 9000), files)
-        source.seek([(0, 9000)], 9000)
+        source.seek([(0, 9000)])
         source.release(start, stop)
-        assert bits(source.raw()) == path.read_bytes()[9:9009]
+        assert source.raw() == path.read_bytes()[9:9009]
 
 
 def mapped_resident_bytes() -> int:
@@ -220,5 +241,5 @@ class TestFiles:
         path = tmp_path / "f"
         path.touch()
         source = PreadInput(node_for(path, "U8", 0, 0), files, arena())
-        source.seek([(0, 0)], 0)
+        source.seek([(0, 0)])
         assert len(source.raw()) == 0
