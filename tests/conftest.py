@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from lazymerge.engine.native import library
 from safetensors.torch import save_file
 
 settings.register_profile("lazymerge", deadline=None, print_blob=True)
 settings.load_profile("lazymerge")
+
+needs_kernels = pytest.mark.skipif(
+    library._library() is None, reason="the native kernels are not built"
+)
 
 SEED_VARIABLE = "LAZYMERGE_TEST_SEED"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, product
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lazymerge.checkpoint import DTYPES
 from lazymerge.engine.blocks import BLOCK_ELEMENTS, block_count, block_length, block_range
+from lazymerge.engine.execution import Execution, Kernels, ReadMode
+from lazymerge.engine.native import library
 from lazymerge.engine.null import layout_slots, verify_layout
+from lazymerge.engine.plan import Resources
 from lazymerge.engine.stages import (
     BUFFER_ALIGNMENT,
+    NativeLayout,
+    RawLayout,
+    Slot,
+    StageLayout,
+    TorchLayout,
     bytes_read,
     expected_passes,
     stage_layout,
@@ -61,13 +72,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "models": [{"model": m, "parameters": {"weight": 1, "density": 0.5}} for m in ("a", "b")],
     },
 }
+KERNELS: list[Kernels] = ["native", "torch"]
+MODES: list[ReadMode] = ["pread", "mmap"]
 INPUTS = [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn]
 OUTPUTS = [None, "float64", "float32", "bfloat16", "float8_e5m2"]
 
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_buffers_are_aligned_and_apart(tmp_path: Path, method: str) -> None:
-    seen = 0
+    seen: Counter[tuple[type[StageLayout], str]] = Counter()
     for number, (base, other, out) in enumerate(product(INPUTS, INPUTS, OUTPUTS)):
         folder = tmp_path / str(number)
         models = {
@@ -75,22 +88,41 @@ def test_buffers_are_aligned_and_apart(tmp_path: Path, method: str) -> None:
             for name, dtype in (("base", base), ("a", other), ("b", torch.float16))
         }
         recipe = {"merge_method": method, **RECIPES[method]}
-        plan = plan_of(folder, recipe | ({"out_dtype": out} if out else {}), models)
-        for task in plan.tasks:
-            for stage in task.stages:
-                layout = stage_layout(plan.graph, stage)
+        planned = plan_of(folder, recipe | ({"out_dtype": out} if out else {}), models)
+        for kernels, mode in product(KERNELS, MODES):
+            plan = planned.with_resources(Resources(8 << 30, 2, mode, kernels))
+            for stage in chain.from_iterable(task.stages for task in plan.tasks):
+                layout = stage_layout(plan.graph, stage, plan.execution)
                 verify_layout(layout, plan.memory.arena_bytes)
-                slots = layout_slots(layout)
                 # by hand too, and that the check has seen every buffer there is
-                slots += [slot for slot in layout.rounding if slot not in slots]
+                slots = list(slots_within(layout))
+                assert set(slots) == set(layout_slots(layout))
                 ends = sorted(
                     (s.offset, s.offset + s.elements * DTYPES[s.dtype].item_bytes) for s in slots
                 )
                 assert all(stop <= start for (_, stop), (start, _) in pairwise(ends))
                 assert all(start % BUFFER_ALIGNMENT == 0 for start, _ in ends)
                 assert ends[-1][1] <= layout.size_bytes < ends[-1][1] + BUFFER_ALIGNMENT
-                seen += 1
-    assert seen >= 2 * len(INPUTS) ** 2 * len(OUTPUTS)
+                seen[type(layout), kernels] += 1
+    merges = len(INPUTS) ** 2 * len(OUTPUTS)
+    assert seen.total() >= 2 * len(KERNELS) * len(MODES) * merges
+    assert seen[NativeLayout, "torch"] == 0
+    assert seen[RawLayout, "native"] == seen[RawLayout, "torch"] > 0
+    if library.is_available():
+        assert seen[NativeLayout, "native"] > seen[TorchLayout, "native"]
+
+
+def slots_within(value: Any) -> Iterator[Slot]:
+    """Every Slot that is somewhere in a layout."""
+    if isinstance(value, Slot):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from slots_within(tuple(value.values()))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from slots_within(part)
+    elif is_dataclass(value):
+        yield from slots_within(tuple(getattr(value, field.name) for field in fields(value)))
 
 
 def test_buffers_are_of_one_block_however_large_the_tensor(tmp_path: Path) -> None:
@@ -103,7 +135,11 @@ def test_buffers_are_of_one_block_however_large_the_tensor(tmp_path: Path) -> No
         recipe = {"merge_method": "ties", **RECIPES["ties"]}
         plan = plan_of(tmp_path / str(blocks), recipe, models)
         (task,) = plan.tasks
-        sizes[blocks] = [stage_layout(plan.graph, stage).size_bytes for stage in task.stages]
+        sizes[blocks] = [
+            stage_layout(plan.graph, stage, Execution(mode, kernels)).size_bytes
+            for stage in task.stages
+            for kernels, mode in product(KERNELS, MODES)
+        ]
     assert sizes[1] == sizes[2] == sizes[9]
 
 

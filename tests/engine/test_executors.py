@@ -1,11 +1,14 @@
-"""One contract for all executors: null, reference, and the block engine in both read modes.
+"""One contract for all executors: null, reference, and the block engine in both read modes with
+native kernels and with torch.
 
 Each executor's class inherits the tests; `outputs` is all that it has to say of itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,26 @@ import pytest
 import torch
 from lazymerge.checkpoint import DTYPES
 from lazymerge.engine import blocks
+from lazymerge.engine.execution import Execution
 from lazymerge.engine.null import IllegalPlanError, layout_slots, verify_layout, walk_plan
 from lazymerge.engine.plan import Plan, Resources, make_plan
 from lazymerge.engine.reference import run_reference
 from lazymerge.engine.run import run_plan
-from lazymerge.engine.stages import NodeSlots, Slot, StageLayout, stage_layout
+from lazymerge.engine.stages import (
+    NativeLayout,
+    NodeSlots,
+    RawLayout,
+    Slot,
+    TorchLayout,
+    stage_layout,
+)
 from lazymerge.errors import InputError
 from lazymerge.graph.graph import Graph
 from lazymerge.graph.node import Apply, Read, Reduce, Write, as_parameters
 from lazymerge.graph.operations import selection
 from lazymerge.output.layout import OutputTensor, lay_out
 
-from conftest import write_checkpoint
+from conftest import needs_kernels, write_checkpoint
 from merging import bits, plan_of, run
 from reference import assert_within_ulps, to_float64
 
@@ -273,18 +284,28 @@ class BlocksContract(ComputingContract):
         return run(plan.with_resources(self.resources), folder)
 
     def test_same_bytes_as_one_worker(self, plan: Plan, tmp_path: Path) -> None:
-        single = plan.with_resources(Resources(4 << 30, workers=1, read_mode="pread"))
+        single = plan.with_resources(Resources(4 << 30, 1, "pread", "torch"))
         expected = run(single, tmp_path / "single")
         actual = self.execute(plan, tmp_path / "out")
         assert all(bits(expected[name]) == bits(actual[name]) for name in expected)
 
 
 class TestBlocksByPread(BlocksContract):
-    resources = Resources(4 << 30, workers=3, read_mode="pread")
+    resources = Resources(4 << 30, workers=3, read_mode="pread", kernels="torch")
 
 
 class TestBlocksMapped(BlocksContract):
-    resources = Resources(4 << 30, workers=3, read_mode="mmap")
+    resources = Resources(4 << 30, workers=3, read_mode="mmap", kernels="torch")
+
+
+@needs_kernels
+class TestNativeByPread(BlocksContract):
+    resources = Resources(4 << 30, workers=3, read_mode="pread", kernels="native")
+
+
+@needs_kernels
+class TestNativeMapped(BlocksContract):
+    resources = Resources(4 << 30, workers=3, read_mode="mmap", kernels="native")
 
 
 class TestNull(ExecutorContract):
@@ -359,14 +380,40 @@ class TestNull(ExecutorContract):
 # ---------------------------------------------------------------------------- layouts
 
 
-def layout_of(*slots: Slot, size_bytes: int = 1 << 20) -> StageLayout:
-    return StageLayout((slots[0],), None, None, (), {"n": NodeSlots(None, slots[1:])}, size_bytes)
+Layout = Callable[..., TorchLayout | NativeLayout | RawLayout]
 
 
-def test_a_sound_layout_is_accepted() -> None:
+def torch_layout(*slots: Slot, size_bytes: int = 1 << 20) -> TorchLayout:
+    return TorchLayout((slots[0],), None, None, (), {"n": NodeSlots(None, slots[1:])}, size_bytes)
+
+
+def native_layout(*slots: Slot, size_bytes: int = 1 << 20) -> NativeLayout:
+    first, registers, *stores = slots
+    return NativeLayout(
+        ("r",),
+        (first,),
+        registers,
+        1,
+        tuple(stores),
+        None,
+        rounds_once=False,
+        size_bytes=size_bytes,
+    )
+
+
+def raw_layout(*slots: Slot, size_bytes: int = 1 << 20) -> RawLayout:
+    return RawLayout(slots, size_bytes)
+
+
+layouts = pytest.mark.parametrize("layout_of", [torch_layout, native_layout, raw_layout])
+
+
+@layouts
+def test_a_sound_layout_is_accepted(layout_of: Layout) -> None:
     verify_layout(layout_of(Slot(0, "U8", 64), Slot(64, "F32", 16), Slot(128, "F64", 8)), 192)
 
 
+@layouts
 @pytest.mark.parametrize(
     ("slots", "problem"),
     [
@@ -376,19 +423,29 @@ def test_a_sound_layout_is_accepted() -> None:
         ([Slot(0, "U8", 64), Slot(64, "F64", 9)], "leaves the arena"),
     ],
 )
-def test_unsound_layouts_are_refused(slots: list[Slot], problem: str) -> None:
+def test_unsound_layouts_are_refused(layout_of: Layout, slots: list[Slot], problem: str) -> None:
     with pytest.raises(IllegalPlanError, match=problem):
         verify_layout(layout_of(*slots), 128)
 
 
 def test_every_buffer_of_a_layout_is_looked_at(tmp_path: Path) -> None:
-    plan = nested_plan(tmp_path)
-    layout = stage_layout(plan.graph, plan.graph.writes[0])
-    total = sum(
-        -(-slot.elements * DTYPES[slot.dtype].item_bytes // 64) * 64
-        for slot in layout_slots(layout)
-    )
-    assert total == layout.size_bytes
+    nested = nested_plan(tmp_path / "nested")
+    some = plan_of(tmp_path / "ties", RECIPES["ties"], models())
+    seen = set()
+    for plan, kernels, mode in product((nested, some), ("native", "torch"), ("pread", "mmap")):
+        execution = Execution(mode, kernels)
+        for task in plan.tasks:
+            for stage in task.stages:
+                layout = stage_layout(plan.graph, stage, execution)
+                total = sum(
+                    -(-slot.elements * DTYPES[slot.dtype].item_bytes // 64) * 64
+                    for slot in layout_slots(layout)
+                )
+                assert total == layout.size_bytes
+                seen.add((type(layout), kernels))
+    assert (NativeLayout, "native") in seen
+    assert (NativeLayout, "torch") not in seen
+    assert {(TorchLayout, "torch"), (RawLayout, "native"), (TorchLayout, "native")} <= seen
 
 
 def test_a_result_shared_by_users_of_both_dtypes_has_a_buffer_of_its_own(tmp_path: Path) -> None:
@@ -410,7 +467,9 @@ def test_a_result_shared_by_users_of_both_dtypes_has_a_buffer_of_its_own(tmp_pat
     )
     write = Write("t", "F32", last.shape, graph.add(last))
     graph.add(write)
-    assert stage_layout(graph, write).nodes[consensus.id].out is not None
+    layout = stage_layout(graph, write, Execution())  # Apply of Apply: torch, whatever is built
+    assert isinstance(layout, TorchLayout)
+    assert layout.nodes[consensus.id].out is not None
 
 
 def test_reference_is_unrounded(tmp_path: Path) -> None:

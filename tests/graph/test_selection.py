@@ -18,7 +18,6 @@ from hypothesis.extra.numpy import arrays
 from lazymerge.graph.operation import Done
 from lazymerge.graph.operations import selection
 from lazymerge.graph.operations.selection import (
-    Counts,
     Locate,
     MagnitudeThresholds,
     Search,
@@ -27,6 +26,7 @@ from lazymerge.graph.operations.selection import (
     most_passes,
     narrow,
 )
+from lazymerge.graph.vector import Counts, count_inside
 from numpy.typing import NDArray
 from reduction_driver import Reduced, drive
 
@@ -455,7 +455,8 @@ def test_a_first_bracket_is_one(sample: NDArray[np.float32], share: float) -> No
 
 def test_candidates_are_spread_evenly_over_a_block() -> None:
     values = np.arange(100, dtype=np.float32)
-    counted = selection._count(values, Search(1, low=10, high=89), 8, np.empty(100, np.float32))
+    vector, room = torch.from_numpy(values), torch.empty(100)
+    counted = count_inside(vector, 10.0, 89.0, 8, room)
     assert (counted.above, counted.inside) == (10, 80)
     assert counted.values.tolist() == [10, 20, 30, 40, 50, 60, 70, 80]
 
@@ -498,7 +499,7 @@ def test_partial_results_stay_within_the_room_that_is_planned(small: None) -> No
                 0,
             )
             step = OPERATION.finish(parameters, 4096, step.state, [partial])
-    assert 0 < held * 3 <= OPERATION.statistics_bytes(2, parameters, 64)
+    assert 0 < held * 3 <= OPERATION.statistics_bytes(2, parameters, 4096, 64, item_bytes=8)
 
 
 class Source:
