@@ -46,3 +46,7 @@ class Arena:
     def address(self, slot: Slot) -> int:
         """Where the slot lies in the process's memory."""
         return self._address + slot.offset
+
+    def place(self) -> tuple[int, int]:
+        """Address and size of all of it, in bytes."""
+        return self._address, len(self.memory)

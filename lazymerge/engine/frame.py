@@ -16,12 +16,13 @@ from ..graph.graph import Graph
 from ..graph.node import Read, Reduce, Write
 from ..graph.operation import apply_operation
 from .arena import Arena
+from .device.frame import DeviceFrame, Lane
 from .evaluation import Evaluation
 from .execution import ReadMode
 from .inputs import InputFiles, MappedInput, Pieces, open_input
 from .native.frame import NativeFrame
 from .rounding import round_once
-from .stages import NativeLayout, RawLayout, Slot, StageLayout, TorchLayout
+from .stages import DeviceLayout, NativeLayout, RawLayout, Slot, StageLayout, TorchLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,14 +92,21 @@ def make_frame(
     files: InputFiles,
     prepared: Mapping[str, Any],
     read_mode: ReadMode,
+    lane: Lane | None = None,
 ) -> Frame:
-    """The frame for a layout. prepared: what ApplyOperation.prepare returned, by node id."""
+    """The frame for a layout.
+
+    prepared: what ApplyOperation.prepare returned, by node id.
+    lane: the worker's share of a device, where one computes.
+    """
+    if isinstance(layout, DeviceLayout):
+        assert lane is not None
+        return DeviceFrame(graph, stage, layout, arena, lane, files, prepared, read_mode)
     if isinstance(layout, NativeLayout):
         return NativeFrame(graph, stage, layout, arena, files, prepared, read_mode)
     if isinstance(layout, RawLayout):
         assert isinstance(stage, Write)
         return RawFrame(graph, stage, layout, arena, files, prepared, read_mode)
-    assert isinstance(layout, TorchLayout)
     return TorchFrame(graph, stage, layout, arena, files, prepared, read_mode)
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from xxhash import xxh3_128_digest
 
 from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
-from ..graph.node import Reduce
+from ..graph.node import Reduce, Write
 from ..output.writer import ShardWriter
 from .arena import Arena
+from .device.frame import DeviceFrame, Lane
 from .execution import Execution
 from .frame import Frame, make_frame
 from .inputs import InputFiles
@@ -34,12 +35,15 @@ class Worker:
         arena_bytes: int,
         execution: Execution,
         moved: Moved,
+        lane: Lane | None = None,
     ) -> None:
+        """lane: the worker's share of a device, where one computes."""
         self._graph = graph
         self._scheduler = scheduler
         self._writer = writer
         self._files = files
-        self._arena = Arena(arena_bytes)
+        self.arena = Arena(arena_bytes)
+        self._lane = lane
         self._execution = execution
         self._moved = moved
         self._frame: Frame | None = None
@@ -63,20 +67,18 @@ class Worker:
             read.tensor.size_bytes for read in self._graph.reads_of(stage.id)
         ) / max(1, stage.element_count)
         partials: list[Any] = []
-        for pieces in job.pieces:
+        for pieces, outcome in zip(job.pieces, _outcomes(frame, stage, job), strict=True):
             if self._scheduler.is_stopped:
                 return None
             elements = sum(stop - start for start, stop in pieces)
             if isinstance(stage, Reduce):
-                partials.append(frame.reduce(pieces, job.state))
+                partials.append(outcome)
                 written = 0
             else:
-                ((start, stop),) = pieces
-                data = frame.encode(start, stop)
-                partials.append(xxh3_128_digest(data))
-                offset = start * DTYPES[stage.dtype].item_bytes
-                self._writer.write(stage.name, data, offset)
-                written = len(data)
+                partials.append(xxh3_128_digest(outcome))
+                offset = pieces[0][0] * DTYPES[stage.dtype].item_bytes
+                self._writer.write(stage.name, outcome, offset)
+                written = len(outcome)
             self._moved(round(elements * block_bytes_read), written, job.task.write.name)
         frame.release(job.pieces[0][0][0], job.pieces[-1][-1][1])
         return partials
@@ -90,10 +92,24 @@ class Worker:
                 self._graph,
                 stage,
                 stage_layout(self._graph, stage, self._execution),
-                self._arena,
+                self.arena,
                 self._files,
                 job.prepared,
                 self._execution.read_mode,
+                self._lane,
             )
             self._frame_of = key
         return self._frame
+
+
+def _outcomes(frame: Frame, stage: Reduce | Write, job: Job) -> Iterator[Any]:
+    """What the blocks of a job yield: partial results, or bytes that are valid until the next."""
+    if isinstance(frame, DeviceFrame):
+        yield from frame.run(job.pieces, job.state)  # several at a time
+        return
+    for pieces in job.pieces:
+        if isinstance(stage, Reduce):
+            yield frame.reduce(pieces, job.state)
+        else:
+            ((start, stop),) = pieces
+            yield frame.encode(start, stop)

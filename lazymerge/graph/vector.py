@@ -1,8 +1,9 @@
 """What operations compute with: vectors of one block, and the few reductions they may ask of them.
 
-An operation is written once, in place, against `Vector`. Three things stand in for one:
+An operation is written once, in place, against `Vector`. Four things stand in for one:
 
-    a torch tensor     computes at once, on a CPU or an accelerator
+    a torch tensor     computes at once
+    a device's vector  is computed on an accelerator (engine/device)
     a recording vector writes down what it is asked, so that the native kernels can run all of it in
                        one trip through the block (engine/native)
     a test's own       float64 references
@@ -14,7 +15,7 @@ fused multiply-add on processors that have one.
 Sums have an order too. They run in float64, over 16 interleaved lanes (element i of the block goes
 to lane i mod 16, in order), which are then added from the first to the last. That is a few vector
 registers wide, so it costs nothing, and it is the same on every processor, which the sums of BLAS
-libraries are not.
+libraries are not. Accelerators have an order of their own (engine/device/vector.py).
 """
 
 from __future__ import annotations
@@ -77,6 +78,21 @@ class Recording(Protocol):
     def record_copy(self) -> Numbers: ...
 
 
+@runtime_checkable
+class Reducing(Protocol):
+    """A vector that is not in the processor's reach and reduces itself; the methods are the
+    functions below."""
+
+    def reduce_dot(self, other: Any, room: Any) -> float: ...
+    def reduce_total(self) -> float: ...
+    def zero_all_but_largest(
+        self, value: float, below: float, stop_index: int, start: int
+    ) -> None: ...
+    def reduce_counts(self, low: float, high: float, quota: int, room: Any) -> Counts: ...
+    def index_of_equal(self, value: float, rank: int, start: int) -> int: ...
+    def to_host(self) -> Numbers: ...
+
+
 def dot(one: Vector, other: Vector, room: Vector) -> float:
     """Σ oneᵢ otherᵢ in float64, in the order described above.
 
@@ -84,21 +100,26 @@ def dot(one: Vector, other: Vector, room: Vector) -> float:
     """
     if isinstance(one, Recording):
         return one.record_dot(other)
+    if isinstance(one, Reducing):
+        return one.reduce_dot(other, room)
     import numpy
 
     left, right, products = (cast("Any", vector).numpy() for vector in (one, other, room))
     numpy.multiply(left, right, out=products)
-    return _sum_in_lanes(products)
+    return sum_in_lanes(products)
 
 
 def total(vector: Vector) -> float:
     """Σ vectorᵢ in float64, in the order described above."""
     if isinstance(vector, Recording):
         return vector.record_total()
-    return _sum_in_lanes(cast("Any", vector).numpy())
+    if isinstance(vector, Reducing):
+        return vector.reduce_total()
+    return sum_in_lanes(cast("Any", vector).numpy())
 
 
-def _sum_in_lanes(values: Numbers) -> float:
+def sum_in_lanes(values: Numbers) -> float:
+    """The sum of an array, shape (n,), in float64, in the order described above."""
     import numpy
 
     whole = len(values) // LANES * LANES
@@ -128,6 +149,9 @@ def keep_largest(vector: Vector, value: float, below: float, stop_index: int, st
     if isinstance(vector, Recording):
         vector.record_keep_largest(value, below, stop_index)
         return
+    if isinstance(vector, Reducing):
+        vector.zero_all_but_largest(value, below, stop_index, start)
+        return
     from torch import hardshrink
 
     tensor = cast("Any", vector)
@@ -145,6 +169,8 @@ def count_inside(vector: Vector, low: float, high: float, quota: int, room: Vect
     """
     if isinstance(vector, Recording):
         return vector.record_count_inside(low, high, quota)
+    if isinstance(vector, Reducing):
+        return vector.reduce_counts(low, high, quota, room)
     import numpy
 
     values = cast("Any", vector).numpy()
@@ -178,6 +204,8 @@ def find_equal(vector: Vector, value: float, rank: int, start: int) -> int:
     """
     if isinstance(vector, Recording):
         return vector.record_find_equal(value, rank)
+    if isinstance(vector, Reducing):
+        return vector.index_of_equal(value, rank, start)
     import numpy
 
     values = cast("Any", vector).numpy()
@@ -188,6 +216,8 @@ def copy_of(vector: Vector) -> Numbers:
     """The vector's elements as an array of their own."""
     if isinstance(vector, Recording):
         return vector.record_copy()
+    if isinstance(vector, Reducing):
+        return vector.to_host()
     return cast("Numbers", cast("Any", vector).numpy().copy())
 
 
