@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .engine.blocks import DeviceClass
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
 from .engine.plan import (
     DEFAULT_MAX_SHARD_BYTES,
@@ -22,6 +23,8 @@ def plan(
     memory: int | str | None = None,
     workers: int | None = None,
     read_mode: ReadMode = DEFAULT_READ_MODE,
+    device: DeviceClass | None = None,
+    vram: int | str | None = None,
     max_shard_size: int | str = DEFAULT_MAX_SHARD_BYTES,
     truncate_embeddings: bool = False,
 ) -> Plan:
@@ -32,6 +35,9 @@ def plan(
         half of what is available.
     workers: threads that compute; by default one per processor.
     read_mode: how inputs are read, "pread" or "mmap"; the output is the same.
+    device: "cpu" or "cuda"; by default that of a saved plan, else "cpu".
+    vram: bound of what is allocated on the GPU, in bytes or as "4GiB"; by default 80% of what is
+        free when the plan is run.
     max_shard_size: largest output file, in bytes or as "5GB".
     truncate_embeddings: merge the common leading rows where vocabularies differ in size.
 
@@ -42,6 +48,8 @@ def plan(
     """
     resources = Resources(
         limit_bytes=parse_size(memory) if isinstance(memory, str) else memory,
+        device=device,
+        vram_limit_bytes=parse_size(vram) if isinstance(vram, str) else vram,
         workers=workers,
         read_mode=read_mode,
     )

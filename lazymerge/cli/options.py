@@ -19,6 +19,13 @@ class ReadModeChoice(str, Enum):
     mmap = "mmap"
 
 
+class DeviceChoice(str, Enum):
+    """Who computes."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML) or saved plan (JSON).")
 ]
@@ -36,6 +43,18 @@ WorkersOption = Annotated[
 ]
 ReadModeOption = Annotated[
     ReadModeChoice, typer.Option("--read-mode", help="How inputs are read; same output.")
+]
+DeviceOption = Annotated[
+    DeviceChoice | None,
+    typer.Option("--device", help="Who computes. [default: cpu, or that of a saved plan]"),
+]
+VramOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vram",
+        metavar="SIZE",
+        help="Bound of the GPU's memory, e.g. 4GiB. [default: 80% of what is free at the run]",
+    ),
 ]
 ShardSizeOption = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file.")
@@ -55,6 +74,8 @@ def plan_of(
     memory: str | None,
     workers: int | None,
     read_mode: ReadModeChoice,
+    device: DeviceChoice | None,
+    vram: str | None,
     max_shard_size: str,
     truncate_embeddings: bool,
 ) -> Plan:
@@ -66,6 +87,8 @@ def plan_of(
         memory=memory,
         workers=workers,
         read_mode=read_mode.value,
+        device=None if device is None else device.value,
+        vram=vram,
         max_shard_size=max_shard_size,
         truncate_embeddings=truncate_embeddings,
     )

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError
 from .options import (
+    DeviceOption,
     JsonOption,
     MemoryOption,
     ReadModeChoice,
@@ -16,6 +17,7 @@ from .options import (
     RecipeArgument,
     ShardSizeOption,
     TruncateOption,
+    VramOption,
     WorkersOption,
     plan_of,
 )
@@ -36,6 +38,8 @@ def plan(
     memory: MemoryOption = None,
     workers: WorkersOption = None,
     read_mode: ReadModeOption = ReadModeChoice.pread,
+    device: DeviceOption = None,
+    vram: VramOption = None,
     max_shard_size: ShardSizeOption = "5GB",
     unsafe_truncate_embeddings: TruncateOption = False,
 ) -> None:
@@ -48,7 +52,16 @@ def plan(
         raise InputError(
             "say where to save the plan (-o OUT or --save FILE), or give --dry-run to only see it"
         )
-    made = plan_of(recipe, memory, workers, read_mode, max_shard_size, unsafe_truncate_embeddings)
+    made = plan_of(
+        recipe,
+        memory,
+        workers,
+        read_mode,
+        device,
+        vram,
+        max_shard_size,
+        unsafe_truncate_embeddings,
+    )
 
     from ..engine.plan import read_folders
     from ..output.folder import check_disk, check_output_folder, free_disk_bytes

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    DeviceOption,
     JsonOption,
     MemoryOption,
     ReadModeChoice,
@@ -15,6 +16,7 @@ from .options import (
     RecipeArgument,
     ShardSizeOption,
     TruncateOption,
+    VramOption,
     WorkersOption,
     plan_of,
 )
@@ -26,6 +28,8 @@ def run(
     memory: MemoryOption = None,
     workers: WorkersOption = None,
     read_mode: ReadModeOption = ReadModeChoice.pread,
+    device: DeviceOption = None,
+    vram: VramOption = None,
     max_shard_size: ShardSizeOption = "5GB",
     unsafe_truncate_embeddings: TruncateOption = False,
     overwrite: Annotated[
@@ -38,9 +42,18 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Merge models by a recipe or a saved plan into OUT."""
-    made = plan_of(recipe, memory, workers, read_mode, max_shard_size, unsafe_truncate_embeddings)
+    made = plan_of(
+        recipe,
+        memory,
+        workers,
+        read_mode,
+        device,
+        vram,
+        max_shard_size,
+        unsafe_truncate_embeddings,
+    )
 
-    if made.memory.libraries == "torch":
+    if made.memory.libraries == "torch" and made.execution.device == "cpu":
         from .torch_loading import load_torch
 
         load_torch()
@@ -65,4 +78,12 @@ def run(
         moved = report.bytes_read + report.bytes_written
         done = done_line(made, report.seconds, moved, report.measured_bytes)
         console.print(done, soft_wrap=True)
+        if report.measured_vram_bytes is not None and made.memory.vram is not None:
+            from ..sizes import format_memory
+
+            console.print(
+                f"{report.device}: peak {format_memory(report.measured_vram_bytes)} of its memory "
+                f"(projected {format_memory(made.memory.vram.projected_bytes)})",
+                soft_wrap=True,
+            )
         console.print(report.output, soft_wrap=True)

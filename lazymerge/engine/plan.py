@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..architecture import LayerStacks, find_layer_stacks, is_vocabulary
 from ..architecture.config import config_conflicts, output_config
@@ -33,6 +33,8 @@ from ..recipe import Recipe, Signature, load_recipe, parse_recipe
 from ..recipe.signature import Scalar
 from ..sizes import format_bytes, format_count, format_memory
 from ..version import __version__
+from .blocks import DeviceClass
+from .device.memory import DEFAULT_WORKERS, USED_SHARE, default_device_limit_bytes
 from .execution import DEFAULT_READ_MODE, Execution, Kernels, ReadMode, default_kernels
 from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memory
 from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
@@ -48,18 +50,41 @@ class Resources:
     limit_bytes: bound of the peak resident set.
     workers: threads that compute.
     read_mode: how inputs are read; the output does not depend on it.
-    kernels: who computes; nor on this.
+    kernels: who computes, on the processor; nor on this.
+    device: the class of device that computes; None: the one that a saved plan was made for, else
+        the processor. The output depends on it, within an ulp.
+    vram_limit_bytes: bound of what is allocated on an accelerator.
     """
 
     limit_bytes: int | None = None
     workers: int | None = None
     read_mode: ReadMode = DEFAULT_READ_MODE
     kernels: Kernels | None = None
+    device: DeviceClass | None = None
+    vram_limit_bytes: int | None = None
 
     @property
     def execution(self) -> Execution:
-        """How a run reads and computes."""
-        return Execution(self.read_mode, self.kernels or default_kernels())
+        """How a run reads and computes.
+
+        Raises:
+            InputError: there is no such device, or --vram without one.
+        """
+        device = self.device or "cpu"
+        if device not in get_args(DeviceClass):
+            raise InputError(
+                f"there is no device {device!r}, only {', '.join(get_args(DeviceClass))}"
+            )
+        if device == "cpu" and self.vram_limit_bytes is not None:
+            raise InputError(
+                "--vram bounds the memory of a GPU: give --device cuda too, or neither"
+            )
+        return Execution(
+            read_mode=self.read_mode,
+            kernels=self.kernels or default_kernels(),
+            device=device,
+            vram_limit_bytes=self.vram_limit_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -122,12 +147,14 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what the output's bytes depend on: operations, inputs, layout, version.
+        """Hash of what the output's bytes depend on: operations, inputs, layout, version, class of
+        device.
 
         Neither the memory limit nor the number of workers is part of it.
         """
         content = {
             "version": __version__,
+            "device": self.execution.device,
             "writes": [write.id for write in self.graph.writes],
             "shards": [(shard.file, shard.size_bytes) for shard in self.shards],
             "inputs": [
@@ -173,7 +200,20 @@ class Plan:
                 f"{format_memory(memory.projected_bytes)} peak with "
                 f"{_counted(memory.workers, 'worker')}, limit {format_memory(memory.limit_bytes)}",
             ),
+            *self._device_facts(),
         ]
+
+    def _device_facts(self) -> list[tuple[str, str]]:
+        vram = self.memory.vram
+        if vram is None:
+            return []
+        limit = (
+            f"{USED_SHARE:.0%} of what is free when it runs"
+            if vram.limit_bytes is None
+            else format_memory(vram.limit_bytes)
+        )
+        needed = format_memory(vram.projected_bytes)
+        return [("device", f"{self.execution.device}, {needed} of its memory, limit {limit}")]
 
     def summary(self) -> str:
         """The plan in a few lines of plain text."""
@@ -190,7 +230,7 @@ class Plan:
         return "\n".join(lines)
 
     def with_resources(self, resources: Resources) -> Plan:
-        """The same merge, to be run with other memory, workers or read mode.
+        """The same merge, to be run with other memory, workers, read mode or device.
 
         Raises:
             DoesNotFitError: the memory does not suffice.
@@ -201,18 +241,54 @@ class Plan:
             execution=resources.execution,
         )
 
+    def in_this_process(self, held_bytes: int) -> Plan:
+        """The same merge, run by a process that occupies so much already.
+
+        Raises:
+            DoesNotFitError: it does not fit beside that.
+        """
+        if held_bytes <= self.memory.reserved_bytes:
+            return self
+        memory = plan_memory(
+            self.graph,
+            self.tasks,
+            self.memory.limit_bytes,
+            self.memory.workers,
+            self.execution,
+            held_bytes,
+        )
+        return replace(self, memory=memory)
+
+    def recipe_dict(self) -> dict[str, Any]:
+        """The recipe for JSON."""
+        return {
+            "path": self.recipe.path,
+            "merge_method": self.recipe.merge_method,
+            "base_model": self.recipe.base_model,
+            "text": self.recipe.text,
+        }
+
+    def models_dict(self) -> list[dict[str, Any]]:
+        """The models for JSON, with the files that they are."""
+        return [
+            {
+                "reference": reference,
+                "folder": checkpoint.folder,
+                "parameters": checkpoint.parameter_count,
+                "size_bytes": checkpoint.size_bytes,
+                "dtypes": dtype_shares(checkpoint),
+                "files": [asdict(file) for file in checkpoint.files],
+            }
+            for reference, checkpoint in self.checkpoints.items()
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """The plan for JSON: everything that is needed to run it, and its totals."""
         return {
             "format": PLAN_FORMAT,
             "lazymerge": __version__,
             "fingerprint": self.fingerprint,
-            "recipe": {
-                "path": self.recipe.path,
-                "merge_method": self.recipe.merge_method,
-                "base_model": self.recipe.base_model,
-                "text": self.recipe.text,
-            },
+            "recipe": self.recipe_dict(),
             "totals": {
                 "tensors": len(self.tensors),
                 "parameters": sum(write.element_count for write in self.graph.writes),
@@ -225,18 +301,9 @@ class Plan:
             "memory": self.memory.as_dict(),
             "read_mode": self.execution.read_mode,
             "kernels": self.execution.kernels,
+            "device": self.execution.device,
             "notices": list(self.notices),
-            "models": [
-                {
-                    "reference": reference,
-                    "folder": checkpoint.folder,
-                    "parameters": checkpoint.parameter_count,
-                    "size_bytes": checkpoint.size_bytes,
-                    "dtypes": dtype_shares(checkpoint),
-                    "files": [asdict(file) for file in checkpoint.files],
-                }
-                for reference, checkpoint in self.checkpoints.items()
-            ],
+            "models": self.models_dict(),
             "output": {
                 "shards": [
                     {
@@ -390,6 +457,15 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
                 f"({_first_difference(model, checkpoint.folder, now)}); plan the recipe again"
             )
         checkpoints[model["reference"]] = checkpoint
+    made_for = document["device"]
+    if made_for not in get_args(DeviceClass):
+        raise ValueError(f"device {made_for!r}")
+    if resources.device not in (None, made_for):
+        raise InputError(
+            f"{path} was made for --device {made_for}, and the last bits of its output depend on "
+            f"that; run it there, or plan the recipe again with --device {resources.device}"
+        )
+    resources = replace(resources, device=made_for)
     graph = graph_from_json(document["graph"])
     verify_graph(graph)
     _check_reads(graph, checkpoints, path)
@@ -532,8 +608,13 @@ def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
 
 
 def _memory(graph: Graph, tasks: tuple[TensorTask, ...], resources: Resources) -> MemoryPlan:
-    limit = default_limit_bytes() if resources.limit_bytes is None else resources.limit_bytes
-    workers = default_workers() if resources.workers is None else resources.workers
+    limit, workers = resources.limit_bytes, resources.workers
+    on_device = resources.execution.device != "cpu"
+    if limit is None:
+        limit = default_device_limit_bytes() if on_device else default_limit_bytes()
+    if workers is None:
+        workers = default_workers()
+        workers = min(DEFAULT_WORKERS, workers) if on_device else workers
     return plan_memory(graph, tasks, limit, workers, resources.execution)
 
 

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -24,8 +24,11 @@ from ..output.manifest import CHECKSUM, MANIFEST_NAME, write_manifest, write_tex
 from ..output.sidecars import copy_sidecars
 from ..output.writer import ShardWriter, sync_folder, write_error
 from ..version import __version__
+from .baseline import peak_resident_bytes, resident_bytes, store_baseline
+from .device.frame import Lane
+from .device.interface import Device
+from .device.memory import fit_to_device, open_lanes
 from .inputs import InputFiles
-from .memory import peak_resident_bytes
 from .plan import Plan, read_folders
 from .scheduler import Scheduler
 from .worker import Worker
@@ -61,6 +64,7 @@ class RunReport:
     bytes_read: of inputs, all passes.
     bytes_written: of tensors.
     measured_bytes: the process's peak resident set.
+    measured_vram_bytes: the most that was allocated on an accelerator; device: its name.
     """
 
     output: str
@@ -68,6 +72,8 @@ class RunReport:
     bytes_read: int
     bytes_written: int
     measured_bytes: int
+    measured_vram_bytes: int | None = None
+    device: str | None = None
 
 
 def run_plan(
@@ -77,23 +83,36 @@ def run_plan(
     overwrite: bool = False,
     fsync: bool = True,
     observer: Observer | None = None,
+    device: Device | None = None,
 ) -> RunReport:
     """Runs a plan into a folder.
 
     overwrite: replace what an earlier merge has left in the folder.
     fsync: wait until the data is on disk before giving files their final names.
+    device: the accelerator, for plans that are made for one; by default a GPU is looked for.
 
     Raises:
-        InputError: an input has changed since it was planned, the folder cannot be used, or
-            integer tensors differ between models.
-        DoesNotFitError: the disk is full.
+        InputError: an input has changed since it was planned, the folder cannot be used,
+            integer tensors differ between models, or there is no such device as planned for.
+        DoesNotFitError: the disk is full, or this process already holds so much that the merge
+            does not fit beside it.
         LazymergeError: reading or writing fails.
         KeyboardInterrupt: interrupted.
 
     Whatever it raises, the files it has made are removed.
     """
+    if plan.execution.device == "cuda" and device is None:
+        from .device.cuda import CudaDevice
+
+        with closing(CudaDevice()) as found:
+            return run_plan(
+                plan, output, overwrite=overwrite, fsync=fsync, observer=observer, device=found
+            )
     folder = Path(output)
     check_inputs(plan)
+    plan = plan.in_this_process(resident_bytes())
+    if device is not None:
+        plan = fit_to_device(plan, device)
     check_output_folder(folder, read_folders(plan), overwrite=overwrite)
     check_disk(folder, plan.bytes_written, overwrite=overwrite)
     made = [f for f in (folder.absolute(), *folder.absolute().parents) if not f.exists()]
@@ -101,7 +120,9 @@ def run_plan(
     writer = ShardWriter(folder, plan.shards, fsync=fsync)
     try:
         writer.create()
-        return _run(plan, folder, writer, fsync=fsync, observer=observer or _Silent())
+        return _run(
+            plan, folder, writer, fsync=fsync, observer=observer or _Silent(), device=device
+        )
     except BaseException:
         writer.discard()
         clear_output_folder(folder)
@@ -134,7 +155,13 @@ def check_inputs(plan: Plan) -> None:
 
 
 def _run(
-    plan: Plan, folder: Path, writer: ShardWriter, *, fsync: bool, observer: Observer
+    plan: Plan,
+    folder: Path,
+    writer: ShardWriter,
+    *,
+    fsync: bool,
+    observer: Observer,
+    device: Device | None,
 ) -> RunReport:
     began = time.perf_counter()
     checksums: dict[str, str] = {}
@@ -154,25 +181,33 @@ def _run(
             totals[1] += bytes_written
         observer.moved(bytes_read, bytes_written, tensor)
 
-    scheduler = Scheduler(plan.graph, plan.tasks, finished)
+    scheduler = Scheduler(
+        plan.graph,
+        plan.tasks,
+        finished,
+        plan.execution.device,
+        most_open=plan.memory.workers,
+    )
     files = InputFiles()
     try:
         with _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext():
-            _work(
-                scheduler,
-                [
-                    Worker(
-                        plan.graph,
-                        scheduler,
-                        writer,
-                        files,
-                        plan.memory.arena_bytes,
-                        plan.execution,
-                        moved,
-                    )
-                    for _ in range(plan.memory.workers)
-                ],
-            )
+            workers = [
+                Worker(
+                    plan.graph,
+                    scheduler,
+                    writer,
+                    files,
+                    plan.memory.arena_bytes,
+                    plan.execution,
+                    moved,
+                    lane,
+                )
+                for lane in _lanes(plan, device)
+            ]
+            if device is not None:
+                for worker in workers:
+                    device.pin(worker.arena)
+            _work(scheduler, workers)
     finally:
         files.close()
     writer.close()
@@ -186,6 +221,8 @@ def _run(
         bytes_read=totals[0],
         bytes_written=totals[1],
         measured_bytes=peak_resident_bytes(),
+        measured_vram_bytes=None if device is None else device.peak_bytes(),
+        device=None if device is None else device.name,
     )
     try:
         write_manifest(folder, _manifest(plan, checksums, report))
@@ -193,7 +230,15 @@ def _run(
             sync_folder(folder)
     except OSError as error:
         raise write_error(folder / MANIFEST_NAME, error) from error
+    store_baseline(plan.memory.libraries)
     return report
+
+
+def _lanes(plan: Plan, device: Device | None) -> Sequence[Lane | None]:
+    """Each worker's share of the device, where one computes."""
+    if device is None:
+        return [None] * plan.memory.workers
+    return open_lanes(device, plan.memory)
 
 
 @contextmanager
@@ -270,14 +315,18 @@ def write_beside_weights(plan: Plan, folder: Path) -> None:
 
 
 def _manifest(plan: Plan, checksums: dict[str, str], report: RunReport) -> dict[str, Any]:
-    document = plan.as_dict()
     return {
         "lazymerge": __version__,
         "torch": installed_version("torch"),
         "fingerprint": plan.fingerprint,
-        "recipe": document["recipe"],
-        "models": document["models"],
-        "memory": {**plan.memory.as_dict(), "measured_bytes": report.measured_bytes},
+        "recipe": plan.recipe_dict(),
+        "models": plan.models_dict(),
+        "memory": {
+            **plan.memory.as_dict(),
+            "measured_bytes": report.measured_bytes,
+            "measured_vram_bytes": report.measured_vram_bytes,
+        },
+        "device": {"class": plan.execution.device, "name": report.device},
         "run": {
             "seconds": round(report.seconds, 3),
             "bytes_read": report.bytes_read,

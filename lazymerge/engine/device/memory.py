@@ -20,7 +20,7 @@ from ...graph.graph import Graph
 from ...sizes import format_memory
 from ..blocks import elements_per_block
 from ..execution import Execution
-from ..memory import MIB, MemoryPlan, VramPlan
+from ..memory import MIB, MemoryPlan, VramPlan, available_memory_bytes
 from ..scheduler import SPAN_BLOCKS
 from ..stages import DeviceLayout, TensorTask, stage_layout, statistics_bytes
 from .frame import Lane
@@ -56,6 +56,11 @@ SCAN_BYTES = 2 * MIB
 """Per worker: the segment from which torch takes what a running count needs, 35 KiB a block."""
 
 ALIGNMENT = 512
+
+
+def default_device_limit_bytes() -> int:
+    """Of host memory: the smaller of 4 GiB and half of what is available."""
+    return min(DEFAULT_LIMIT_BYTES, available_memory_bytes() // 2)
 
 
 def plan_device_memory(
