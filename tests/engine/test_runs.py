@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 from lazymerge.engine import blocks
-from lazymerge.engine.inputs import ReadMode
+from lazymerge.engine.execution import Kernels, ReadMode
 from lazymerge.engine.plan import Plan, Resources, make_plan
 from lazymerge.engine.run import run_plan
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
 from merge_cases import RECIPES, write_models
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
-from conftest import write_checkpoint
+from conftest import needs_kernels, write_checkpoint
 from merging import plan_of, recipe_of
 
 BLOCK = 1000
@@ -74,8 +74,10 @@ def assert_nothing_is_left(tmp_path: Path) -> None:
             "model.safetensors",
             "tokenizer.json",
         }
-    time.sleep(0.01)  # for threads that have ended to be gone
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker-")]
+    left = [thread for thread in threading.enumerate() if thread.name.startswith("worker-")]
+    for thread in left:
+        thread.join(0.5)  # it has ended its work, and may not be gone yet
+    assert not [thread for thread in left if thread.is_alive()]
 
 
 # ------------------------------------------------------------------------ success
@@ -151,6 +153,7 @@ def test_the_order_in_which_tensors_are_done_does_not_show(
 
 
 def test_the_callers_threads_of_torch_are_given_back(plan: Plan, tmp_path: Path) -> None:
+    plan = plan.with_resources(Resources(4 << 30, workers=2, kernels="torch"))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     seen: set[int] = set()
@@ -168,6 +171,26 @@ def test_the_callers_threads_of_torch_are_given_back(plan: Plan, tmp_path: Path)
     finally:
         torch.set_num_threads(before)
     assert seen == {1}
+
+
+@needs_kernels
+def test_where_torch_does_not_compute_its_threads_are_left_alone(
+    plan: Plan, tmp_path: Path
+) -> None:
+    assert plan.execution.kernels == "native"
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    seen: set[int] = set()
+    try:
+        run_plan(
+            plan,
+            tmp_path / "out",
+            fsync=False,
+            observer=Recorder(lambda blocks: seen.add(torch.get_num_threads())),
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {3}
 
 
 # ------------------------------------------------------------------------ failure
@@ -231,10 +254,13 @@ def test_an_input_truncated_under_the_run(plan: Plan, tmp_path: Path) -> None:
     assert_nothing_is_left(tmp_path)
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("mode", ["pread", "mmap"])
-def test_an_input_truncated_before_the_run(plan: Plan, tmp_path: Path, mode: ReadMode) -> None:
+def test_an_input_truncated_before_the_run(
+    plan: Plan, tmp_path: Path, mode: ReadMode, kernels: Kernels
+) -> None:
     os.truncate(tmp_path / "a" / "model.safetensors", 500)
-    mapped = plan.with_resources(Resources(4 << 30, 2, mode))
+    mapped = plan.with_resources(Resources(4 << 30, 2, mode, kernels))
     with pytest.raises(InputError, match=r"a/model\.safetensors cannot be read"):
         run_plan(mapped, tmp_path / "out")
     assert_nothing_is_left(tmp_path)

@@ -11,14 +11,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazymerge.checkpoint.tensor import TensorInfo
 from lazymerge.engine import blocks
+from lazymerge.engine import run as run_module
 from lazymerge.engine import scheduler as scheduler_module
+from lazymerge.engine.plan import Resources
 from lazymerge.engine.scheduler import Job, Scheduler
 from lazymerge.engine.stages import tensor_tasks
 from lazymerge.graph.graph import Graph
@@ -34,6 +38,8 @@ from lazymerge.graph.operation import (
     Sample,
     register,
 )
+
+from merging import plan_of
 
 BLOCK = 4
 SPAN = 3
@@ -54,7 +60,14 @@ class FakePasses(ReduceOperation[Any, str]):
     def cost(self, input_count: int, parameters: Parameters) -> Cost:
         return Cost(0)
 
-    def statistics_bytes(self, input_count: int, parameters: Parameters, blocks: int) -> int:
+    def statistics_bytes(
+        self,
+        input_count: int,
+        parameters: Parameters,
+        element_count: int,
+        block_count: int,
+        item_bytes: int,
+    ) -> int:
         return 0
 
     def expected_passes(self, parameters: Parameters) -> int:
@@ -160,7 +173,13 @@ def tensor_graph(graph: Graph, name: str, elements: int, reductions: list[Any]) 
 class Crew:
     """Workers that compute nothing: they record what they are given, and dawdle at random."""
 
-    def __init__(self, graph: Graph, seed: int, fails_at: int | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        seed: int,
+        fails_at: int | None = None,
+        most_open: int | None = None,
+    ) -> None:
         self.graph = graph
         self.finished: list[tuple[str, list[Any]]] = []
         self.jobs: list[Job] = []
@@ -168,7 +187,7 @@ class Crew:
         self.most_open = 0
         self._random = random_module.Random(seed)
         self._lock = threading.Lock()
-        self.scheduler = Scheduler(graph, tensor_tasks(graph), self._finish)
+        self.scheduler = Scheduler(graph, tensor_tasks(graph), self._finish, most_open=most_open)
 
     def _finish(self, write: Write, partials: Sequence[Any]) -> None:
         with self._lock:
@@ -237,13 +256,14 @@ def graph_of(tensors: list[Any]) -> Graph:
 
 
 @settings(max_examples=300)
-@given(tensors, st.integers(1, 5), st.integers(0, 2**32))
+@given(tensors, st.integers(1, 5), st.none() | st.integers(1, 5), st.integers(0, 2**32))
 def test_every_block_of_every_pass_once_and_in_order(
-    tensors: list[Any], workers: int, seed: int
+    tensors: list[Any], workers: int, most_open: int | None, seed: int
 ) -> None:
-    crew = Crew(graph_of(tensors), seed)
+    crew = Crew(graph_of(tensors), seed, most_open=most_open)
     crew.run(workers)
     assert crew.scheduler.error is None
+    assert crew.most_open <= (most_open or len(tensors))
     # every output finished once, its blocks in order
     assert sorted(crew.finished) == sorted(
         (f"t{number}", list(range(0, elements, BLOCK)))
@@ -346,9 +366,28 @@ def test_an_earlier_tensor_goes_first() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_no_more_tensors_are_open_than_there_are_workers(workers: int) -> None:
-    """The memory plan counts the statistics of so many tensors, and of one more."""
+    """The memory plan counts the statistics of so many tensors and of no more."""
     sizes = (20, 4, 4, 40, 4, 8, 30, 4) * 3
-    crew = Crew(graph_of([(size, [(["all", "all"], set(), False)]) for size in sizes]), workers)
+    graph = graph_of([(size, [(["all", "all"], set(), False)]) for size in sizes])
+    crew = Crew(graph, workers, most_open=workers)
     crew.run(workers)
     assert crew.scheduler.error is None
     assert 1 <= crew.most_open <= workers
+
+
+def test_runs_open_no_more_tensors_than_they_have_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the memory plan counts on is what the scheduler of a run is told."""
+    told = []
+
+    class Spy(Scheduler):
+        def __init__(self, *arguments: Any, most_open: int, **options: Any) -> None:
+            told.append(most_open)
+            super().__init__(*arguments, most_open=most_open, **options)
+
+    monkeypatch.setattr(run_module, "Scheduler", Spy)
+    recipe = {"merge_method": "passthrough", "models": [{"model": "a"}]}
+    plan = plan_of(tmp_path, recipe, {"a": {"w": torch.zeros(3)}}, Resources(8 << 30, 3))
+    run_module.run_plan(plan, tmp_path / "out", fsync=False)
+    assert told == [plan.memory.workers] == [3]
