@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..engine.memory import peak_resident_bytes
+from ..engine.baseline import peak_resident_bytes
 from ..engine.plan import Plan
 from ..engine.run import Observer
 from ..sizes import format_bytes, format_memory, format_seconds

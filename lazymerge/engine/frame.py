@@ -43,26 +43,33 @@ class _TensorInput:
 
         dtype = DTYPES[node.dtype]
         self.source = open_input(node, files, read_mode, [arena.bytes(slot) for slot in slots])
+        self._pieces: Pieces = ()
         self._elements = 0
-        memory: Any = arena.memory
-        offset, elements = slots[0].offset, slots[0].elements // dtype.item_bytes
-        if isinstance(self.source, MappedInput):
-            memory = self.source.map
-            offset, elements = node.tensor.start, node.tensor.element_count
+        torch_dtype = getattr(torch, dtype.torch_name)
         self._typed = torch.frombuffer(
-            memory, dtype=getattr(torch, dtype.torch_name), count=elements, offset=offset
+            arena.memory,
+            dtype=torch_dtype,
+            count=slots[0].elements // dtype.item_bytes,
+            offset=slots[0].offset,
         )
+        self._mapped: Tensor | None = None
+        if isinstance(self.source, MappedInput):
+            self._mapped = torch.frombuffer(
+                self.source.map,
+                dtype=torch_dtype,
+                count=node.tensor.element_count,
+                offset=node.tensor.start,
+            )
 
     def seek(self, pieces: Pieces, elements: int) -> None:
         self.source.seek(pieces)
+        self._pieces = pieces
         self._elements = elements
 
     def read_into(self, out: Any) -> None:
-        if isinstance(self.source, MappedInput):
-            filled = 0
-            for start, stop in self.source.pieces:
-                out[filled : filled + stop - start].copy_(self._typed[start:stop])
-                filled += stop - start
+        if self._mapped is not None and len(self._pieces) == 1:
+            ((start, stop),) = self._pieces
+            out.copy_(self._mapped[start:stop])
         else:
             self.source.raw()
             out.copy_(self._typed[: self._elements])

@@ -31,9 +31,8 @@ MIB = 1 << 20
 NODE_BYTES = 3000
 """Per node of the graph: measured 2.2 to 2.8 kB, headers included, for 363 to 90,000 tensors."""
 
-MAPPED_SLACK_BYTES = 24 * MIB
-"""Mapped pages that stay behind: a fault maps what lies around it (large folios, fault-around), and
-the first and last pages of a span are not given back with it. Measured: 12 to 15 MiB."""
+MAPPED_SLACK_BYTES = 8 * MIB
+"""Mapped pages beyond the spans being read: a fault maps what lies around it (large folios)."""
 
 DEFAULT_LIMIT_BYTES = 2 << 30
 """Unless half of what is available is less."""

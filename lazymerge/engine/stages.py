@@ -66,7 +66,7 @@ class NativeLayout:
     """The buffers of a stage that the native kernels compute.
 
     inputs: ids of the Read nodes, in the order of the program's inputs.
-    raw: an undecoded block of each, U8 (none are needed where files are mapped).
+    raw: an undecoded block of each, U8 (where files are mapped, for samples only).
     registers: all registers of the program, one chunk of the working dtype each.
     stores: blocks that leave the kernels whole.
     output: the block in the output's dtype (Write stages).
@@ -327,7 +327,7 @@ class _Native(_Layout):
         return NativeLayout(
             inputs=tuple(read.id for read in reads),
             raw=()
-            if is_mapped
+            if is_mapped and isinstance(stage, Write)
             else tuple(
                 self.slot("U8", self.elements * DTYPES[read.dtype].item_bytes) for read in reads
             ),

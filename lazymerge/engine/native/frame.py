@@ -44,16 +44,14 @@ class NativeFrame:
         assert len(reads) == len(layout.inputs)
         self._dtypes = [read.dtype for read in reads]
         self._inputs: list[PreadInput | MappedInput] = []
-        self._addresses: list[int] = []
+        self._maps: list[int] = []
+        self._slots: list[int] = []
         for number, read in enumerate(reads):
             slots = [arena.bytes(layout.raw[number])] if layout.raw else []
             source = open_input(read, files, read_mode, slots)
             self._inputs.append(source)
-            self._addresses.append(
-                _address_of(source)
-                if isinstance(source, MappedInput)
-                else arena.address(layout.raw[number])
-            )
+            self._maps.append(_address_of(source) if isinstance(source, MappedInput) else 0)
+            self._slots.append(arena.address(layout.raw[number]) if layout.raw else 0)
         self._is_mapped = read_mode == "mmap"
         self._kernel: Kernel | None = None
         self._state: Any = None
@@ -88,20 +86,17 @@ class NativeFrame:
         )
 
     def _run(self, kernel: Kernel, pieces: Pieces) -> None:
-        if not self._is_mapped:
-            for number, source in enumerate(self._inputs):
-                source.seek(pieces)
-                source.raw()
-                kernel.inputs[number] = self._addresses[number]
-            kernel.run(pieces[0][0], sum(stop - start for start, stop in pieces))
-            return
-        stored = 0
-        for start, stop in pieces:
-            for number, source in enumerate(self._inputs):
+        first = pieces[0][0]
+        is_in_place = self._is_mapped and len(pieces) == 1
+        for number, source in enumerate(self._inputs):
+            source.seek(pieces)
+            if is_in_place:
                 assert isinstance(source, MappedInput)
-                kernel.inputs[number] = self._addresses[number] + source.byte_offset(start)
-            kernel.run(start, stop - start, stored)
-            stored += stop - start
+                kernel.inputs[number] = self._maps[number] + source.byte_offset(first)
+            else:
+                source.raw()
+                kernel.inputs[number] = self._slots[number]
+        kernel.run(first, sum(stop - start for start, stop in pieces))
 
     def reduce(self, pieces: Pieces, state: Any) -> Any:
         """The partial result of one block (Reduce stages)."""

@@ -68,7 +68,6 @@ struct call {
     int64_t length;            /* instructions */
     int64_t start;             /* index of the block's first element in its tensor */
     int64_t count;             /* elements of the block */
-    int64_t stored;            /* elements that the stores hold already */
     int32_t is_wide;           /* working type: 1 double, 0 float */
     int32_t result;            /* register that is written to `output` */
     int32_t output_dtype;

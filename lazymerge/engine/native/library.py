@@ -56,7 +56,6 @@ class _Call(ctypes.Structure):
         ("length", ctypes.c_int64),
         ("start", ctypes.c_int64),
         ("count", ctypes.c_int64),
-        ("stored", ctypes.c_int64),
         ("is_wide", ctypes.c_int32),
         ("result", ctypes.c_int32),
         ("output_dtype", ctypes.c_int32),
@@ -186,15 +185,14 @@ class Kernel:
         ctypes.memset(self.lanes, 0, ctypes.sizeof(self.lanes))
         ctypes.memset(self.counters, 0, ctypes.sizeof(self.counters))
 
-    def run(self, start: int, count: int, stored: int = 0) -> None:
+    def run(self, start: int, count: int) -> None:
         """Runs the program on a block; `inputs` has been set to the addresses of its elements.
 
-        start: flat index of the first element. stored: elements that the stores hold already.
+        start: flat index of the first element.
         """
         call = self._call
         call.start = start
         call.count = count
-        call.stored = stored
         self._run(self._address)
 
 

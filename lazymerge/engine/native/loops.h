@@ -143,7 +143,7 @@ TARGET static void RUN(const struct call *call)
                 break;
             }
             case STORE:
-                memcpy((REAL *)call->stores[now->b] + call->stored + first, a, n * sizeof *a);
+                memcpy((REAL *)call->stores[now->b] + first, a, n * sizeof *a);
                 break;
             case DOT:
             case SUM: {

@@ -7,7 +7,7 @@ Here it takes one pass, and memory for a fixed number of candidates:
     sample     65,536 or more elements at fixed places tell roughly where the k-th lies:
                a bracket [low, high] that holds it but for bad luck
     bracket    one pass counts, block by block, the elements above the bracket and those in it,
-               and keeps the values in it (1-2% of the tensor)
+               and keeps the values in it (about 1% of the tensor)
 
                     below            bracket            above
                ├───────────────┼────────────────┼───────────────────┤   |xᵢ − x₀|
@@ -53,12 +53,13 @@ SAMPLE_RUNS = 256
 SAMPLE_RUNS_LARGE = 1024
 """For tensors over 2^24 elements, whose candidates would not fit behind the smaller sample."""
 
-CANDIDATES = 1 << 20
-"""Values kept per model and tensor: 4 MB in float32, 8 MB in float64. Tensors of no more elements
-need no sample: all their values are candidates."""
+CANDIDATES = 1 << 19
+"""Values kept per model and tensor: 2 MB in float32, 4 MB in float64. Tensors of no more elements
+need no sample: all their values are candidates. The brackets of larger ones hold about 0.8 % of
+their elements, so that this is enough for tensors of 60 million; larger ones take one more pass."""
 
 ALL_CANDIDATES = 1 << 21
-"""Values kept per tensor; with more than two models each gets its share of it."""
+"""Values kept per tensor; with more than four models each gets its share of it."""
 
 COUNTS_BYTES = 320
 """Of one block's counts besides its values: a Counts, an array's header, a tuple."""
@@ -66,10 +67,10 @@ COUNTS_BYTES = 320
 MIN_BLOCK_CANDIDATES = 64
 """Every block may keep this many, so that the values kept stay a sample of all blocks."""
 
-MARGIN_DEVIATIONS = 4.0
+MARGIN_DEVIATIONS = 3.0
 """Half width of the bracket in standard errors of the sampled rank. The standard error is
 measured between the sample's runs, so rows of different scale widen it. A miss (about one in
-10,000) costs one more pass and nothing else."""
+400) costs one more pass and nothing else."""
 
 
 GUESSES = 8
@@ -165,8 +166,8 @@ class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | Non
     ) -> int:
         wanted = _wanted(parameters)
         candidates = min(element_count, _quota(wanted, block_count) * block_count)
-        # those of all models as collected; those of one, joined and partitioned
-        return (wanted + 2) * candidates * item_bytes + wanted * block_count * COUNTS_BYTES
+        # those of all models as collected, those of one joined; samples are smaller
+        return (wanted + 1) * candidates * item_bytes + wanted * block_count * COUNTS_BYTES
 
     def expected_passes(self, parameters: Parameters) -> int:
         return 1
@@ -310,7 +311,8 @@ def narrow(
     if sum(len(block.values) for block in counts) < inside:
         return _narrower(search, counts, rank, inside)
     values = numpy.concatenate([block.values for block in counts])
-    value = numpy.partition(values, len(values) - rank)[len(values) - rank]
+    values.partition(len(values) - rank)
+    value = values[len(values) - rank]
     ties_kept = rank - int(numpy.count_nonzero(values > value))
     ties = [int(numpy.count_nonzero(block.values == value)) for block in counts]
     return _settle(value, ties_kept, ties, element_count)
