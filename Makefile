@@ -3,7 +3,7 @@
 #   make demo    make demo models, plan and run a merge of them, show that it worked
 #   make test    run all tests
 #
-# Both set up .venv first. Others: make lint, make bench-mergekit, make clean.
+# Both set up .venv first. Others: make lint, make bench, make bench-mergekit, make clean.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format bench-mergekit clean help
+.PHONY: demo test lint format bench bench-mergekit clean help
 
 help:
 	@sed -n '3,6p' Makefile | cut -c3-
@@ -49,6 +49,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: $(INSTALLED)
+	$(BIN)/python scripts/bench.py
 
 bench-mergekit: $(INSTALLED)
 	$(BIN)/python scripts/bench_vs_mergekit.py

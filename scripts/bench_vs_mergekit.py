@@ -23,18 +23,11 @@ unless --keep is given. A work folder that --work named keeps its mergekit, reci
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,73 +35,36 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-# This process imports neither torch nor numpy. A child's peak memory, as the kernel counts it,
-# starts from that of the process that forked it, so a large parent would be charged to the child.
+from benchmarking.inputs import (
+    SIZES,
+    make_checkpoints,
+    recipe_document,
+    recipe_inputs,
+    tensor_bytes,
+    warm_page_cache,
+    write_recipe,
+)
+from benchmarking.processes import (
+    SCRIPTS,
+    BenchError,
+    delete,
+    lazymerge_environment,
+    offline_environment,
+    run_measured,
+    run_plain,
+)
+from benchmarking.programs import (
+    PEERS,
+    lazymerge_command,
+    machine_facts,
+    make_venv,
+    mergekit_command,
+    peer_facts,
+)
 
-SCRIPTS = Path(__file__).resolve().parent
-
-SIZES: dict[str, str] = {
-    "0.1b": "llama-0.1b",
-    "1.1b": "tinyllama-1.1b",
-    "3b": "llama-3b",
-    "7b": "llama2-7b",
-    "13b": "llama2-13b",
-}
-"""Shape of make_synthetic_checkpoint.py by the name of the size."""
-
-MERGEKIT_REQUIREMENTS = ("torch==2.13.0", "mergekit==0.1.5")
-"""Installed one after the other: mergekit alone would bring any torch."""
-
-RECIPES: dict[str, str] = {
-    "linear": """\
-merge_method: linear
-models:
-  - model: {base}
-    parameters: {{weight: 0.2}}
-  - model: {a}
-    parameters: {{weight: 0.5}}
-  - model: {b}
-    parameters: {{weight: 0.3}}
-dtype: bfloat16
-""",
-    "task_arithmetic": """\
-merge_method: task_arithmetic
-base_model: {base}
-models:
-  - model: {a}
-    parameters: {{weight: 0.6}}
-  - model: {b}
-    parameters: {{weight: 0.4}}
-dtype: bfloat16
-""",
-    "slerp": """\
-merge_method: slerp
-base_model: {a}
-models:
-  - model: {a}
-  - model: {b}
-parameters:
-  t: 0.4
-dtype: bfloat16
-""",
-    "ties": """\
-merge_method: ties
-base_model: {base}
-models:
-  - model: {a}
-    parameters: {{weight: 0.6, density: 0.5}}
-  - model: {b}
-    parameters: {{weight: 0.4, density: 0.5}}
-dtype: bfloat16
-""",
-}
-"""By method; base, a and b are filled in."""
+METHODS = ("linear", "task_arithmetic", "slerp", "ties")
 
 PROGRAMS = ("lazymerge", "mergekit")
-
-
-class BenchError(Exception):
-    """The benchmark cannot go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,127 +101,6 @@ class Row:
     moved_bytes_per_s: float
 
 
-def offline_environment() -> dict[str, str]:
-    """The environment of every child: nothing is looked up on the network."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def lazymerge_environment() -> dict[str, str]:
-    """As offline_environment, and the lazymerge of this script's checkout, installed or not."""
-    environment = offline_environment()
-    paths = [str(SCRIPTS.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return environment
-
-
-def run_measured(
-    command: Sequence[str], environment: dict[str, str], log: Path
-) -> tuple[float, float, int]:
-    """Run a command to its end: wall seconds, CPU seconds, peak resident bytes.
-
-    log: receives what it prints. Raises BenchError, with the end of the log, when it fails.
-    On an interrupt the child is ended before the exception goes on.
-    """
-    with log.open("wb") as stream:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: the child and its children
-            process.wait()
-            raise
-        wall_s = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)  # Popen must not wait for it again
-    if process.returncode != 0:
-        tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-        raise BenchError(f"{' '.join(command)}\nended with {process.returncode}:\n{tail}")
-    rss_unit = 1 if sys.platform == "darwin" else 1024
-    return wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * rss_unit
-
-
-def run_plain(
-    command: Sequence[str], environment: dict[str, str] | None = None, *, capture: bool = False
-) -> str:
-    """Run a command that is not measured; returns its stdout when captured."""
-    done = subprocess.run(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if capture else None,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise BenchError(f"{' '.join(command)}\nended with {done.returncode}")
-    return done.stdout or ""
-
-
-def make_mergekit_venv(folder: Path) -> None:
-    """A virtual environment with mergekit, made once."""
-    if (folder / "bin" / "mergekit-yaml").exists():
-        return
-    print(f"installing mergekit in {folder}", file=sys.stderr)
-    try:
-        run_plain([sys.executable, "-m", "venv", "--clear", str(folder)])
-        for requirement in MERGEKIT_REQUIREMENTS:
-            run_plain([str(folder / "bin" / "python"), "-m", "pip", "install", "-q", requirement])
-    except BaseException:
-        delete([folder])
-        raise
-
-
-def make_checkpoints(folder: Path, size: str) -> tuple[dict[str, Path], list[Path]]:
-    """The three checkpoints by role, and those that had to be made."""
-    paths = {role: folder / f"{size}-{role}" for role in ("base", "a", "b")}
-    made: list[Path] = []
-    base = str(paths["base"])
-    contents = {
-        "base": ["--random", "--shape", SIZES[size], "--dtype", "bfloat16", "--tokenizer"],
-        "a": ["--perturb-of", base, "--scale", "0.002"],
-        "b": ["--perturb-of", base, "--scale", "0.002"],
-    }
-    for seed, (role, path) in enumerate(paths.items(), start=1):
-        if (path / "config.json").exists():  # written last: the checkpoint is complete
-            continue
-        made.append(path)
-        script = str(SCRIPTS / "make_synthetic_checkpoint.py")
-        try:
-            run_plain([sys.executable, script, str(path), *contents[role], "--seed", str(seed)])
-        except BaseException:
-            delete(made)
-            raise
-    return paths, made
-
-
-def tensor_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files of a checkpoint."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def warm_page_cache(folders: Sequence[Path]) -> None:
-    """Write back what earlier runs left dirty, and read the inputs once."""
-    os.sync()
-    buffer = bytearray(1 << 20)
-    for folder in folders:
-        for file in sorted(folder.glob("*.safetensors")):
-            with file.open("rb", buffering=0) as stream:
-                while stream.readinto(buffer):
-                    pass
-
-
-def delete(folders: Sequence[Path]) -> None:
-    """Delete folders, whether they exist or not."""
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def compare_outputs(one: Path, other: Path) -> dict[str, object]:
     """What check_ulp.py says about the distance of two merges, dtype by dtype."""
     script = str(SCRIPTS / "check_ulp.py")
@@ -274,54 +109,6 @@ def compare_outputs(one: Path, other: Path) -> dict[str, object]:
     dtypes = document["dtypes"]
     assert isinstance(dtypes, dict)
     return dtypes
-
-
-def file_system(folder: Path) -> str:
-    """The type of the file system that holds a folder; empty where the system does not say."""
-    device = folder.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    mounts = Path("/proc/self/mountinfo")
-    for line in mounts.read_text(encoding="utf-8").splitlines() if mounts.exists() else []:
-        mount, _, source = line.partition(" - ")
-        if mount.split()[2] == number:
-            return source.split()[0]
-    return ""
-
-
-def machine_facts(mergekit_python: Path, work: Path) -> dict[str, str]:
-    """What the numbers depend on."""
-    versions_of = (
-        "import importlib.metadata as m, sys; print(sys.version.split()[0], "
-        "m.version('torch'), m.version('safetensors'), m.version('mergekit'))"
-    )
-    python, torch, safetensors, mergekit = run_plain(
-        [str(mergekit_python), "-c", versions_of], capture=True
-    ).split()
-    lazymerge = run_plain(
-        [sys.executable, "-c", "from lazymerge.version import __version__ as v; print(v)"],
-        lazymerge_environment(),
-        capture=True,
-    ).strip()
-    processor = platform.processor() or platform.machine()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        for line in cpu_info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor,
-        "cores": str(len(os.sched_getaffinity(0))),
-        "memory": f"{memory_bytes / 2**30:.1f} GiB",
-        "load": f"{os.getloadavg()[0]:.2f} before the first run",  # others at work slow both
-        "system": f"{platform.system()} {platform.release()}, files on {file_system(work) or '?'}",
-        "lazymerge": f"{lazymerge} (python {platform.python_version()}, "
-        f"torch {importlib.metadata.version('torch')}, "
-        f"safetensors {importlib.metadata.version('safetensors')})",
-        "mergekit": f"{mergekit} (python {python}, torch {torch}, safetensors {safetensors})",
-    }
 
 
 def median_rows(
@@ -421,11 +208,10 @@ def benchmark(parsed: argparse.Namespace, work: Path, to_delete: list[Path]) -> 
     """Measure and print; what must not stay behind is added to to_delete as it comes up."""
     venv = parsed.mergekit_venv or work / "mergekit-venv"
     if parsed.mergekit_venv is None:
-        make_mergekit_venv(venv)
-    mergekit = venv / "bin" / "mergekit-yaml"
-    if not mergekit.exists():
-        raise BenchError(f"{mergekit}: not there")
-    facts = machine_facts(venv / "bin" / "python", work)
+        make_venv(venv, PEERS["mergekit"])
+    elif not (venv / "bin" / "mergekit-yaml").exists():
+        raise BenchError(f"{venv / 'bin' / 'mergekit-yaml'}: not there")
+    facts = {**machine_facts(work), "mergekit": peer_facts(PEERS["mergekit"], venv)}
     inputs, made = make_checkpoints(work, parsed.size)
     if not parsed.keep:
         to_delete += made
@@ -437,17 +223,18 @@ def benchmark(parsed: argparse.Namespace, work: Path, to_delete: list[Path]) -> 
     comparisons: dict[str, dict[str, object]] = {}
     for method in parsed.methods:
         recipe = work / f"{parsed.size}-{method}.yml"
-        recipe.write_text(
-            RECIPES[method].format(**{role: path.resolve() for role, path in inputs.items()}),
-            encoding="utf-8",
-        )
-        used = [path for role, path in inputs.items() if f"{{{role}}}" in RECIPES[method]]
-        lazymerge_command = [sys.executable, "-m", "lazymerge", "run", str(recipe)]
-        lazymerge_command += ["-o", str(outputs["lazymerge"]), "--no-fsync", "--overwrite", "-q"]
-        mergekit_command = [str(mergekit), str(recipe), str(outputs["mergekit"]), "--quiet"]
+        document = recipe_document(method, list(inputs.values()))
+        write_recipe(recipe, document)
+        used = recipe_inputs(document)
         commands = {
-            "lazymerge": (lazymerge_command, lazymerge_environment()),
-            "mergekit": (mergekit_command, offline_environment()),
+            "lazymerge": (
+                lazymerge_command(recipe, outputs["lazymerge"], "-q"),
+                lazymerge_environment(),
+            ),
+            "mergekit": (
+                mergekit_command(venv, recipe, outputs["mergekit"]),
+                offline_environment(),
+            ),
         }
         for run in range(parsed.runs):
             order = PROGRAMS if run % 2 == 0 else PROGRAMS[::-1]
@@ -456,18 +243,21 @@ def benchmark(parsed: argparse.Namespace, work: Path, to_delete: list[Path]) -> 
                 delete([output])
                 warm_page_cache(used)
                 log = work / f"{program}.log"
-                wall_s, cpu_s, peak_rss_bytes = run_measured(*commands[program], log)
-                measurement = Measurement(method, program, wall_s, cpu_s, peak_rss_bytes)
+                measured = run_measured(*commands[program], log)
+                measurement = Measurement(
+                    method, program, measured.wall_s, measured.cpu_s, measured.peak_rss_bytes
+                )
                 measurements.append(measurement)
                 print(
-                    f"{method} run {run + 1} of {parsed.runs}, {program}: {wall_s:.2f} s, "
-                    f"CPU {cpu_s:.2f} s, peak {peak_rss_bytes / 1e9:.2f} GB",
+                    f"{method} run {run + 1} of {parsed.runs}, {program}: "
+                    f"{measured.wall_s:.2f} s, CPU {measured.cpu_s:.2f} s, "
+                    f"peak {measured.peak_rss_bytes / 1e9:.2f} GB",
                     file=sys.stderr,
                 )
                 written_bytes = tensor_bytes(output)
                 if written_bytes == 0:
                     raise BenchError(f"{program} ended well but left no safetensors in {output}")
-                read_bytes = sum(tensor_bytes(path) for path in used)
+                read_bytes = tensor_bytes(*used)
                 moved_bytes[method, program] = read_bytes + written_bytes
                 if not (parsed.compare and run == parsed.runs - 1):
                     delete([output])
@@ -491,9 +281,9 @@ def benchmark(parsed: argparse.Namespace, work: Path, to_delete: list[Path]) -> 
 def _methods(text: str) -> list[str]:
     methods = text.split(",")
     for method in methods:
-        if method not in RECIPES:
+        if method not in METHODS:
             raise argparse.ArgumentTypeError(
-                f"no method {method!r}; there are {', '.join(RECIPES)}"
+                f"no method {method!r}; there are {', '.join(METHODS)}"
             )
     return methods
 
@@ -516,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--work", type=Path, metavar="DIR", help="where all files go (default: a temporary folder)"
     )
     parser.add_argument(
-        "--methods", type=_methods, default=list(RECIPES), help="default: " + ",".join(RECIPES)
+        "--methods", type=_methods, default=list(METHODS), help="default: " + ",".join(METHODS)
     )
     parser.add_argument("--runs", type=_positive, default=3, metavar="N", help="default: 3")
     parser.add_argument("--size", choices=SIZES, default="1.1b", help="default: 1.1b")
