@@ -118,10 +118,15 @@ def available_memory_bytes() -> int:
     return available
 
 
+LIBRARY_HELD_BYTES = 256 * MIB
+"""A process that occupies more than this before it plans (torch alone: 230 MiB) is somebody's
+program and not the command."""
+
+
 def default_limit_bytes() -> int:
     """The smaller of 2 GiB and half of what is available; in a program that uses lazymerge as a
     library and holds much already, that much more."""
-    held = max(0, resident_bytes() - reserved_bytes("torch"))
+    held = max(0, resident_bytes() - LIBRARY_HELD_BYTES)
     return min(DEFAULT_LIMIT_BYTES, available_memory_bytes() // 2) + held
 
 

@@ -30,6 +30,7 @@ from .device.interface import Device
 from .device.memory import fit_to_device, open_lanes
 from .inputs import InputFiles
 from .plan import Plan, read_folders
+from .readahead import ReadAhead
 from .scheduler import Scheduler
 from .worker import Worker
 
@@ -189,6 +190,7 @@ def _run(
         most_open=plan.memory.workers,
     )
     files = InputFiles()
+    read_ahead = ReadAhead(plan.graph, plan.tasks, files, plan.execution.device)
     try:
         with _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext():
             workers = [
@@ -200,6 +202,7 @@ def _run(
                     plan.memory.arena_bytes,
                     plan.execution,
                     moved,
+                    read_ahead,
                     lane,
                 )
                 for lane in _lanes(plan, device)

@@ -16,6 +16,7 @@ from .device.frame import DeviceFrame, Lane
 from .execution import Execution
 from .frame import Frame, make_frame
 from .inputs import InputFiles
+from .readahead import ReadAhead
 from .scheduler import Job, Scheduler
 from .stages import stage_layout
 
@@ -35,9 +36,13 @@ class Worker:
         arena_bytes: int,
         execution: Execution,
         moved: Moved,
+        read_ahead: ReadAhead,
         lane: Lane | None = None,
     ) -> None:
-        """lane: the worker's share of a device, where one computes."""
+        """read_ahead: is told what is being read.
+
+        lane: the worker's share of a device, where one computes.
+        """
         self._graph = graph
         self._scheduler = scheduler
         self._writer = writer
@@ -46,6 +51,7 @@ class Worker:
         self._lane = lane
         self._execution = execution
         self._moved = moved
+        self._read_ahead = read_ahead
         self._frame: Frame | None = None
         self._frame_of: tuple[int, int] = (-1, -1)
 
@@ -63,6 +69,7 @@ class Worker:
     def _run(self, job: Job) -> list[Any] | None:
         stage = job.task.stages[job.stage]
         frame = self._frame_for(job)
+        self._read_ahead.reached(job.task_index, job.first)
         block_bytes_read = sum(
             read.tensor.size_bytes for read in self._graph.reads_of(stage.id)
         ) / max(1, stage.element_count)
