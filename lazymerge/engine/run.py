@@ -102,6 +102,8 @@ def run_plan(
 
     Whatever it raises, the files it has made are removed.
     """
+    if plan.execution.device == "cpu" and device is not None:
+        raise ValueError("this merge is planned for the processor")
     if plan.execution.device == "cuda" and device is None:
         from .device.cuda import CudaDevice
 

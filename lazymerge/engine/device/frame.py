@@ -7,9 +7,10 @@ Blocks go through three queues, two at a time, each with its own side of the buf
     computes                 block 0       block 1                block 2
     copies out                   out 0         out 1                  out 2
 
-Every arrow of time in it is an event that somebody waits for: a staging buffer is filled again when
-its copy in is done, a device's input when the block before on that side is computed, an output when
-it has been copied out, and what was copied out is written when it has arrived.
+What must come after what is said by events: a staging buffer is filled again when its copy in is
+done, a device's input when the block before on that side is computed, an output is copied out when
+it is computed, and written when it has arrived. An output buffer needs no event of its own: the
+program has written what it held before it hands over the next block of that side.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ...graph.node import Read, Reduce, Write
 from ..arena import Arena
 from ..evaluation import Evaluation
 from ..execution import ReadMode
-from ..inputs import InputFiles, MappedInput, Pieces, PreadInput, open_input
+from ..inputs import InputFiles, MappedInput, Pieces, open_input
 from ..stages import SIDES, DeviceLayout, Slot
 from .interface import Event, Outcome, Queue
 from .rounding import round_once_on_device
@@ -84,17 +85,10 @@ class _Source:
 
     def stage(self, pieces: Pieces, side: int) -> None:
         """Reads a block into the host's buffer."""
-        if isinstance(self._file, PreadInput):
-            self._file.seek(pieces)
-            self._file.raw(side)
-            return
-        assert isinstance(self._file, MappedInput)
-        filled = 0
-        for piece in pieces:
-            self._file.seek((piece,))
-            data = self._file.raw()
-            self._rooms[side][filled : filled + len(data)] = data
-            filled += len(data)
+        self._file.seek(pieces)
+        data = self._file.raw(side)
+        if isinstance(self._file, MappedInput) and len(pieces) == 1:
+            self._rooms[side][: len(data)] = data  # else it has been read to where it belongs
 
     def send(self, queue: Queue, elements: int, side: int) -> None:
         """Has it copied to the device."""
@@ -201,11 +195,10 @@ class DeviceFrame:
     def _submit(self, pieces: Pieces, side: int, state: Any) -> _Submitted:
         start, elements = pieces[0][0], _elements(pieces)
         computing, outgoing = self._lane.computing, self._lane.outgoing
-        arrived, sent = self._arrived[side], self._sent[side]
+        arrived = self._arrived[side]
         assert arrived is not None
         computing.after(arrived)
-        if sent is not None:
-            computing.after(sent)  # the output buffer of that side is free again
+        # the output buffers of that side are free: what they held has been delivered
         outcome = computing.run(lambda: self._compute(start, elements, side, state))
         computed = self._computed[side] = computing.record()
         if self._is_write:
