@@ -95,7 +95,7 @@ class CudaDevice:
 
         try:
             return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
-        except torch.OutOfMemoryError as error:
+        except _cuda().OutOfMemoryError as error:
             raise LazymergeError(f"{self.name} has no {size_bytes} bytes free: {error}") from error
 
     def pin(self, arena: Arena) -> None:

@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA's bytes are the host device's, and its memory keeps to the limit."""
+"""What only a GPU can show: CUDA's bytes are the host device's, its memory keeps to the limit."""
 
 from __future__ import annotations
 
