@@ -91,14 +91,12 @@ def by_kernels(
     *,
     rounds_once: bool = False,
     start: int = 0,
-    pieces: Sequence[tuple[int, int]] | None = None,
     misaligned: int = 0,
 ) -> tuple[torch.Tensor, Any]:
     """The output in its dtype (the working one if not given) and what the recorded function
     returned.
 
     start: flat index of the block's first element.
-    pieces: element ranges, run one after the other as those of a sample are.
     misaligned: bytes by which the inputs lie off their natural place.
     """
     assert library._library() is not None
@@ -121,17 +119,9 @@ def by_kernels(
     )
     kernel.reset()
     held = [shifted(tensor, misaligned) for tensor in inputs]
-    if pieces is None:
-        for place, memory in enumerate(held):
-            kernel.inputs[place] = memory.ctypes.data + misaligned
-        kernel.run(start, size)
-    else:
-        stored = 0
-        for first, stop in pieces:
-            for place, (memory, tensor) in enumerate(zip(held, inputs, strict=True)):
-                kernel.inputs[place] = memory.ctypes.data + misaligned + first * tensor.itemsize
-            kernel.run(start + first, stop - first, stored)
-            stored += stop - first
+    for place, memory in enumerate(held):
+        kernel.inputs[place] = memory.ctypes.data + misaligned
+    kernel.run(start, size)
     for memory, elements in [(registers, chunk * program.registers), *((s, size) for s in stores)]:
         assert (memory[elements:] == 77).all(), "written beyond a buffer"
     assert (out[size:].double() == 77).all(), "written beyond the output"
