@@ -8,7 +8,7 @@ device/frame.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..checkpoint.tensor import DTYPES
@@ -21,6 +21,7 @@ from .evaluation import Evaluation
 from .execution import ReadMode
 from .inputs import InputFiles, MappedInput, Pieces, open_input
 from .native.frame import NativeFrame
+from .recent import Recent
 from .rounding import round_once
 from .stages import DeviceLayout, NativeLayout, RawLayout, Slot, StageLayout, TorchLayout
 
@@ -81,11 +82,12 @@ class _TensorInput:
 class Frame(Protocol):
     """One stage of one tensor, ready to run any of its blocks."""
 
-    def reduce(self, pieces: Pieces, state: Any) -> Any:
-        """The partial result of one block (Reduce stages)."""
+    def run(self, blocks: Sequence[Pieces], state: Any) -> Iterator[Any]:
+        """Runs consecutive blocks.
 
-    def encode(self, start: int, stop: int) -> memoryview:
-        """The bytes of one output block (Write stages), valid until the next call."""
+        Reduce stages yield a partial result per block. Write stages yield the bytes of one block
+        or several, in order, valid until the next are asked for.
+        """
 
     def release(self, start: int, stop: int) -> None:
         """Gives back what reading an element range has left in memory."""
@@ -99,18 +101,20 @@ def make_frame(
     files: InputFiles,
     prepared: Mapping[str, Any],
     read_mode: ReadMode,
+    recent: Recent,
     lane: Lane | None = None,
 ) -> Frame:
     """The frame for a layout.
 
     prepared: what ApplyOperation.prepare returned, by node id.
+    recent: what workers have found out and share.
     lane: the worker's share of a device, where one computes.
     """
     if isinstance(layout, DeviceLayout):
         assert lane is not None
         return DeviceFrame(graph, stage, layout, arena, lane, files, prepared, read_mode)
     if isinstance(layout, NativeLayout):
-        return NativeFrame(graph, stage, layout, arena, files, prepared, read_mode)
+        return NativeFrame(graph, stage, layout, arena, files, prepared, read_mode, recent)
     if isinstance(layout, RawLayout):
         assert isinstance(stage, Write)
         return RawFrame(graph, stage, layout, arena, files, prepared, read_mode)
@@ -137,8 +141,9 @@ class RawFrame:
             open_input(read, files, read_mode, slots) for read in graph.reads_of(stage.source)
         ]
 
-    def reduce(self, pieces: Pieces, state: Any) -> Any:
-        raise TypeError("a stage of raw bytes reduces nothing")
+    def run(self, blocks: Sequence[Pieces], state: Any) -> Iterator[Any]:
+        for ((start, stop),) in blocks:
+            yield self.encode(start, stop)
 
     def encode(self, start: int, stop: int) -> memoryview:
         for source in self._inputs:
@@ -166,6 +171,7 @@ class TorchFrame:
         prepared: Mapping[str, Any],
         read_mode: ReadMode,
     ) -> None:
+        self._is_reduction = isinstance(stage, Reduce)
         self._layout = layout
         self._arena = arena
         self._files = files
@@ -190,6 +196,14 @@ class TorchFrame:
         for read in self._reads:
             read.seek(pieces, elements)
         return elements
+
+    def run(self, blocks: Sequence[Pieces], state: Any) -> Iterator[Any]:
+        for pieces in blocks:
+            if self._is_reduction:
+                yield self.reduce(pieces, state)
+            else:
+                ((start, stop),) = pieces
+                yield self.encode(start, stop)
 
     def reduce(self, pieces: Pieces, state: Any) -> Any:
         start = pieces[0][0]

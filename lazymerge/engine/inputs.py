@@ -12,7 +12,6 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint.tensor import DTYPES
@@ -96,8 +95,8 @@ class PreadInput:
 
     def __init__(self, node: Read, files: InputFiles, slots: Sequence[memoryview]) -> None:
         """slots: room for a block each."""
-        self._path = str(Path(node.folder) / node.tensor.file)
-        self._descriptor = files.descriptor(self._path)
+        self.path = f"{node.folder}/{node.tensor.file}"
+        self.descriptor = files.descriptor(self.path)
         self._first_byte = node.tensor.start
         self._item_bytes = DTYPES[node.dtype].item_bytes
         self._slots = slots
@@ -115,10 +114,10 @@ class PreadInput:
         for start, stop in self._pieces:
             length = (stop - start) * item_bytes
             read_exactly(
-                self._descriptor,
+                self.descriptor,
                 memory[filled : filled + length],
                 self._first_byte + start * item_bytes,
-                self._path,
+                self.path,
             )
             filled += length
         return memory[:filled]
@@ -140,15 +139,15 @@ class MappedInput:
 
     def __init__(self, node: Read, files: InputFiles, slots: Sequence[memoryview] = ()) -> None:
         """slots: room for a block each, where samples are taken."""
-        path = str(Path(node.folder) / node.tensor.file)
-        self.map = files.mapping(path)
+        self.path = f"{node.folder}/{node.tensor.file}"
+        self.map = files.mapping(self.path)
         self.tensor = node.tensor
         self.pieces: Pieces = ()
         self._item_bytes = DTYPES[node.dtype].item_bytes
         self._view = memoryview(self.map)
         self._copied = PreadInput(node, files, slots)
         if len(self.map) < node.tensor.stop_exclusive:
-            raise LazymergeError(f"{path} is shorter than its header promises")
+            raise LazymergeError(f"{self.path} is shorter than its header promises")
 
     def seek(self, pieces: Pieces) -> None:
         """Moves to a block made of these pieces."""

@@ -25,13 +25,15 @@ from ..output.sidecars import copy_sidecars
 from ..output.writer import ShardWriter, sync_folder, write_error
 from ..version import __version__
 from .baseline import peak_resident_bytes, resident_bytes, store_baseline
+from .blocks import elements_per_block
 from .device.frame import Lane
 from .device.interface import Device
 from .device.memory import fit_to_device, open_lanes
 from .inputs import InputFiles
 from .plan import Plan, read_folders
 from .readahead import ReadAhead
-from .scheduler import Scheduler
+from .recent import Recent
+from .scheduler import SPAN_BLOCKS, Scheduler
 from .worker import Worker
 
 WAKE_SECONDS = 0.1
@@ -172,7 +174,7 @@ def _run(
     lock = threading.Lock()
 
     def finished(write: Write, digests: Sequence[bytes]) -> None:
-        checksum = xxh3_128_hexdigest(b"".join(digests))
+        checksum = xxh3_128_hexdigest(b"".join(digest for digest in digests if digest))
         writer.finish_tensor(write.name)
         with lock:
             checksums[write.name] = checksum
@@ -192,6 +194,7 @@ def _run(
         most_open=plan.memory.workers,
     )
     files = InputFiles()
+    recent = Recent(8 * plan.memory.workers)
     read_ahead = ReadAhead(plan.graph, plan.tasks, files, plan.execution.device)
     try:
         with _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext():
@@ -205,6 +208,7 @@ def _run(
                     plan.execution,
                     moved,
                     read_ahead,
+                    recent,
                     lane,
                 )
                 for lane in _lanes(plan, device)
@@ -338,6 +342,7 @@ def _manifest(plan: Plan, checksums: dict[str, str], report: RunReport) -> dict[
             "bytes_written": report.bytes_written,
         },
         "checksum": CHECKSUM,
+        "span_elements": SPAN_BLOCKS * elements_per_block(plan.execution.device),
         "tensors": {
             tensor.name: {
                 "file": shard.file,

@@ -53,6 +53,10 @@ class NodeSlots:
     scratch: tuple[Slot, ...]
 
 
+RUN_BLOCKS = 4
+"""Blocks that a worker runs in one call of the native kernels."""
+
+
 @dataclass(frozen=True, slots=True)
 class RawLayout:
     """The buffers of a stage that decodes nothing: undecoded input blocks, U8."""
@@ -69,7 +73,8 @@ class NativeLayout:
     raw: an undecoded block of each, U8 (where files are mapped, for samples only).
     registers: all registers of the program, one chunk of the working dtype each.
     stores: blocks that leave the kernels whole.
-    output: the block in the output's dtype (Write stages).
+    output: a run of blocks in the output's dtype (Write stages).
+    blocks_at_once: the length of such a run, and of one that is reduced.
     rounds_once: float64 goes to 16 bits without rounding to float32 on the way.
     """
 
@@ -79,6 +84,7 @@ class NativeLayout:
     register_count: int
     stores: tuple[Slot, ...]
     output: Slot | None
+    blocks_at_once: int
     rounds_once: bool
     size_bytes: int
 
@@ -322,7 +328,7 @@ class _Native(_Layout):
             elif source.dtype == "F64":
                 working_dtype = "F64"
             reads, register_count = self.graph.reads_of(source.id), 1 + cost.scratch
-            output = self.slot(stage.dtype)
+            output = self.slot(stage.dtype, min(stage.element_count, RUN_BLOCKS * self.elements))
         registers = self.slot(working_dtype, library.chunk_elements() * register_count)
         return NativeLayout(
             inputs=tuple(read.id for read in reads),
@@ -335,6 +341,7 @@ class _Native(_Layout):
             register_count=register_count,
             stores=tuple(self.slot(working_dtype) for _ in range(cost.stores)),
             output=output,
+            blocks_at_once=1 if cost.stores else RUN_BLOCKS,
             rounds_once=isinstance(stage, Write) and rounds_from_float64(self.graph, stage),
             size_bytes=self.size_bytes,
         )

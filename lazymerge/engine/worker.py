@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_128
 
 from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
-from ..graph.node import Reduce, Write
+from ..graph.node import Reduce
 from ..output.writer import ShardWriter
 from .arena import Arena
-from .device.frame import DeviceFrame, Lane
+from .device.frame import Lane
 from .execution import Execution
 from .frame import Frame, make_frame
 from .inputs import InputFiles
 from .readahead import ReadAhead
+from .recent import Recent
 from .scheduler import Job, Scheduler
 from .stages import stage_layout
 
@@ -37,9 +38,10 @@ class Worker:
         execution: Execution,
         moved: Moved,
         read_ahead: ReadAhead,
+        recent: Recent,
         lane: Lane | None = None,
     ) -> None:
-        """read_ahead: is told what is being read.
+        """read_ahead: is told what is being read. recent: what all workers share.
 
         lane: the worker's share of a device, where one computes.
         """
@@ -52,6 +54,7 @@ class Worker:
         self._execution = execution
         self._moved = moved
         self._read_ahead = read_ahead
+        self._recent = recent
         self._frame: Frame | None = None
         self._frame_of: tuple[int, int] = (-1, -1)
 
@@ -70,23 +73,30 @@ class Worker:
         stage = job.task.stages[job.stage]
         frame = self._frame_for(job)
         self._read_ahead.reached(job.task_index, job.first)
-        block_bytes_read = sum(
+        bytes_per_element = sum(
             read.tensor.size_bytes for read in self._graph.reads_of(stage.id)
         ) / max(1, stage.element_count)
         partials: list[Any] = []
-        for pieces, outcome in zip(job.pieces, _outcomes(frame, stage, job), strict=True):
-            if self._scheduler.is_stopped:
-                return None
-            elements = sum(stop - start for start, stop in pieces)
-            if isinstance(stage, Reduce):
-                partials.append(outcome)
-                written = 0
-            else:
-                partials.append(xxh3_128_digest(outcome))
-                offset = pieces[0][0] * DTYPES[stage.dtype].item_bytes
-                self._writer.write(stage.name, outcome, offset)
-                written = len(outcome)
-            self._moved(round(elements * block_bytes_read), written, job.task.write.name)
+        if isinstance(stage, Reduce):
+            for partial in frame.run(job.pieces, job.state):
+                if self._scheduler.is_stopped:
+                    return None
+                elements = sum(stop - start for start, stop in job.pieces[len(partials)])
+                partials.append(partial)
+                self._moved(round(elements * bytes_per_element), 0, job.task.write.name)
+        else:
+            item_bytes = DTYPES[stage.dtype].item_bytes
+            offset = job.pieces[0][0][0] * item_bytes
+            checksum = xxh3_128()
+            for data in frame.run(job.pieces, job.state):
+                if self._scheduler.is_stopped:
+                    return None
+                checksum.update(data)
+                self._writer.write(stage.name, data, offset)
+                offset += len(data)
+                bytes_read = round(len(data) / item_bytes * bytes_per_element)
+                self._moved(bytes_read, len(data), stage.name)
+            partials = [checksum.digest(), *[None] * (len(job.pieces) - 1)]
         frame.release(job.pieces[0][0][0], job.pieces[-1][-1][1])
         return partials
 
@@ -98,25 +108,17 @@ class Worker:
             self._frame = make_frame(
                 self._graph,
                 stage,
-                stage_layout(self._graph, stage, self._execution),
+                self._recent.get(
+                    ("layout", stage.id),
+                    None,
+                    lambda: stage_layout(self._graph, stage, self._execution),
+                ),
                 self.arena,
                 self._files,
                 job.prepared,
                 self._execution.read_mode,
+                self._recent,
                 self._lane,
             )
             self._frame_of = key
         return self._frame
-
-
-def _outcomes(frame: Frame, stage: Reduce | Write, job: Job) -> Iterator[Any]:
-    """What the blocks of a job yield: partial results, or bytes that are valid until the next."""
-    if isinstance(frame, DeviceFrame):
-        yield from frame.run(job.pieces, job.state)  # several at a time
-        return
-    for pieces in job.pieces:
-        if isinstance(stage, Reduce):
-            yield frame.reduce(pieces, job.state)
-        else:
-            ((start, stop),) = pieces
-            yield frame.encode(start, stop)

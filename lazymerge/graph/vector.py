@@ -105,7 +105,8 @@ def dot(one: Vector, other: Vector, room: Vector) -> float:
     import numpy
 
     left, right, products = (cast("Any", vector).numpy() for vector in (one, other, room))
-    numpy.multiply(left, right, out=products)
+    with numpy.errstate(over="ignore", invalid="ignore"):  # inf and nan are results like any other
+        numpy.multiply(left, right, out=products)
     return sum_in_lanes(products)
 
 
@@ -124,9 +125,11 @@ def sum_in_lanes(values: Numbers) -> float:
 
     whole = len(values) // LANES * LANES
     lanes = numpy.zeros(LANES)
-    if whole:  # over the first axis numpy adds row by row
-        numpy.add.reduce(values[:whole].reshape(-1, LANES), axis=0, dtype=numpy.float64, out=lanes)
-    lanes[: len(values) - whole] += values[whole:]
+    rows = values[:whole].reshape(-1, LANES)
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        if whole:  # over the first axis numpy adds row by row
+            numpy.add.reduce(rows, axis=0, dtype=numpy.float64, out=lanes)
+        lanes[: len(values) - whole] += values[whole:]
     return sum_of_lanes(lanes.tolist())
 
 

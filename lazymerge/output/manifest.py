@@ -13,8 +13,9 @@ from typing import Any
 MANIFEST_NAME = "lazymerge.json"
 MANIFEST_FORMAT = 1
 
-CHECKSUM = "xxh3_128 of the xxh3_128 digests of the tensor's blocks"
-"""How a tensor's checksum is formed; blocks may finish in any order."""
+CHECKSUM = "xxh3_128 of the xxh3_128 digests of the tensor's spans"
+"""How a tensor's checksum is formed: spans, runs of as many elements as the manifest says, may be
+finished in any order."""
 
 
 def write_manifest(output: Path, contents: Mapping[str, Any]) -> None:

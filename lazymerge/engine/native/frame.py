@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.tensor import DTYPES
+from ...errors import LazymergeError
 from ...graph.graph import Graph
 from ...graph.node import Apply, Read, Reduce, Write
 from ...graph.operation import apply_operation, reduce_operation
 from ...graph.vector import Counts, spread, sum_of_lanes
 from ..arena import Arena
+from ..blocks import elements_per_block
 from ..execution import ReadMode
 from ..inputs import InputFiles, MappedInput, Pieces, PreadInput, open_input
+from ..recent import Recent
 from ..stages import NativeLayout
-from .library import COUNTERS, LANES, Kernel
+from .library import COUNTERS, LANES, Kernel, StreamedInput, encode_program
 from .program import Outcome, Program, decoding, record_apply, record_reduce
 
 if TYPE_CHECKING:
@@ -35,31 +38,34 @@ class NativeFrame:
         files: InputFiles,
         prepared: Mapping[str, Any],
         read_mode: ReadMode,
+        recent: Recent,
     ) -> None:
-        """prepared: what ApplyOperation.prepare returned, by node id."""
+        """prepared: what ApplyOperation.prepare returned, by node id. recent: keeps programs."""
         self._stage = stage
+        self._recent = recent
         self._layout = layout
         self._arena = arena
         reads = [node for node in map(graph.block_node, layout.inputs) if isinstance(node, Read)]
         assert len(reads) == len(layout.inputs)
-        self._dtypes = [read.dtype for read in reads]
+        self._block_elements = elements_per_block("cpu")
         self._inputs: list[PreadInput | MappedInput] = []
-        self._maps: list[int] = []
-        self._slots: list[int] = []
+        self._streamed: list[StreamedInput] = []
         for number, read in enumerate(reads):
             slots = [arena.bytes(layout.raw[number])] if layout.raw else []
             source = open_input(read, files, read_mode, slots)
             self._inputs.append(source)
-            self._maps.append(_address_of(source) if isinstance(source, MappedInput) else 0)
-            self._slots.append(arena.address(layout.raw[number]) if layout.raw else 0)
-        self._is_mapped = read_mode == "mmap"
+            if isinstance(source, MappedInput):
+                descriptor, address = -1, _address_of(source)
+            else:
+                descriptor, address = source.descriptor, arena.address(layout.raw[number])
+            self._streamed.append(StreamedInput(read.dtype, descriptor, read.tensor.start, address))
         self._kernel: Kernel | None = None
         self._state: Any = None
         self._output = arena.bytes(layout.output) if layout.output else memoryview(b"")
         self._item_bytes = 0
         if isinstance(stage, Write):
             self._item_bytes = DTYPES[stage.dtype].item_bytes
-            self._kernel = self._bind(self._write_program(graph, stage, prepared))
+            self._kernel = self._bind(prepared, lambda: self._write_program(graph, stage, prepared))
 
     def _write_program(self, graph: Graph, stage: Write, prepared: Mapping[str, Any]) -> Program:
         source = graph.block_node(stage.source)
@@ -70,44 +76,82 @@ class NativeFrame:
         scratch = self._layout.register_count - 1
         return record_apply(operation, numbers, scratch, prepared[source.id])
 
-    def _bind(self, program: Program) -> Kernel:
+    def _bind(self, token: object, record: Callable[[], Program]) -> Kernel:
+        """A kernel for a program. token: what the program was recorded for."""
         layout = self._layout
+        key = ("program", self._stage.id)
+        encoded = self._recent.get(key, token, lambda: encode_program(record()))
         assert layout.registers is not None
         output = layout.output
         return Kernel(
-            program,
-            self._dtypes,
+            encoded,
+            self._streamed,
             working_dtype=layout.registers.dtype,
             registers=self._arena.address(layout.registers),
             stores=[self._arena.address(slot) for slot in layout.stores],
             output=self._arena.address(output) if output else 0,
             output_dtype=output.dtype if output else None,
             rounds_once=layout.rounds_once,
+            blocks_at_once=layout.blocks_at_once,
         )
 
-    def _run(self, kernel: Kernel, pieces: Pieces) -> None:
-        first = pieces[0][0]
-        is_in_place = self._is_mapped and len(pieces) == 1
-        for number, source in enumerate(self._inputs):
-            source.seek(pieces)
-            if is_in_place:
-                assert isinstance(source, MappedInput)
-                kernel.inputs[number] = self._maps[number] + source.byte_offset(first)
+    def run(self, blocks: Sequence[Pieces], state: Any) -> Iterator[Any]:
+        """Runs as many blocks at once as there is room for."""
+        at_once = self._layout.blocks_at_once
+        for first in range(0, len(blocks), at_once):
+            several = blocks[first : first + at_once]
+            if isinstance(self._stage, Write):
+                yield self.encode(several[0][0][0], several[-1][-1][1])
+            elif len(several[0]) > 1:
+                yield self._reduce_sample(several[0], state)
             else:
-                source.raw()
-                kernel.inputs[number] = self._slots[number]
-        kernel.run(first, sum(stop - start for start, stop in pieces))
+                yield from self._reduce(several, state)
+
+    def encode(self, start: int, stop: int) -> memoryview:
+        """The bytes of some output blocks (Write stages), valid until the next call."""
+        assert self._kernel is not None
+        self._stream(self._kernel, start, stop)
+        return self._output[: (stop - start) * self._item_bytes]
 
     def reduce(self, pieces: Pieces, state: Any) -> Any:
         """The partial result of one block (Reduce stages)."""
-        if self._kernel is None or state is not self._state:
-            self._kernel = self._bind(self._reduce_program(state))
-            self._state = state
-        kernel = self._kernel
+        (partial,) = self.run([pieces], state)
+        return partial
+
+    def _stream(self, kernel: Kernel, start: int, stop: int) -> None:
+        failed = kernel.stream(start, stop - start, self._block_elements)
+        if failed is None:
+            return
+        source = self._inputs[failed]  # read again, for the message
+        for first in range(start, stop, self._block_elements):
+            source.seek(((first, min(first + self._block_elements, stop)),))
+            source.raw()
+        raise LazymergeError(f"reading {source.path} failed once and then did not; run it again")
+
+    def _reduce(self, blocks: Sequence[Pieces], state: Any) -> list[Any]:
+        kernel = self._kernel_for(state)
         kernel.reset()
-        self._run(kernel, pieces)
+        self._stream(kernel, blocks[0][0][0], blocks[-1][-1][1])
+        return [
+            self._look_up(kernel, kernel.program.outcome, block) for block in range(len(blocks))
+        ]
+
+    def _reduce_sample(self, pieces: Pieces, state: Any) -> Any:
+        kernel = self._kernel_for(state)
+        kernel.reset()
+        for number, source in enumerate(self._inputs):
+            source.seek(pieces)
+            source.raw()
+            kernel.inputs[number] = self._arena.address(self._layout.raw[number])
         elements = sum(stop - start for start, stop in pieces)
-        return self._look_up(kernel, kernel.program.outcome, elements)
+        kernel.run(pieces[0][0], elements)
+        return self._look_up(kernel, kernel.program.outcome, 0, elements)
+
+    def _kernel_for(self, state: Any) -> Kernel:
+        if self._kernel is None or state is not self._state:
+            self._kernel = self._bind(state, lambda: self._reduce_program(state))
+            self._state = state
+        return self._kernel
 
     def _reduce_program(self, state: Any) -> Program:
         stage = self._stage
@@ -121,19 +165,22 @@ class NativeFrame:
             state,
         )
 
-    def _look_up(self, kernel: Kernel, outcome: Any, elements: int) -> Any:
-        """What a reduction returned, its Outcomes replaced by what the kernels left there."""
+    def _look_up(self, kernel: Kernel, outcome: Any, block: int, elements: int = 0) -> Any:
+        """What a reduction returned, its Outcomes replaced by what the kernels left there.
+
+        block: among those run at once. elements: of a vector that was copied.
+        """
         if isinstance(outcome, tuple | list):
-            return type(outcome)(self._look_up(kernel, part, elements) for part in outcome)
+            return type(outcome)(self._look_up(kernel, part, block, elements) for part in outcome)
         if not isinstance(outcome, Outcome):
             return outcome
         if outcome.kind == "sum":
-            return sum_of_lanes(kernel.lanes[outcome.lane * LANES : (outcome.lane + 1) * LANES])
+            first = (block * kernel.program.lanes + outcome.lane) * LANES
+            return sum_of_lanes(kernel.lanes[first : first + LANES])
         if outcome.kind == "copy":
             return self._stored(outcome.store, elements).copy()
-        above, inside, _ = kernel.counters[
-            outcome.counter * COUNTERS : (outcome.counter + 1) * COUNTERS
-        ]
+        first = (block * kernel.program.counters + outcome.counter) * COUNTERS
+        above, inside, _ = kernel.counters[first : first + COUNTERS]
         if outcome.kind == "index":
             return inside
         values = self._stored(outcome.store, inside if outcome.collects else 0)
@@ -145,12 +192,6 @@ class NativeFrame:
         slot = self._layout.stores[store]
         dtype = numpy.float64 if slot.dtype == "F64" else numpy.float32
         return numpy.frombuffer(self._arena.memory, dtype, elements, slot.offset)
-
-    def encode(self, start: int, stop: int) -> memoryview:
-        """The bytes of one output block (Write stages), valid until the next call."""
-        assert self._kernel is not None
-        self._run(self._kernel, ((start, stop),))
-        return self._output[: (stop - start) * self._item_bytes]
 
     def release(self, start: int, stop: int) -> None:
         """Gives back what reading an element range has left in memory."""

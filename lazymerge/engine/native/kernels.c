@@ -8,13 +8,17 @@
  * multiply-add, no reassociation, no flushing (see setup.py for the flags). The same program run by
  * torch, one call per instruction, gives the same bits; only the payload of a nan may differ.
  *
- * No Python, no allocation, no threads: everything is passed in by the caller. The numbers of the
- * operations and dtypes are those of program.py.
+ * No Python, no allocation, no threads: everything is passed in by the caller, who also opens the
+ * files. The numbers of the operations and dtypes are those of program.py.
  */
+#define _FILE_OFFSET_BITS 64
+#include <errno.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
 
 #define CHUNK 1024 /* elements; program.py sizes the registers by lm_chunk() */
 #define LANES 16   /* running sums of a reduction; vector.py defines their order */
@@ -57,7 +61,7 @@ struct instruction {
 
 struct call {
     const struct instruction *program;
-    const void *const *inputs; /* first element of the block, one pointer per input */
+    const void **inputs;       /* first element of the block, one pointer per input */
     const int32_t *dtypes;     /* one per input */
     const float *const *f8;    /* values of the 256 codes: F8_E4M3, F8_E5M2 */
     void *registers;           /* CHUNK elements of the working type each */
@@ -212,8 +216,7 @@ TARGET static void floats_to_halves_avx2(const float *from, uint16_t *to, ptrdif
 #include "loops.h"
 #endif
 
-/* Runs a program over one block. */
-void lm_run(const struct call *call)
+static void run_block(const struct call *call)
 {
 #ifdef HAS_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
@@ -230,6 +233,65 @@ void lm_run(const struct call *call)
         run_float(call);
 }
 
+/* A run of blocks, read as they are needed. One call for many blocks: what the caller does for each
+ * call, it does under the interpreter's lock, which all workers share. */
+struct stream {
+    const struct call *call;
+    const int32_t *descriptors; /* one per input, -1: it lies in memory */
+    const int64_t *offsets;     /* of each input's first element, in its file or memory */
+    const int32_t *item_bytes;  /* one per input */
+    void *const *room;          /* a block of each input, or where its memory begins */
+    int64_t input_count;
+    int64_t start;              /* index of the first element in its tensor */
+    int64_t count;              /* elements in all */
+    int64_t block;              /* elements per block */
+    int64_t lane_count;         /* of each block; so for counters */
+    int64_t counter_count;
+    int64_t output_item_bytes;
+};
+
+/* Returns 0, or 1 + the number of the input that could not be read. */
+int32_t lm_stream(const struct stream *stream)
+{
+    struct call call = *stream->call;
+    for (int64_t done = 0; done < stream->count; done += stream->block) {
+        const int64_t left = stream->count - done;
+        call.start = stream->start + done;
+        call.count = left < stream->block ? left : stream->block;
+        for (int64_t i = 0; i < stream->input_count; i++) {
+            const int64_t offset = stream->offsets[i] + done * stream->item_bytes[i];
+            if (stream->descriptors[i] < 0) {
+                call.inputs[i] = (const char *)stream->room[i] + offset;
+                continue;
+            }
+            int64_t filled = 0;
+            const int64_t size = call.count * stream->item_bytes[i];
+            while (filled < size) {
+                const ssize_t got = pread(stream->descriptors[i], (char *)stream->room[i] + filled,
+                                          size - filled, offset + filled);
+                if (got < 0 && errno == EINTR)
+                    continue;
+                if (got <= 0)
+                    return (int32_t)(1 + i);
+                filled += got;
+            }
+            call.inputs[i] = stream->room[i];
+        }
+        run_block(&call);
+        call.lanes += stream->lane_count * LANES;
+        call.counters += stream->counter_count * 3;
+        if (call.output)
+            call.output = (char *)call.output + call.count * stream->output_item_bytes;
+    }
+    return 0;
+}
+
+/* Runs a program over one block that is in memory. */
+void lm_run(const struct call *call)
+{
+    run_block(call);
+}
+
 int32_t lm_chunk(void)
 {
     return CHUNK;
@@ -237,5 +299,5 @@ int32_t lm_chunk(void)
 
 int32_t lm_version(void)
 {
-    return 1; /* of this interface; library.py refuses another */
+    return 2; /* of this interface; library.py refuses another */
 }

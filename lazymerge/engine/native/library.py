@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from ...checkpoint.tensor import DTYPES
 from .program import Program
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 
 KERNELS_VARIABLE = "LAZYMERGE_KERNELS"
 """Set to "torch", the native kernels are not used."""
@@ -63,6 +64,55 @@ class _Call(ctypes.Structure):
     )
 
 
+class _Stream(ctypes.Structure):
+    _fields_ = (
+        ("call", ctypes.c_void_p),
+        ("descriptors", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("item_bytes", ctypes.c_void_p),
+        ("room", ctypes.c_void_p),
+        ("input_count", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("lane_count", ctypes.c_int64),
+        ("counter_count", ctypes.c_int64),
+        ("output_item_bytes", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedProgram:
+    """A program as the kernels read it; shared by all workers."""
+
+    program: Program
+    instructions: ctypes.Array[_Instruction]
+
+
+def encode_program(program: Program) -> EncodedProgram:
+    """Lays a program's instructions out in memory."""
+    laid_out = (
+        _Instruction(int(i.code), i.dst, i.a, i.b, i.x, i.y, i.k) for i in program.instructions
+    )
+    count = max(1, len(program.instructions))
+    return EncodedProgram(program, (_Instruction * count)(*laid_out))
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedInput:
+    """Where the kernels find an input.
+
+    descriptor: of its open file, -1 where it lies in memory.
+    first_byte: of its first element, from the start of the file or of `address`.
+    address: room for a block, or the memory.
+    """
+
+    dtype: str
+    descriptor: int
+    first_byte: int
+    address: int
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     folder = Path(__file__).parent
@@ -77,6 +127,8 @@ def _library() -> ctypes.CDLL | None:
                 continue
             library.lm_run.argtypes = [ctypes.c_void_p]
             library.lm_run.restype = None
+            library.lm_stream.argtypes = [ctypes.c_void_p]
+            library.lm_stream.restype = ctypes.c_int32
             return library
     return None
 
@@ -130,8 +182,8 @@ class Kernel:
 
     def __init__(
         self,
-        program: Program,
-        input_dtypes: Sequence[str],
+        encoded: EncodedProgram,
+        inputs: Sequence[StreamedInput],
         *,
         working_dtype: str,
         registers: int,
@@ -139,31 +191,34 @@ class Kernel:
         output: int = 0,
         output_dtype: str | None = None,
         rounds_once: bool = False,
+        blocks_at_once: int = 1,
     ) -> None:
         """registers, stores, output: addresses of memory that outlives the kernel.
 
-        Each store has room for a block of the working dtype.
+        Each store has room for a block of the working dtype, output for as many as are run at once.
         """
         library = _library()
         assert library is not None
+        program = encoded.program
         assert len(stores) >= program.stores
         self.program = program
         self._run = library.lm_run
-        self._instructions = (_Instruction * max(1, len(program.instructions)))(
-            *(
-                _Instruction(int(i.code), i.dst, i.a, i.b, i.x, i.y, i.k)
-                for i in program.instructions
-            )
-        )
-        self.inputs = (ctypes.c_void_p * max(1, len(input_dtypes)))()
-        self._dtypes = (ctypes.c_int32 * max(1, len(input_dtypes)))(
-            *(DTYPE_NUMBERS[dtype] for dtype in input_dtypes)
-        )
+        self._stream = library.lm_stream
+        count = max(1, len(inputs))
+        self._encoded = encoded  # must outlive the call that points to it
+        self.inputs = (ctypes.c_void_p * count)()
+        self._dtypes = (ctypes.c_int32 * count)(*(DTYPE_NUMBERS[i.dtype] for i in inputs))
+        self._item_bytes = (ctypes.c_int32 * count)(*(DTYPES[i.dtype].item_bytes for i in inputs))
+        self._descriptors = (ctypes.c_int32 * count)(*(i.descriptor for i in inputs))
+        self._room = (ctypes.c_void_p * count)(*(i.address for i in inputs))
+        self._first_bytes = [i.first_byte for i in inputs]
+        self._widths = [DTYPES[i.dtype].item_bytes for i in inputs]
+        self._offsets = (ctypes.c_int64 * count)()
         self._stores = (ctypes.c_void_p * max(1, len(stores)))(*stores)
-        self.lanes = (ctypes.c_double * (LANES * max(1, program.lanes)))()
-        self.counters = (ctypes.c_int64 * (COUNTERS * max(1, program.counters)))()
+        self.lanes = (ctypes.c_double * (LANES * max(1, program.lanes) * blocks_at_once))()
+        self.counters = (ctypes.c_int64 * (COUNTERS * max(1, program.counters) * blocks_at_once))()
         self._call = _Call(
-            program=ctypes.addressof(self._instructions),
+            program=ctypes.addressof(encoded.instructions),
             inputs=ctypes.addressof(self.inputs),
             dtypes=ctypes.addressof(self._dtypes),
             f8=ctypes.addressof(_float8_tables()),
@@ -179,6 +234,18 @@ class Kernel:
             rounds_once=rounds_once,
         )
         self._address = ctypes.addressof(self._call)
+        self._run_of_blocks = _Stream(
+            call=self._address,
+            descriptors=ctypes.addressof(self._descriptors),
+            offsets=ctypes.addressof(self._offsets),
+            item_bytes=ctypes.addressof(self._item_bytes),
+            room=ctypes.addressof(self._room),
+            input_count=len(inputs),
+            lane_count=program.lanes,
+            counter_count=program.counters,
+            output_item_bytes=0 if output_dtype is None else DTYPES[output_dtype].item_bytes,
+        )
+        self._run_address = ctypes.addressof(self._run_of_blocks)
 
     def reset(self) -> None:
         """Sets lanes and counters to zero."""
@@ -194,6 +261,22 @@ class Kernel:
         call.start = start
         call.count = count
         self._run(self._address)
+
+    def stream(self, start: int, count: int, block: int) -> int | None:
+        """Reads and runs blocks of `block` elements each, one after the other.
+
+        start: flat index of the first element; count: of all elements.
+
+        Returns the number of the input that could not be read, None where all could.
+        """
+        for number, width in enumerate(self._widths):
+            self._offsets[number] = self._first_bytes[number] + start * width
+        stream = self._run_of_blocks
+        stream.start = start
+        stream.count = count
+        stream.block = block
+        failed: int = self._stream(self._run_address)
+        return failed - 1 if failed else None
 
 
 def reads(dtype: str) -> bool:

@@ -1,0 +1,30 @@
+"""The last few results of what several workers would otherwise each work out for themselves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import TypeVar, cast
+
+Value = TypeVar("Value")
+
+
+class Recent:
+    """A small cache, shared by threads. Two that ask at the same time may both do the work."""
+
+    def __init__(self, most_entries: int) -> None:
+        self._most_entries = most_entries
+        self._entries: dict[Hashable, tuple[object, object]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, token: object, make: Callable[[], Value]) -> Value:
+        """The value last made for a key and this very token (compared by identity)."""
+        entry = self._entries.get(key)
+        if entry is not None and entry[0] is token:
+            return cast("Value", entry[1])
+        value = make()
+        with self._lock:
+            self._entries[key] = (token, value)
+            if len(self._entries) > self._most_entries:
+                del self._entries[next(iter(self._entries))]
+        return value
