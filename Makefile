@@ -3,7 +3,8 @@
 #   make demo    make demo models, plan and run a merge of them, show that it worked
 #   make test    run all tests
 #
-# Both set up .venv first. Others: make lint, make bench, make bench-mergekit, make clean.
+# Both set up .venv first. Others: make lint, make bench, make bench-mergekit, make clean, and
+# make prove-low-memory, make check-memory, make check-determinism (minutes each).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -15,10 +16,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format bench bench-mergekit clean help
+.PHONY: demo test lint format bench bench-mergekit clean help \
+        prove-low-memory check-memory check-determinism
 
 help:
-	@sed -n '3,6p' Makefile | cut -c3-
+	@sed -n '3,7p' Makefile | cut -c3-
 
 $(INSTALLED): pyproject.toml setup.py Makefile $(wildcard lazymerge/engine/native/*.[ch])
 	@echo "setting up $(VENV) (first time: some minutes)"
@@ -55,6 +57,16 @@ bench: $(INSTALLED)
 
 bench-mergekit: $(INSTALLED)
 	$(BIN)/python scripts/bench_vs_mergekit.py
+
+prove-low-memory: $(INSTALLED)
+	PYTHON=$(BIN)/python scripts/prove_low_memory.sh
+
+check-memory: $(INSTALLED)
+	$(BIN)/python scripts/check_memory.py
+	$(BIN)/python scripts/check_memory.py --large
+
+check-determinism: $(INSTALLED)
+	$(BIN)/python scripts/check_determinism.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .coverage .hypothesis .mypy_cache .ruff_cache .pytest_cache
