@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from lazymerge.engine.native import library
-from lazymerge.engine.native.library import COUNTERS, LANES, Kernel
+from lazymerge.engine.native.library import (
+    COUNTERS,
+    LANES,
+    Kernel,
+    StreamedInput,
+    encode_program,
+)
 from lazymerge.engine.native.program import (
     Outcome,
     Program,
@@ -107,9 +113,13 @@ def by_kernels(
     stores = [guarded(size, number) for _ in range(program.stores)]
     dtype = CODES[output or working]
     out = torch.full((size + GUARD,), 77, dtype=dtype)
+    held = [shifted(tensor, misaligned) for tensor in inputs]
     kernel = Kernel(
-        program,
-        [name_of(tensor.dtype) for tensor in inputs],
+        encode_program(program),
+        [
+            StreamedInput(name_of(tensor.dtype), -1, misaligned, memory.ctypes.data)
+            for tensor, memory in zip(inputs, held, strict=True)
+        ],
         working_dtype=working,
         registers=registers.ctypes.data,
         stores=[store.ctypes.data for store in stores],
@@ -118,7 +128,6 @@ def by_kernels(
         rounds_once=rounds_once,
     )
     kernel.reset()
-    held = [shifted(tensor, misaligned) for tensor in inputs]
     for place, memory in enumerate(held):
         kernel.inputs[place] = memory.ctypes.data + misaligned
     kernel.run(start, size)

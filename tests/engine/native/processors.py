@@ -35,6 +35,8 @@ def portable_library(compiler: str) -> ctypes.CDLL:
         portable = ctypes.CDLL(str(built))
     portable.lm_run.argtypes = [ctypes.c_void_p]
     portable.lm_run.restype = None
+    portable.lm_stream.argtypes = [ctypes.c_void_p]
+    portable.lm_stream.restype = ctypes.c_int32
     assert portable.lm_version() == library.INTERFACE_VERSION
     return portable
 

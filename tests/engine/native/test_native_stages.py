@@ -171,7 +171,7 @@ def check(document: dict[str, Any], models: dict[str, Any], folder: Path) -> Pla
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.data())
 def test_any_merge_gives_the_same_bytes_by_kernels_and_by_torch(
     method: str, data: st.DataObject

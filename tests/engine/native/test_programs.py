@@ -139,6 +139,10 @@ def test_reads_and_writes() -> None:
     assert [add.writes(r) for r in range(4)] == [True, False, False, False]
     load = Instruction(Code.LOAD, dst=2)  # a and b are no operands of it
     assert not any(load.reads(r) for r in range(3))
+    fused = Instruction(Code.LOAD_SUB_MUL_ADD, dst=0, a=1, b=2)
+    assert [fused.reads(r) for r in range(4)] == [False, True, True, False]
+    fused = Instruction(Code.LOAD_MUL_ADD, dst=0, a=1, b=2)
+    assert [fused.reads(r) for r in range(4)] == [False, False, True, False]
     dot_product = Instruction(Code.DOT, a=1, b=2)
     assert not any(dot_product.writes(r) for r in range(3))
 
@@ -287,7 +291,7 @@ def program_of(drawn: list[tuple[Any, ...]], start: int) -> Callable[[Any, Any],
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered")
 @needs_kernels
 @pytest.mark.usefixtures("processor")
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     drawn=st.lists(steps, max_size=14),
     working=st.sampled_from(["F32", "F64"]),
