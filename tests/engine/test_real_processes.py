@@ -18,7 +18,7 @@ import yaml
 from lazymerge.engine.memory import MIB
 
 import make_synthetic_checkpoint as synthetic
-from conftest import write_checkpoint
+from conftest import needs_kernels, write_checkpoint
 
 SHAPE = synthetic.LlamaShape(
     hidden=640, intermediate=1728, layers=12, heads=10, kv_heads=10, vocabulary=32000
@@ -70,13 +70,26 @@ def merge_in_process(models: Path, output: Path, recipe: dict[str, Any], *option
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the reserve is measured on Linux")
 @pytest.mark.parametrize(
-    ("recipe", "read_mode", "workers"),
-    [(TIES, "pread", 3), (TIES, "mmap", 1), (LINEAR, "mmap", 2)],
-    ids=["ties by pread", "ties mapped", "linear mapped"],
+    ("recipe", "read_mode", "workers", "kernels"),
+    [
+        pytest.param(TIES, "pread", 3, "native", marks=needs_kernels, id="ties by pread"),
+        pytest.param(TIES, "mmap", 1, "native", marks=needs_kernels, id="ties mapped"),
+        pytest.param(LINEAR, "mmap", 2, "native", marks=needs_kernels, id="linear mapped"),
+        pytest.param(TIES, "pread", 3, "torch", id="ties by pread and torch"),
+        pytest.param(LINEAR, "mmap", 2, "torch", id="linear mapped and torch"),
+    ],
 )
 def test_the_peak_stays_below_what_was_projected(
-    models: Path, tmp_path: Path, recipe: dict[str, Any], read_mode: str, workers: int
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: dict[str, Any],
+    read_mode: str,
+    workers: int,
+    kernels: str,
 ) -> None:
+    if kernels == "torch":
+        monkeypatch.setenv("LAZYMERGE_KERNELS", "torch")
     report = merge_in_process(
         models,
         tmp_path / "out",
@@ -85,6 +98,7 @@ def test_the_peak_stays_below_what_was_projected(
     )
     projected = report["memory"]["projected_bytes"]
     assert report["memory"]["workers"] == workers
+    assert report["memory"]["libraries"] == ("numpy" if kernels == "native" else "torch")
     assert report["measured_bytes"] <= projected <= 512 * MIB
     # a claim that can fail: three models of 200 MB do not fit in what was projected
     inputs = 3 * (models / "base" / "model.safetensors").stat().st_size
@@ -94,7 +108,12 @@ def test_the_peak_stays_below_what_was_projected(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the reserve is measured on Linux")
-def test_the_smallest_limit_is_kept(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", [pytest.param("native", marks=needs_kernels), "torch"])
+def test_the_smallest_limit_is_kept(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    if kernels == "torch":
+        monkeypatch.setenv("LAZYMERGE_KERNELS", "torch")
     path = str(write_recipe(models, TIES))
     refused = lazymerge_run(models, path, "-o", str(tmp_path / "out"), "--memory", "1MiB")
     assert refused.returncode == 3
