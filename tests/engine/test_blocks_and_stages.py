@@ -21,6 +21,7 @@ from lazymerge.engine.null import layout_slots, verify_layout
 from lazymerge.engine.plan import Resources
 from lazymerge.engine.stages import (
     BUFFER_ALIGNMENT,
+    RUN_BLOCKS,
     NativeLayout,
     RawLayout,
     Slot,
@@ -125,9 +126,10 @@ def slots_within(value: Any) -> Iterator[Slot]:
         yield from slots_within(tuple(getattr(value, field.name) for field in fields(value)))
 
 
-def test_buffers_are_of_one_block_however_large_the_tensor(tmp_path: Path) -> None:
+def test_buffers_are_of_a_few_blocks_however_large_the_tensor(tmp_path: Path) -> None:
+    """Of one, and the native kernels' output of RUN_BLOCKS."""
     sizes = {}
-    for blocks in (1, 2, 9):
+    for blocks in (1, RUN_BLOCKS, RUN_BLOCKS + 1, 9):
         models = {
             name: {"w": torch.zeros(blocks * BLOCK_ELEMENTS, dtype=torch.bfloat16)}
             for name in ("base", "a", "b")
@@ -140,7 +142,11 @@ def test_buffers_are_of_one_block_however_large_the_tensor(tmp_path: Path) -> No
             for stage in task.stages
             for kernels, mode in product(KERNELS, MODES)
         ]
-    assert sizes[1] == sizes[2] == sizes[9]
+    assert sizes[RUN_BLOCKS] == sizes[RUN_BLOCKS + 1] == sizes[9]
+    grown = [many - one for one, many in zip(sizes[1], sizes[9], strict=True)]
+    more_output = (RUN_BLOCKS - 1) * BLOCK_ELEMENTS * 2
+    native = [more_output] * 2 if library.is_available() else [0, 0]
+    assert grown == [0, 0, 0, 0, *native, 0, 0]  # reductions; the write, by torch
 
 
 def test_what_a_task_reads(tmp_path: Path) -> None:

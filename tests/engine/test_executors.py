@@ -396,6 +396,7 @@ def native_layout(*slots: Slot, size_bytes: int = 1 << 20) -> NativeLayout:
         1,
         tuple(stores),
         None,
+        blocks_at_once=1,
         rounds_once=False,
         size_bytes=size_bytes,
     )

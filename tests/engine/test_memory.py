@@ -171,7 +171,7 @@ def test_an_existing_plan_is_given_other_resources(plan: Plan) -> None:
 
 
 def test_defaults(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    reserved = reserved_bytes("torch")
+    reserved = memory.LIBRARY_HELD_BYTES
     for available, resident, limit in (
         (16 << 30, 0, 2 << 30),
         (3 << 30, 0, 3 << 29),

@@ -10,15 +10,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lazymerge.engine import blocks
+from lazymerge.engine import blocks, scheduler
+from lazymerge.engine import run as run_module
 from lazymerge.engine.execution import Kernels, ReadMode
+from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.plan import Plan, Resources, make_plan
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.stages import RUN_BLOCKS
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
 from merge_cases import RECIPES, write_models
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
@@ -27,23 +31,35 @@ from conftest import needs_kernels, write_checkpoint
 from merging import plan_of, recipe_of
 
 BLOCK = 1000
+BLOCKS = 5  # of every tensor
 RESOURCES = Resources(4 << 30, workers=2)
+WEIGHTS = "model.safetensors"
 NAMES = [f"model.layers.{number}.w" for number in range(6)]
 
 
-@pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+@pytest.fixture(params=[pytest.param("native", marks=needs_kernels), "torch"])
+def plan(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Three models of six tensors of five blocks each, in shards of two tensors."""
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", BLOCK)
     for number, model in enumerate(("base", "a", "b")):
-        tensors = {name: torch.full((5 * BLOCK - 3,), float(number)) for name in NAMES}
+        tensors = {name: torch.full((BLOCKS * BLOCK - 3,), float(number)) for name in NAMES}
         write_checkpoint(tmp_path / model, tensors, {"model_type": "llama"})
         (tmp_path / model / "tokenizer.json").write_text("{}")
-    return plan_of(tmp_path, RECIPES["linear"], {}, RESOURCES, max_shard_bytes=40_000)
+    resources = replace(RESOURCES, kernels=request.param)
+    return plan_of(tmp_path, RECIPES["linear"], {}, resources, max_shard_bytes=40_000)
+
+
+def moves_per_tensor(plan: Plan) -> int:
+    """How often an observer is told of one: a run of blocks is one for the native kernels."""
+    return BLOCKS if plan.execution.kernels == "torch" else -(-BLOCKS // RUN_BLOCKS)
+
+
+def kernels_of(plan: Plan) -> Kernels:
+    return plan.execution.kernels
 
 
 class Recorder:
-    """Counts what it is told; `then` is called after every block with the number of blocks."""
+    """Counts what it is told; `then` is called every time with the number of times so far."""
 
     def __init__(self, then: Callable[[int], None] = lambda blocks: None) -> None:
         self.read = self.written = self.blocks = 0
@@ -91,15 +107,18 @@ def test_report_and_observer_agree_with_the_plan(plan: Plan, tmp_path: Path) -> 
     headers = sum(shard.header_bytes for shard in plan.shards)
     assert report.bytes_written + headers == plan.bytes_written
     assert observer.written == report.bytes_written
-    assert observer.tensors == dict.fromkeys(NAMES, 5)
+    assert observer.tensors == dict.fromkeys(NAMES, moves_per_tensor(plan))
     assert observer.completed == dict.fromkeys(NAMES, 1)
     assert 0 < report.seconds < 60
     assert report.measured_bytes > 0
 
 
+@pytest.mark.parametrize("span", [1, 4, 16])
 def test_the_folder_is_complete_and_the_manifest_tells_the_truth(
-    plan: Plan, tmp_path: Path
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: int
 ) -> None:
+    for module in (scheduler, run_module):
+        monkeypatch.setattr(module, "SPAN_BLOCKS", span)
     out = tmp_path / "out"
     run_plan(plan, out, fsync=False)
     assert sorted(path.name for path in out.iterdir()) == [
@@ -115,16 +134,17 @@ def test_the_folder_is_complete_and_the_manifest_tells_the_truth(
     manifest = json.loads((out / "lazymerge.json").read_text())
     assert manifest["fingerprint"] == plan.fingerprint
     assert sorted(manifest["tensors"]) == NAMES
+    assert manifest["span_elements"] == span * BLOCK
     for shard in plan.shards:
         data = (out / shard.file).read_bytes()
         assert len(data) == shard.size_bytes
         for place in shard.tensors:
             values = data[place.start : place.stop_exclusive]
             digests = [
-                xxh3_128_digest(values[at : at + 4 * BLOCK])
-                for at in range(0, len(values), 4 * BLOCK)
+                xxh3_128_digest(values[at : at + 4 * span * BLOCK])
+                for at in range(0, len(values), 4 * span * BLOCK)
             ]
-            assert len(digests) == 5
+            assert len(digests) == -(-BLOCKS // span)
             entry = manifest["tensors"][place.name]
             assert entry["file"] == shard.file
             assert entry["checksum"] == xxh3_128_hexdigest(b"".join(digests))
@@ -153,7 +173,8 @@ def test_the_order_in_which_tensors_are_done_does_not_show(
 
 
 def test_the_callers_threads_of_torch_are_given_back(plan: Plan, tmp_path: Path) -> None:
-    plan = plan.with_resources(Resources(4 << 30, workers=2, kernels="torch"))
+    if plan.execution.kernels == "native":
+        pytest.skip("they are not touched")
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     seen: set[int] = set()
@@ -177,7 +198,7 @@ def test_the_callers_threads_of_torch_are_given_back(plan: Plan, tmp_path: Path)
 def test_where_torch_does_not_compute_its_threads_are_left_alone(
     plan: Plan, tmp_path: Path
 ) -> None:
-    assert plan.execution.kernels == "native"
+    plan = plan.with_resources(Resources(4 << 30, workers=2, kernels="native"))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     seen: set[int] = set()
@@ -206,15 +227,18 @@ def test_ctrl_c(plan: Plan, tmp_path: Path) -> None:
     observer = Recorder(interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_plan(plan, tmp_path / "deeper" / "out", observer=observer)
-    assert observer.blocks < 30  # blocks begun are ended, no others begun
+    # blocks begun are ended, no others begun
+    assert 7 <= observer.blocks < len(NAMES) * moves_per_tensor(plan)
     assert_nothing_is_left(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-@pytest.mark.parametrize("at", [1, 12, 30])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_an_error_in_a_worker_is_raised_whenever_it_comes(
-    plan: Plan, tmp_path: Path, workers: int, at: int
+    plan: Plan, tmp_path: Path, workers: int, share: float
 ) -> None:
+    at = max(1, round(share * len(NAMES) * moves_per_tensor(plan)))
+
     def fail(blocks: int) -> None:
         if blocks == at:
             raise ZeroDivisionError(at)
@@ -222,7 +246,7 @@ def test_an_error_in_a_worker_is_raised_whenever_it_comes(
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ZeroDivisionError, match=str(at)):
         run_plan(
-            plan.with_resources(Resources(4 << 30, workers)),
+            plan.with_resources(replace(RESOURCES, workers=workers, kernels=kernels_of(plan))),
             tmp_path / "deeper" / "out",
             observer=Recorder(fail),
         )
@@ -230,7 +254,26 @@ def test_an_error_in_a_worker_is_raised_whenever_it_comes(
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+def test_a_file_that_cannot_be_read(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads, the system's reason is told: here, that one of the files is a folder."""
+    real = InputFiles.descriptor
+
+    def folder_instead(self: InputFiles, path: str) -> int:
+        return real(self, str(tmp_path) if path == str(tmp_path / "a" / WEIGHTS) else path)
+
+    monkeypatch.setattr(InputFiles, "descriptor", folder_instead)
+    with pytest.raises(
+        LazymergeError, match=r"reading .*a/model\.safetensors at byte \d+: Is a dir"
+    ):
+        run_plan(plan, tmp_path / "out")
+    assert_nothing_is_left(tmp_path)
+
+
 def test_a_read_that_fails(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plan.execution.kernels == "native":
+        pytest.skip("reads are the kernels' own")
     real = os.preadv
     calls = Counter[str]()
 
@@ -286,7 +329,7 @@ def test_a_write_that_fails(
 
     def fail(*arguments: Any) -> int:
         calls["pwrite"] += 1
-        if calls["pwrite"] > 17:
+        if calls["pwrite"] > len(NAMES) * moves_per_tensor(plan) // 2 + 2:
             raise OSError(number, os.strerror(number))
         return real(*arguments)
 
