@@ -35,10 +35,10 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
 
 
 def test_plan_and_run(recipe: Path, tmp_path: Path) -> None:
-    plan = lm.plan(recipe, memory="512MiB", workers=2, max_shard_size="0.08kB")
+    plan = lm.plan(recipe, memory="4GiB", workers=2, max_shard_size="0.08kB")
     assert isinstance(plan, lm.Plan)
     assert [len(shard.tensors) for shard in plan.shards] == [2, 1]
-    assert (plan.memory.limit_bytes, plan.memory.workers) == (512 * MIB, 2)
+    assert (plan.memory.limit_bytes, plan.memory.workers) == (4096 * MIB, 2)
     report = lm.run(plan, tmp_path / "out", fsync=False)
     assert isinstance(report, lm.RunReport)
     assert report.output == str(tmp_path / "out")
@@ -50,9 +50,9 @@ def test_plan_and_run(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_may_be_numbers_and_paths_texts(recipe: Path, tmp_path: Path) -> None:
-    plan = lm.plan(str(recipe), memory=512 * MIB, read_mode="mmap", max_shard_size=0)
+    plan = lm.plan(str(recipe), memory=4096 * MIB, read_mode="mmap", max_shard_size=0)
     assert (plan.read_mode, len(plan.shards)) == ("mmap", 3)
-    assert plan.memory.limit_bytes == 512 * MIB
+    assert plan.memory.limit_bytes == 4096 * MIB
     lm.run(plan, str(tmp_path / "out"), fsync=False)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
 

@@ -339,6 +339,22 @@ def test_a_write_that_fails(
     assert_nothing_is_left(tmp_path)
 
 
+def test_what_does_not_fit_beside_what_the_process_holds(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before anything is written; with fewer workers, where that is enough."""
+    needed = plan.memory.projected_bytes - plan.memory.reserved_bytes
+    monkeypatch.setattr(run_module, "resident_bytes", lambda: plan.memory.limit_bytes)
+    with pytest.raises(DoesNotFitError, match="with one worker, the limit is 4"):
+        run_plan(plan, tmp_path / "out")
+    assert_nothing_is_left(tmp_path)
+    room = plan.memory.limit_bytes - needed - 1_000_000  # for the graph's nodes
+    monkeypatch.setattr(run_module, "resident_bytes", lambda: room)
+    run_plan(plan, tmp_path / "out", fsync=False)
+    manifest = json.loads((tmp_path / "out" / "lazymerge.json").read_text())
+    assert manifest["memory"]["reserved_bytes"] >= room
+
+
 def test_a_tokenizer_file_that_has_gone(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "base" / "tokenizer.json").unlink()
     with pytest.raises(LazymergeError, match=r"base/tokenizer\.json: No such file"):
