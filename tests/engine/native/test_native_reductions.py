@@ -80,7 +80,6 @@ def test_nothing_sums_to_zero() -> None:
     assert by_torch(dots, 3, empty, "F64")[1] == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
 def test_sums_of_what_is_not_finite(random: np.random.Generator) -> None:
     program = record(dots, 3, 2)
     for size in (3, 16, 40, CHUNK + 5):
@@ -93,7 +92,6 @@ def test_sums_of_what_is_not_finite(random: np.random.Generator) -> None:
             assert all(map(same, actual, expected))
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
 def test_totals_of_float32_run_in_float64(random: np.random.Generator) -> None:
     def run(vectors: Any, inputs: Any) -> Any:
         inputs[0].read_into(vectors[0])

@@ -36,10 +36,7 @@ from conftest import needs_kernels
 from merging import plan_of, run
 from method_recipes import SETTINGS, model_counts, recipe_for
 
-pytestmark = [
-    needs_kernels,
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered"),
-]
+pytestmark = needs_kernels
 
 BLOCK = 64
 MOST_MODELS = 4

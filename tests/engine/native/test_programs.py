@@ -288,7 +288,6 @@ def program_of(drawn: list[tuple[Any, ...]], start: int) -> Callable[[Any, Any],
     return run
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered")
 @needs_kernels
 @pytest.mark.usefixtures("processor")
 @settings(max_examples=150)
