@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from lazymerge.engine import run
 from lazymerge.engine.native import library
 from safetensors.torch import save_file
 
@@ -56,6 +57,16 @@ def write_checkpoint(
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_process() -> Iterator[None]:
+    """A run counts what its process holds already, and that of the tests holds more the more tests
+    it has run: here every run believes itself in a small one. tests/engine/test_runs.py says what
+    happens in a large one, tests/engine/test_real_processes.py has real ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "resident_bytes", lambda: 0)
+        yield
 
 
 @pytest.fixture

@@ -12,16 +12,21 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from lazymerge.checkpoint import open_checkpoint
 from lazymerge.engine import memory, scheduler
-from lazymerge.engine.plan import Plan, Resources, make_plan
+from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
 from lazymerge.engine.run import run_plan
 from lazymerge.output.manifest import MANIFEST_NAME
 from merge_cases import RECIPES, write_models
 
+import check_determinism
+from conftest import write_checkpoint
 from merging import recipe_of
 
 LARGE = 8 << 30
+
+SETTINGS_OF_PARAMETERS = ("numbers", "flags")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +53,10 @@ def digests(output: Path) -> dict[str, str]:
 def test_bytes_do_not_depend_on_who_computes_what_when(
     models: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Spans decide what checksums are made of, and nothing else."""
     recipe = recipe_of(models, RECIPES[method])
     expected: dict[str, str] = {}
+    expected_manifests: dict[int, str] = {}
     for span, mode, workers in product((16, 1, 2), ("pread", "mmap"), (1, 2, 3, 5)):
         monkeypatch.setattr(scheduler, "SPAN_BLOCKS", span)
         monkeypatch.setattr(memory, "SPAN_BLOCKS", span)
@@ -58,14 +65,15 @@ def test_bytes_do_not_depend_on_who_computes_what_when(
         output = tmp_path / f"{span}-{mode}-{workers}" / "merged"
         run_plan(plan, output, fsync=False)
         found = digests(output)
+        manifest = found.pop(MANIFEST_NAME)
         expected = expected or found
         assert found == expected
+        assert manifest == expected_manifests.setdefault(span, manifest)
         for path in output.iterdir():
             path.unlink()
     assert sorted(expected) == [
         "README.md",
         "config.json",
-        "lazymerge.json",
         "model.safetensors",
         "tokenizer.json",
     ]
@@ -97,6 +105,63 @@ def test_tensors_do_not_depend_on_shard_sizes(models: Path, tmp_path: Path, meth
     assert found[0] == found[1] == found[2]
     assert checksums[0] == checksums[1] == checksums[2]
     assert len(found[0]) == 5
+
+
+SETTINGS = check_determinism.settings_to_try(
+    {
+        "workers": (1, 2, 3, 5),
+        "memory": ("2GiB", "4GiB", "8GiB"),  # beside what the process of the tests holds
+        "max_shard": ("1MB", "5GB"),
+        "read_mode": ("pread", "mmap"),
+        "order": ("planned", "reversed"),
+    },
+    quick=True,
+)
+
+
+@pytest.fixture(scope="module")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three of different dtypes: a tensor of four blocks, one of two, small ones, an empty one."""
+    folder = tmp_path_factory.mktemp("small")
+    generator = torch.Generator().manual_seed(11)
+    shapes = {
+        "model.embed_tokens.weight": (1300, 640),
+        "model.layers.0.w.weight": (2, 131_073),
+        "model.layers.1.w.weight": (7, 11),
+        "model.layers.2.w.weight": (0, 11),
+        "model.norm.weight": (97,),
+    }
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    return [
+        write_checkpoint(
+            folder / str(number),
+            {
+                name: torch.randn(shape, generator=generator).to(dtype)
+                for name, shape in shapes.items()
+            },
+        )
+        for number, dtype in enumerate(dtypes)
+    ]
+
+
+@pytest.mark.parametrize("method", signatures())
+def test_every_method_under_every_pair_of_settings(
+    small_models: list[Path], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What scripts/check_determinism.py does with all combinations and larger models."""
+    for module in (scheduler, memory):
+        monkeypatch.setattr(module, "SPAN_BLOCKS", 1)  # four spans of the largest tensor
+    orders = set()
+
+    def run(plan: Plan, output: Path) -> None:
+        orders.add(plan.tasks[0].write.name)
+        run_plan(plan, output, fsync=False)
+
+    for recipe in check_determinism.recipes_of(method, small_models, SETTINGS_OF_PARAMETERS):
+        verdict = check_determinism.compare(recipe, SETTINGS, tmp_path, run)
+        assert list(verdict.problems()) == []
+        assert (verdict.runs, verdict.raised) == (len(SETTINGS), 0)
+    assert orders == {"model.embed_tokens.weight", "model.norm.weight"}
 
 
 def test_memory_decides_how_many_work_and_nothing_else(models: Path, tmp_path: Path) -> None:
@@ -138,7 +203,9 @@ def test_bytes_do_not_depend_on_the_hash_seed(models: Path, tmp_path: Path) -> N
         environment = {
             **os.environ,
             "PYTHONHASHSEED": seed,
-            "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(here), str(here.parent), str(here.parents[1] / "scripts")]
+            ),
         }
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(models), str(tmp_path / seed)],
