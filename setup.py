@@ -8,7 +8,7 @@ setup(
         Extension(
             "lazymerge.engine.native._kernels",
             sources=["lazymerge/engine/native/kernels.c"],
-            depends=["lazymerge/engine/native/loops.h"],
+            depends=["lazymerge/engine/native/loops.h", "lazymerge/engine/native/ranks.h"],
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",  # x * y + z rounds twice, as it does in torch

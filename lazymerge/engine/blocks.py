@@ -1,8 +1,8 @@
 """The unit of work: a fixed run of consecutive elements of one tensor.
 
 Block boundaries decide how reductions are rounded, so they are part of what a merge *is*: they
-follow from the tensor's shape and the class of device alone, never from the memory limit or the
-number of workers.
+follow from the tensor's shape, the operation and the class of device alone, never from the memory
+limit or the number of workers. Operations that look at rows as wholes get blocks of whole rows.
 """
 
 from __future__ import annotations
@@ -27,22 +27,28 @@ limit already. And counts of a block's elements stay below 2^24, so that float32
 DeviceClass = Literal["cpu", "cuda"]
 
 
-def elements_per_block(device: DeviceClass) -> int:
-    """Elements of a block on a class of device."""
-    return BLOCK_ELEMENTS if device == "cpu" else DEVICE_BLOCK_ELEMENTS
+def elements_per_block(device: DeviceClass, row_elements: int = 1) -> int:
+    """Elements of a block on a class of device.
+
+    row_elements: length of the rows that blocks must be made of: as many as fit, at least one.
+    """
+    usual = BLOCK_ELEMENTS if device == "cpu" else DEVICE_BLOCK_ELEMENTS
+    return max(row_elements, usual // row_elements * row_elements)
 
 
-def block_count(element_count: int, device: DeviceClass = "cpu") -> int:
+def block_count(element_count: int, device: DeviceClass = "cpu", row_elements: int = 1) -> int:
     """Blocks that a tensor of so many elements has; 0 for an empty one."""
-    return -(-element_count // elements_per_block(device))
+    return -(-element_count // elements_per_block(device, row_elements))
 
 
-def block_range(block: int, element_count: int, device: DeviceClass = "cpu") -> tuple[int, int]:
+def block_range(
+    block: int, element_count: int, device: DeviceClass = "cpu", row_elements: int = 1
+) -> tuple[int, int]:
     """First element, and the element after the last, of a block of the flattened tensor."""
-    start = block * elements_per_block(device)
-    return start, min(start + elements_per_block(device), element_count)
+    elements = elements_per_block(device, row_elements)
+    return block * elements, min((block + 1) * elements, element_count)
 
 
-def block_length(element_count: int, device: DeviceClass = "cpu") -> int:
+def block_length(element_count: int, device: DeviceClass = "cpu", row_elements: int = 1) -> int:
     """Elements of a tensor's longest block."""
-    return min(elements_per_block(device), element_count)
+    return min(elements_per_block(device, row_elements), element_count)

@@ -126,9 +126,10 @@ class Evaluation:
 
     def reduce(self, state: Any, start: int) -> Any:
         """The partial result of the current block (Reduce stages)."""
-        return self._operation.run(
+        partial = self._operation.run(
             self._inputs, self._parameters, state, self._scratch.current, start
         )
+        return self._operation.summary(partial, self._parameters)
 
     def read_into(self, out: Any) -> None:
         """Fills a vector with the current block of what is written (Write stages)."""

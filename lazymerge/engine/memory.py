@@ -18,13 +18,21 @@ from pathlib import Path
 from ..checkpoint.tensor import DTYPES
 from ..errors import DoesNotFitError
 from ..graph.graph import Graph
-from ..graph.node import Read
+from ..graph.node import Read, Reduce, Write
 from ..sizes import format_memory
 from .baseline import Libraries, reserved_bytes, resident_bytes
-from .blocks import BLOCK_ELEMENTS
+from .blocks import elements_per_block
 from .execution import Execution
 from .scheduler import SPAN_BLOCKS
-from .stages import TensorTask, TorchLayout, stage_layout, statistics_bytes
+from .stages import (
+    TensorTask,
+    TorchLayout,
+    joined_statistics_bytes,
+    row_elements,
+    stage_layout,
+    statistics_bytes,
+    temporary_bytes,
+)
 
 MIB = 1 << 20
 
@@ -62,7 +70,8 @@ class MemoryPlan:
     libraries: what is loaded for it, the largest part of what is reserved.
     workers: threads that compute.
     arena_bytes: buffers of one worker.
-    statistics_bytes: partial results of reductions in progress.
+    statistics_bytes: partial results of reductions in progress, and what users' own methods
+        allocate.
     mapped_bytes: pages of mapped inputs left resident.
     hungriest: output tensor whose stage needs the largest arena.
     smallest_limit_bytes: the limit with which one worker would do.
@@ -159,7 +168,7 @@ def plan_memory(
         return plan_device_memory(graph, tasks, limit_bytes, workers, execution, held_bytes)
     arena_bytes, hungriest = 0, ""
     statistics: list[int] = [0]
-    span_bytes = 0
+    span_bytes = joined_bytes = temporary = 0
     libraries: Libraries = "numpy"
     for task in tasks:
         statistics.append(statistics_bytes(graph, task))
@@ -172,7 +181,9 @@ def plan_memory(
                 arena_bytes, hungriest = layout.size_bytes, task.write.name
             if isinstance(layout, TorchLayout):
                 libraries = "torch"
-            span_bytes = max(span_bytes, _span_bytes(reads, stage.element_count))
+            span_bytes = max(span_bytes, _span_bytes(reads, stage, row_elements(graph, stage)))
+            joined_bytes = max(joined_bytes, joined_statistics_bytes(graph, stage))
+            temporary = max(temporary, temporary_bytes(graph, stage))
     statistics.sort(reverse=True)
     reserved = max(reserved_bytes(libraries), held_bytes) + len(graph) * NODE_BYTES
     is_mapped = execution.read_mode == "mmap"
@@ -184,7 +195,8 @@ def plan_memory(
             libraries=libraries,
             workers=count,
             arena_bytes=arena_bytes,
-            statistics_bytes=sum(statistics[:count]),  # no more tensors are open than workers
+            # no more tensors are open than workers
+            statistics_bytes=sum(statistics[:count]) + count * (joined_bytes + temporary),
             mapped_bytes=count * span_bytes + MAPPED_SLACK_BYTES if is_mapped else 0,
             hungriest=hungriest,
             smallest_limit_bytes=smallest,
@@ -204,6 +216,6 @@ def plan_memory(
     )
 
 
-def _span_bytes(reads: Sequence[Read], element_count: int) -> int:
-    elements = min(element_count, SPAN_BLOCKS * BLOCK_ELEMENTS)
+def _span_bytes(reads: Sequence[Read], stage: Reduce | Write, row: int) -> int:
+    elements = min(stage.element_count, SPAN_BLOCKS * elements_per_block("cpu", row))
     return sum(elements * DTYPES[read.dtype].item_bytes for read in reads)

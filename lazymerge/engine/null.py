@@ -157,7 +157,8 @@ def layout_slots(layout: StageLayout) -> list[Slot]:
     if isinstance(layout, RawLayout):
         return list(layout.raw)
     if isinstance(layout, NativeLayout):
-        own = [*layout.raw, layout.registers, *layout.stores, layout.output]
+        own = [*layout.raw, layout.registers, *layout.stores, *layout.lists]
+        own += [layout.spare, layout.output]
         return [slot for slot in own if slot is not None]
     slots = [*layout.raw, layout.result, layout.encoded, *layout.rounding]
     for node in layout.nodes.values():

@@ -26,6 +26,7 @@ from ..graph.graph import Graph
 from ..graph.node import Read
 from ..graph.verify import IllegalGraphError, verify_graph
 from ..methods import METHODS
+from ..methods.plugins import load_installed
 from ..output.layout import OutputTensor, Shard, lay_out
 from ..output.manifest import MANIFEST_NAME
 from ..output.sidecars import sidecar_files
@@ -265,6 +266,7 @@ class Plan:
             "path": self.recipe.path,
             "merge_method": self.recipe.merge_method,
             "base_model": self.recipe.base_model,
+            "seed": self.recipe.seed,
             "text": self.recipe.text,
         }
 
@@ -344,7 +346,8 @@ class Plan:
 
 
 def signatures() -> dict[str, Signature]:
-    """The signatures of all known methods, by name."""
+    """The signatures of all known methods, by name; those of installed plugins among them."""
+    load_installed()
     return {name: method.signature for name, method in METHODS.items()}
 
 
@@ -395,15 +398,19 @@ def plan_recipe_file(
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     truncate_embeddings: bool = False,
+    seed: int | None = None,
 ) -> Plan:
     """Reads a recipe and plans its merge.
+
+    seed: of random methods, in place of the recipe's.
 
     Raises:
         RecipeError: the recipe is wrong; all its problems are named.
         InputError, DoesNotFitError: as make_plan.
     """
+    recipe = load_recipe(path, signatures())
     return make_plan(
-        load_recipe(path, signatures()),
+        recipe if seed is None else replace(recipe, seed=seed),
         resources,
         max_shard_bytes=max_shard_bytes,
         truncate_embeddings=truncate_embeddings,
@@ -447,6 +454,7 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
 def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Plan:
     saved = document["recipe"]
     recipe = parse_recipe(_of_kind(saved["text"], str), _of_kind(saved["path"], str), signatures())
+    recipe = replace(recipe, seed=_of_kind(saved["seed"], int))
     checkpoints = {}
     for model in document["models"]:
         checkpoint = open_checkpoint(model["reference"])

@@ -46,11 +46,10 @@ class ReadAhead:
         self._lock = threading.Lock()
         self._is_wanted = hasattr(os, "posix_fadvise")
 
-    def reached(self, task: int, block: int) -> None:
-        """Says that a worker begins to read a tensor's inputs at a block."""
+    def reached(self, task: int, start: int) -> None:
+        """Says that a worker begins to read a tensor's inputs at an element."""
         if not self._is_wanted:
             return
-        start = block * self._block_elements
         here = self._first_byte[task] + sum(
             min(start, read.element_count) * DTYPES[read.dtype].item_bytes
             for read in self._reads[task]

@@ -124,6 +124,7 @@ class _Evaluation:
                 length = following.sample.runs * following.sample.run_elements
             scratch = _buffers(scratch_count, length)
             partial = operation.run(inputs, parameters, following.state, scratch, 0)
+            partial = operation.summary(partial, parameters)
             following = operation.finish(parameters, elements, following.state, [partial])
         return following.result
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from xxhash import xxh3_128_hexdigest
 
-from ..errors import InputError
+from ..errors import InputError, LazymergeError
 from ..graph.node import Write
 from ..methods import METHODS
 from ..output.card import model_card
@@ -34,6 +34,7 @@ from .plan import Plan, read_folders
 from .readahead import ReadAhead
 from .recent import Recent
 from .scheduler import SPAN_BLOCKS, Scheduler
+from .stages import row_elements
 from .worker import Worker
 
 WAKE_SECONDS = 0.1
@@ -68,6 +69,7 @@ class RunReport:
     bytes_written: of tensors.
     measured_bytes: the process's peak resident set.
     measured_vram_bytes: the most that was allocated on an accelerator; device: its name.
+    nonfinite: names of the output tensors that hold inf or nan, in the order of the output.
     """
 
     output: str
@@ -77,6 +79,7 @@ class RunReport:
     measured_bytes: int
     measured_vram_bytes: int | None = None
     device: str | None = None
+    nonfinite: tuple[str, ...] = ()
 
 
 def run_plan(
@@ -87,11 +90,13 @@ def run_plan(
     fsync: bool = True,
     observer: Observer | None = None,
     device: Device | None = None,
+    strict: bool = False,
 ) -> RunReport:
     """Runs a plan into a folder.
 
     overwrite: replace what an earlier merge has left in the folder.
     fsync: wait until the data is on disk before giving files their final names.
+    strict: inf or nan in the output is an error.
     device: the accelerator, for plans that are made for one; by default a GPU is looked for.
 
     Raises:
@@ -111,7 +116,13 @@ def run_plan(
 
         with closing(CudaDevice()) as found:
             return run_plan(
-                plan, output, overwrite=overwrite, fsync=fsync, observer=observer, device=found
+                plan,
+                output,
+                overwrite=overwrite,
+                fsync=fsync,
+                observer=observer,
+                device=found,
+                strict=strict,
             )
     folder = Path(output)
     check_inputs(plan)
@@ -126,7 +137,13 @@ def run_plan(
     try:
         writer.create()
         return _run(
-            plan, folder, writer, fsync=fsync, observer=observer or _Silent(), device=device
+            plan,
+            folder,
+            writer,
+            fsync=fsync,
+            observer=observer or _Silent(),
+            device=device,
+            strict=strict,
         )
     except BaseException:
         writer.discard()
@@ -167,6 +184,7 @@ def _run(
     fsync: bool,
     observer: Observer,
     device: Device | None,
+    strict: bool,
 ) -> RunReport:
     began = time.perf_counter()
     checksums: dict[str, str] = {}
@@ -185,6 +203,17 @@ def _run(
             totals[0] += bytes_read
             totals[1] += bytes_written
         observer.moved(bytes_read, bytes_written, tensor)
+
+    nonfinite: dict[str, None] = {}
+
+    def found_nonfinite(tensor: str) -> None:
+        if strict:
+            raise LazymergeError(
+                f"tensor {tensor} of the merge holds inf or nan; look for it in the inputs "
+                "(or for a parameter that makes it), or leave --strict out"
+            )
+        with lock:
+            nonfinite[tensor] = None
 
     scheduler = Scheduler(
         plan.graph,
@@ -207,6 +236,7 @@ def _run(
                     plan.memory.arena_bytes,
                     plan.execution,
                     moved,
+                    found_nonfinite,
                     read_ahead,
                     recent,
                     lane,
@@ -232,6 +262,7 @@ def _run(
         measured_bytes=peak_resident_bytes(),
         measured_vram_bytes=None if device is None else device.peak_bytes(),
         device=None if device is None else device.name,
+        nonfinite=tuple(w.name for w in plan.graph.writes if w.name in nonfinite),
     )
     try:
         write_manifest(folder, _manifest(plan, checksums, report))
@@ -324,6 +355,11 @@ def write_beside_weights(plan: Plan, folder: Path) -> None:
 
 
 def _manifest(plan: Plan, checksums: dict[str, str], report: RunReport) -> dict[str, Any]:
+    device = plan.execution.device
+    spans = {
+        write.name: SPAN_BLOCKS * elements_per_block(device, row_elements(plan.graph, write))
+        for write in plan.graph.writes
+    }
     return {
         "lazymerge": __version__,
         "torch": installed_version("torch"),
@@ -335,6 +371,7 @@ def _manifest(plan: Plan, checksums: dict[str, str], report: RunReport) -> dict[
             "measured_bytes": report.measured_bytes,
             "measured_vram_bytes": report.measured_vram_bytes,
         },
+        "nonfinite": list(report.nonfinite),
         "device": {"class": plan.execution.device, "name": report.device},
         "run": {
             "seconds": round(report.seconds, 3),
@@ -342,12 +379,12 @@ def _manifest(plan: Plan, checksums: dict[str, str], report: RunReport) -> dict[
             "bytes_written": report.bytes_written,
         },
         "checksum": CHECKSUM,
-        "span_elements": SPAN_BLOCKS * elements_per_block(plan.execution.device),
         "tensors": {
             tensor.name: {
                 "file": shard.file,
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
+                "span_elements": spans[tensor.name],
                 "checksum": checksums[tensor.name],
             }
             for shard in plan.shards

@@ -27,7 +27,8 @@ from ..graph.node import Apply, Reduce, Write
 from ..graph.operation import Done, Pass, apply_operation, reduce_operation
 from .blocks import DeviceClass, block_count, block_range
 from .inputs import Pieces
-from .stages import TensorTask
+from .pairs import Pairs
+from .stages import TensorTask, row_elements
 
 SPAN_BLOCKS = 16
 """Blocks per span: 8 MB of each bfloat16 input. Mapped pages are released once per span;
@@ -65,6 +66,7 @@ class _Active:
     prepared: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     partials: list[Any] = field(default_factory=list)
+    pairs: Pairs[Any] | None = None
     open_jobs: int = 0
 
 
@@ -122,10 +124,13 @@ class Scheduler:
             self._advance(active, None)
 
     def give(self, job: Job, partials: Sequence[Any]) -> None:
-        """Takes back the results of a job's blocks."""
+        """Takes back the results of a job's blocks, or the one that they were joined to."""
         active = self._active[job.task_index]
         with self._changed:
-            active.partials[job.first : job.first + len(partials)] = partials
+            if active.pairs is None:
+                active.partials[job.first : job.first + len(partials)] = partials
+            else:
+                active.pairs.add(job.first // SPAN_BLOCKS, partials[0])
             active.open_jobs -= 1
             if active.open_jobs:
                 return
@@ -147,7 +152,10 @@ class Scheduler:
         stage = active.task.stages[active.stage]
         if isinstance(stage, Reduce):
             following = reduce_operation(stage.operation).finish(
-                dict(stage.parameters), stage.element_count, active.state, active.partials
+                dict(stage.parameters),
+                stage.element_count,
+                active.state,
+                active.partials if active.pairs is None else [active.pairs.result],
             )
             self._advance(active, following)
         else:
@@ -174,7 +182,9 @@ class Scheduler:
                     dict(stage.parameters),
                     [active.results[node] for node in stage.statistics],
                     stage.element_count,
-                    block_count(stage.element_count, self._device),
+                    block_count(
+                        stage.element_count, self._device, row_elements(self._graph, stage)
+                    ),
                 )
         self._open_pass(active, following)
 
@@ -205,10 +215,16 @@ class Scheduler:
             starts = [round(run * spacing) for run in range(sample.runs)]
             blocks: list[Pieces] = [[(start, start + sample.run_elements) for start in starts]]
         elif following.only_block is not None:
-            blocks = [(block_range(following.only_block, elements, self._device),)]
+            row = row_elements(self._graph, stage)
+            blocks = [(block_range(following.only_block, elements, self._device, row),)]
         else:
-            count = block_count(elements, self._device)
-            blocks = [(block_range(block, elements, self._device),) for block in range(count)]
+            row = row_elements(self._graph, stage)
+            count = block_count(elements, self._device, row)
+            blocks = [(block_range(block, elements, self._device, row),) for block in range(count)]
+        active.pairs = None
+        if isinstance(stage, Reduce) and reduce_operation(stage.operation).is_joined:
+            spans = -(-len(blocks) // SPAN_BLOCKS)
+            active.pairs = Pairs(reduce_operation(stage.operation).joined, spans)
         active.partials = [None] * len(blocks)
         jobs = [
             Job(

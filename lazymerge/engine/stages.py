@@ -20,12 +20,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
+from typing import Any
 
 from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
-from ..graph.node import Apply, Read, Reduce, Write
-from ..graph.operation import Cost, apply_operation, reduce_operation
-from .blocks import DeviceClass, block_count, block_length
+from ..graph.node import Apply, Node, Read, Reduce, Write
+from ..graph.operation import (
+    ApplyOperation,
+    ReduceOperation,
+    apply_operation,
+    reduce_operation,
+)
+from .blocks import DeviceClass, block_count, block_length, elements_per_block
 from .execution import Execution
 from .native import library
 
@@ -72,7 +79,9 @@ class NativeLayout:
     inputs: ids of the Read nodes, in the order of the program's inputs.
     raw: an undecoded block of each, U8 (where files are mapped, for samples only).
     registers: all registers of the program, one chunk of the working dtype each.
-    stores: blocks that leave the kernels whole.
+    stores: blocks that leave the kernels whole. lists: numbers by row of a block, or by column.
+    spare: what ranking works in.
+    block_elements: length of a block; the tensor's last may be shorter.
     output: a run of blocks in the output's dtype (Write stages).
     blocks_at_once: the length of such a run, and of one that is reduced.
     rounds_once: float64 goes to 16 bits without rounding to float32 on the way.
@@ -83,6 +92,9 @@ class NativeLayout:
     registers: Slot | None
     register_count: int
     stores: tuple[Slot, ...]
+    lists: tuple[Slot, ...]
+    spare: Slot | None
+    block_elements: int
     output: Slot | None
     blocks_at_once: int
     rounds_once: bool
@@ -213,7 +225,8 @@ StageLayout = RawLayout | DeviceLayout | NativeLayout | TorchLayout
 
 def stage_layout(graph: Graph, stage: Reduce | Write, execution: Execution) -> StageLayout:
     """Lays out the buffers of a stage."""
-    elements = block_length(stage.element_count, execution.device)
+    row = row_elements(graph, stage)
+    elements = block_length(stage.element_count, execution.device, row)
     if isinstance(stage, Write):
         source = graph.block_node(stage.source)
         if isinstance(source, Read) and source.dtype == stage.dtype:
@@ -223,31 +236,75 @@ def stage_layout(graph: Graph, stage: Reduce | Write, execution: Execution) -> S
                 len(source.inputs), dict(source.parameters)
             )
             return _Raw(graph, elements).lay_out(graph.reads_of(source.id), cost.raw)
-    if execution.device != "cpu":
+    if execution.device != "cpu" and not is_for_host(graph, stage):
         return _Device(graph, elements).lay_out_both(stage)
     if execution.kernels == "native" and is_native(graph, stage):
-        return _Native(graph, elements).lay_out(stage, is_mapped=execution.read_mode == "mmap")
+        block_elements = elements_per_block(execution.device, row)
+        native = _Native(graph, elements, block_elements)
+        return native.lay_out(stage, is_mapped=execution.read_mode == "mmap")
     return _Torch(graph, elements).lay_out(stage)
 
 
+def stage_operations(
+    graph: Graph, stage: Reduce | Write
+) -> list[tuple[Apply | Reduce, ApplyOperation | ReduceOperation[Any, Any]]]:
+    """The Apply and Reduce nodes that a stage evaluates, each once, and their operations."""
+    found: dict[str, tuple[Apply | Reduce, ApplyOperation | ReduceOperation[Any, Any]]] = {}
+
+    def visit(node: Node) -> None:
+        if isinstance(node, Read) or node.id in found:
+            return
+        if isinstance(node, Write):
+            visit(graph[node.source])
+            return
+        table = reduce_operation if isinstance(node, Reduce) else apply_operation
+        found[node.id] = (node, table(node.operation))
+        for source in node.inputs:
+            visit(graph[source])
+
+    visit(stage)
+    return list(found.values())
+
+
+def row_elements(graph: Graph, stage: Reduce | Write) -> int:
+    """Length of the rows that a stage's blocks are made of: of the whole tensor, where an operation
+    wants it whole, 1 where any block will do."""
+    operations = [operation for _, operation in stage_operations(graph, stage)]
+    if any(operation.is_whole for operation in operations):
+        return max(1, stage.element_count)
+    if any(operation.is_by_rows for operation in operations):
+        return max(1, stage.shape[-1]) if stage.shape else 1
+    return 1
+
+
+def temporary_bytes(graph: Graph, stage: Reduce | Write, device: DeviceClass = "cpu") -> int:
+    """What the functions of users allocate in a stage's block, and let go, as far as they say."""
+    elements = block_length(stage.element_count, device, row_elements(graph, stage))
+    return sum(
+        operation.cost(len(node.inputs), dict(node.parameters)).temporaries
+        * elements
+        * DTYPES[node.working_dtype].item_bytes
+        for node, operation in stage_operations(graph, stage)
+        if node.working_dtype in ("F32", "F64")
+    )
+
+
+def is_for_host(graph: Graph, stage: Reduce | Write) -> bool:
+    """Whether accelerators leave a stage to the processor."""
+    return any(operation.is_for_host for _, operation in stage_operations(graph, stage))
+
+
 def is_native(graph: Graph, stage: Reduce | Write) -> bool:
-    """Whether the native kernels know all that a stage asks for: one recordable operation straight
-    over its inputs, whose dtypes they read and write."""
-    if isinstance(stage, Write):
-        source = graph.block_node(stage.source)
-        if not library.writes(stage.dtype):
-            return False
-        if isinstance(source, Apply):
-            if not apply_operation(source.operation).is_recordable:
-                return False
-            inputs = [graph.block_node(node) for node in source.inputs]
-        else:
-            inputs = [source]
-    else:
-        if not reduce_operation(stage.operation).is_recordable:
-            return False
-        inputs = [graph.block_node(node) for node in stage.inputs]
-    return all(isinstance(node, Read) and library.reads(node.dtype) for node in inputs)
+    """Whether the native kernels know all that a stage asks for: recordable operations of one
+    working dtype, over inputs whose dtypes they read, and a dtype that they write."""
+    if isinstance(stage, Write) and not library.writes(stage.dtype):
+        return False
+    nodes = stage_operations(graph, stage)
+    return (
+        all(operation.is_recordable for _, operation in nodes)
+        and len({node.working_dtype for node, _ in nodes}) <= 1
+        and all(library.reads(read.dtype) for read in graph.reads_of(stage.id))
+    )
 
 
 def rounds_from_float64(graph: Graph, write: Write) -> bool:
@@ -258,16 +315,30 @@ def rounds_from_float64(graph: Graph, write: Write) -> bool:
 
 
 def statistics_bytes(graph: Graph, task: TensorTask, device: DeviceClass = "cpu") -> int:
-    """Upper bound of what a task's statistics occupy while it runs."""
+    """Upper bound of what a task's statistics occupy while it runs, except for joined ones."""
     return sum(
-        reduce_operation(reduce.operation).statistics_bytes(
-            len(reduce.inputs),
-            dict(reduce.parameters),
-            reduce.element_count,
-            block_count(reduce.element_count, device),
-            DTYPES[reduce.working_dtype].item_bytes,
-        )
+        _reduction_bytes(graph, reduce, device)
         for reduce in task.reductions
+        if not reduce_operation(reduce.operation).is_joined
+    )
+
+
+def joined_statistics_bytes(
+    graph: Graph, stage: Reduce | Write, device: DeviceClass = "cpu"
+) -> int:
+    """Upper bound of what one worker adds to the partial results that wait to be joined."""
+    if isinstance(stage, Write) or not reduce_operation(stage.operation).is_joined:
+        return 0
+    return _reduction_bytes(graph, stage, device)
+
+
+def _reduction_bytes(graph: Graph, reduce: Reduce, device: DeviceClass) -> int:
+    return reduce_operation(reduce.operation).statistics_bytes(
+        len(reduce.inputs),
+        dict(reduce.parameters),
+        reduce.element_count,
+        block_count(reduce.element_count, device, row_elements(graph, reduce)),
+        DTYPES[reduce.working_dtype].item_bytes,
     )
 
 
@@ -310,38 +381,49 @@ class _Raw(_Layout):
 
 
 class _Native(_Layout):
+    def __init__(self, graph: Graph, elements: int, block_elements: int) -> None:
+        super().__init__(graph, elements)
+        self.block_elements = block_elements
+
     def lay_out(self, stage: Reduce | Write, *, is_mapped: bool) -> NativeLayout:
-        reads: Sequence[Read]
         output = None
-        working_dtype, cost = "F32", Cost(scratch=0)
-        if isinstance(stage, Reduce):
-            working_dtype = stage.working_dtype
-            cost = reduce_operation(stage.operation).cost(len(stage.inputs), dict(stage.parameters))
-            reads, register_count = self.graph.reads_of(stage.id), cost.scratch
-        else:
-            source = self.graph.block_node(stage.source)
-            if isinstance(source, Apply):
-                working_dtype = source.working_dtype
-                cost = apply_operation(source.operation).cost(
-                    len(source.inputs), dict(source.parameters)
-                )
-            elif source.dtype == "F64":
-                working_dtype = "F64"
-            reads, register_count = self.graph.reads_of(source.id), 1 + cost.scratch
+        nodes = stage_operations(self.graph, stage)
+        costs = [
+            operation.cost(len(node.inputs), dict(node.parameters)) for node, operation in nodes
+        ]
+        reads = self.graph.reads_of(stage.id)
+        register_count = sum(cost.scratch for cost in costs)
+        working_dtype = "F64" if any(read.dtype == "F64" for read in reads) else "F32"
+        for node, _ in nodes:
+            working_dtype = node.working_dtype
+        is_write = isinstance(stage, Write)
+        if isinstance(stage, Write):
+            register_count += 1
             output = self.slot(stage.dtype, min(stage.element_count, RUN_BLOCKS * self.elements))
         registers = self.slot(working_dtype, library.chunk_elements() * register_count)
+        row = max(1, stage.shape[-1]) if stage.shape else 1
+        rows = self.elements // row
+        lists = [self.slot("F64", rows) for cost in costs for _ in range(cost.row_lists)]
+        # columns run along the first dimension
+        columns = prod(stage.shape[1:])
+        lists += [self.slot("F64", columns) for cost in costs for _ in range(cost.column_lists)]
+        is_ranking = any(cost.is_ranking for cost in costs)
+        store_count = sum(cost.stores for cost in costs)
         return NativeLayout(
             inputs=tuple(read.id for read in reads),
             raw=()
-            if is_mapped and isinstance(stage, Write)
+            if is_mapped and is_write
             else tuple(
                 self.slot("U8", self.elements * DTYPES[read.dtype].item_bytes) for read in reads
             ),
             registers=registers,
             register_count=register_count,
-            stores=tuple(self.slot(working_dtype) for _ in range(cost.stores)),
+            stores=tuple(self.slot(working_dtype) for _ in range(store_count)),
+            lists=tuple(lists),
+            spare=self.slot("U8", library.RANKED_BYTES * row) if is_ranking else None,
+            block_elements=self.block_elements,
             output=output,
-            blocks_at_once=1 if cost.stores else RUN_BLOCKS,
+            blocks_at_once=RUN_BLOCKS if is_write or not (store_count or lists) else 1,
             rounds_once=isinstance(stage, Write) and rounds_from_float64(self.graph, stage),
             size_bytes=self.size_bytes,
         )

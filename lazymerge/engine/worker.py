@@ -10,16 +10,22 @@ from xxhash import xxh3_128
 from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
 from ..graph.node import Reduce
+from ..graph.operation import reduce_operation
 from ..output.writer import ShardWriter
 from .arena import Arena
 from .device.frame import Lane
 from .execution import Execution
+from .finite import has_nonfinite
 from .frame import Frame, make_frame
 from .inputs import InputFiles
+from .pairs import Pairs
 from .readahead import ReadAhead
 from .recent import Recent
 from .scheduler import Job, Scheduler
 from .stages import stage_layout
+
+Nonfinite = Callable[[str], None]
+"""Told of a tensor that inf or nan was written of."""
 
 Moved = Callable[[int, int, str], None]
 """Told after every block: bytes read, bytes written, name of the tensor."""
@@ -37,6 +43,7 @@ class Worker:
         arena_bytes: int,
         execution: Execution,
         moved: Moved,
+        nonfinite: Nonfinite,
         read_ahead: ReadAhead,
         recent: Recent,
         lane: Lane | None = None,
@@ -53,6 +60,7 @@ class Worker:
         self._lane = lane
         self._execution = execution
         self._moved = moved
+        self._nonfinite = nonfinite
         self._read_ahead = read_ahead
         self._recent = recent
         self._frame: Frame | None = None
@@ -72,18 +80,25 @@ class Worker:
     def _run(self, job: Job) -> list[Any] | None:
         stage = job.task.stages[job.stage]
         frame = self._frame_for(job)
-        self._read_ahead.reached(job.task_index, job.first)
+        self._read_ahead.reached(job.task_index, job.pieces[0][0][0])
         bytes_per_element = sum(
             read.tensor.size_bytes for read in self._graph.reads_of(stage.id)
         ) / max(1, stage.element_count)
         partials: list[Any] = []
         if isinstance(stage, Reduce):
-            for partial in frame.run(job.pieces, job.state):
+            operation = reduce_operation(stage.operation)
+            pairs = Pairs(operation.joined, len(job.pieces)) if operation.is_joined else None
+            for place, partial in enumerate(frame.run(job.pieces, job.state)):
                 if self._scheduler.is_stopped:
                     return None
-                elements = sum(stop - start for start, stop in job.pieces[len(partials)])
-                partials.append(partial)
+                elements = sum(stop - start for start, stop in job.pieces[place])
+                if pairs is None:
+                    partials.append(partial)
+                else:
+                    pairs.add(place, partial)
                 self._moved(round(elements * bytes_per_element), 0, job.task.write.name)
+            if pairs is not None:
+                partials = [pairs.result]
         else:
             item_bytes = DTYPES[stage.dtype].item_bytes
             offset = job.pieces[0][0][0] * item_bytes
@@ -92,6 +107,8 @@ class Worker:
                 if self._scheduler.is_stopped:
                     return None
                 checksum.update(data)
+                if has_nonfinite(data, stage.dtype):
+                    self._nonfinite(stage.name)
                 self._writer.write(stage.name, data, offset)
                 offset += len(data)
                 bytes_read = round(len(data) / item_bytes * bytes_per_element)

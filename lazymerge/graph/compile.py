@@ -135,6 +135,7 @@ class _Compiler:
         self.models = [
             source for source in listed if self.base is None or source.model != self.base.model
         ]
+        self.places = {source.model: place for place, source in enumerate(self.models)}
         participants = [*([self.base] if self.base else []), *self.models]
         self.participants = participants
         names = {name for source in participants for name in source.checkpoint.tensors}
@@ -220,7 +221,8 @@ class _Compiler:
                 if p.scope is Scope.MODEL or (p.scope is Scope.NON_BASE and not is_base)
             }
             node = self.graph.add(reads[source.model])
-            contributions[source.model] = Contribution(source.model, node, values)
+            place = self.places.get(source.model, 0)
+            contributions[source.model] = Contribution(source.model, node, values, place)
         base = None if self.base is None else contributions[self.base.model]
         merge = TensorMerge(
             name=name,
@@ -229,6 +231,7 @@ class _Compiler:
             models=tuple(c for c in contributions.values() if c is not base),
             parameters=shared,
             graph=self.graph,
+            seed=self.recipe.seed,
         )
         result = self.method.build(merge)
         self.graph.add(Write(name, self._output_dtype(reads, True), shape, result))

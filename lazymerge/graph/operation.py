@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from .node import ParameterValue
 
@@ -33,12 +33,21 @@ class Cost:
     scratch: number of scratch buffers of the working dtype, besides the output's.
     raw: number of undecoded input blocks that are held at once (1 for operations that pull
         and decode their inputs one after another).
-    stores: number of vectors that leave the native kernels whole (`copy_of`, `count_inside`).
+    stores: number of vectors that leave the native kernels whole (`copy_of`, `count_inside`,
+        `rank_rows`).
+    row_lists, column_lists: number of vectors of float64 with an element for each row of a block,
+        or each column of the tensor.
+    is_ranking: whether it calls `rank_rows`.
+    temporaries: blocks of the working dtype that it allocates and lets go (users' own methods).
     """
 
     scratch: int
     raw: int = 1
     stores: int = 0
+    row_lists: int = 0
+    column_lists: int = 0
+    is_ranking: bool = False
+    temporaries: int = 0
 
 
 class BlockInput(Protocol):
@@ -61,6 +70,12 @@ class ApplyOperation(ABC):
     is_recordable: ClassVar[bool] = False
     """`run` does nothing with its vectors but what graph/vector.py offers, whatever their values,
     and does not look at `start`: then the native kernels can run it."""
+    is_by_rows: ClassVar[bool] = False
+    """Its blocks must be whole rows (vectors along the tensor's last dimension)."""
+    is_whole: ClassVar[bool] = False
+    """Its only block must be the whole tensor."""
+    is_for_host: ClassVar[bool] = False
+    """Accelerators leave it to the processor."""
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         """The dtype blocks are computed in: float64 where an input is float64, else float32."""
@@ -148,6 +163,9 @@ class ReduceOperation(ABC, Generic[Partial, Result]):
     is_recordable: ClassVar[bool] = False
     """As of ApplyOperation; what the functions of graph/vector.py return is not looked at either,
     only returned, in tuples."""
+    is_by_rows: ClassVar[bool] = False
+    is_whole: ClassVar[bool] = False
+    is_for_host: ClassVar[bool] = False
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         """The dtype blocks are computed in: float64 where an input is float64, else float32."""
@@ -195,6 +213,20 @@ class ReduceOperation(ABC, Generic[Partial, Result]):
         start: int,
     ) -> Partial:
         """The partial result of one block; scratch tensors have the block's length."""
+
+    def summary(self, partial: Any, parameters: Parameters) -> Partial:
+        """What is kept of what `run` returned for a block: a smaller thing, where `run` is recorded
+        and can only return what the kernels leave."""
+        return cast("Partial", partial)
+
+    def joined(self, left: Partial, right: Partial) -> Partial:
+        """The partial result of two neighbouring stretches of blocks, of which the first ends where
+        the second begins. Only for reductions whose partial results would not fit beside each
+        other (`is_joined`); they are joined by pairs, pairs of pairs and so on, whatever the order
+        in which they are made."""
+        raise NotImplementedError(self.name)
+
+    is_joined: ClassVar[bool] = False
 
     @abstractmethod
     def finish(

@@ -21,8 +21,9 @@ libraries are not. Accelerators have an order of their own (engine/device/vector
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import factorial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 LANES = 16
 """Running sums of a reduction: four vector registers of four doubles."""
+
+SLICE_ROWS, SLICE_ELEMENTS = 256, 1 << 12
+"""What is done at a time where numpy needs room of its own: 32 KiB each."""
 
 V = TypeVar("V", bound="Vector")
 
@@ -48,6 +52,7 @@ class Vector(Protocol):
     def div_(self: V, other: V, /) -> V: ...
     def abs_(self: V, /) -> V: ...
     def clamp_min_(self: V, bound: float, /) -> V: ...
+    def clamp_max_(self: V, bound: float, /) -> V: ...
     def ge_(self: V, bound: float, /) -> V: ...
     def gt_(self: V, bound: float, /) -> V: ...
     def eq_(self: V, value: float, /) -> V: ...
@@ -73,6 +78,23 @@ class Recording(Protocol):
     def record_dot(self, other: Any) -> float: ...
     def record_total(self) -> float: ...
     def record_keep_largest(self, value: float, below: float, stop_index: int) -> None: ...
+    def record_drop_largest(self, value: float, below: float, stop_index: int) -> None: ...
+    def record_zero_up_to(self, other: Any, limit: float) -> None: ...
+    def record_zero_from(self, other: Any, bound: Any) -> None: ...
+    def record_draw(self, key: int) -> None: ...
+    def record_exp(self) -> None: ...
+    def record_log(self) -> None: ...
+    def record_rank_rows(self, row_elements: int) -> None: ...
+    def record_row_dot(self, other: Any, row_elements: int) -> Any: ...
+    def record_row_total(self, row_elements: int) -> Any: ...
+    def record_row_max(self, row_elements: int) -> Any: ...
+    def record_sub_rows(self, rows: Any, row_elements: int) -> None: ...
+    def record_div_rows(self, rows: Any, row_elements: int) -> None: ...
+    def record_wait(self) -> None: ...
+    def record_hold(self) -> None: ...
+    def record_scale_rows(self, table: Any, row_elements: int) -> None: ...
+    def record_scale_columns(self, table: Any) -> None: ...
+    def record_column_dot(self, other: Any, row_elements: int) -> Any: ...
     def record_count_inside(self, low: float, high: float, quota: int) -> Counts: ...
     def record_find_equal(self, value: float, rank: int) -> int: ...
     def record_copy(self) -> Numbers: ...
@@ -88,6 +110,12 @@ class Reducing(Protocol):
     def zero_all_but_largest(
         self, value: float, below: float, stop_index: int, start: int
     ) -> None: ...
+    def zero_largest(
+        self, value: float, below: float, stop_index: int, start: int, room: Any
+    ) -> None: ...
+    def zero_up_to(self, other: Any, limit: float, room: Any) -> None: ...
+    def zero_from(self, other: Any, bound: Any, room: Any) -> None: ...
+    def draw(self, key: int, start: int, room: Any) -> None: ...
     def reduce_counts(self, low: float, high: float, quota: int, room: Any) -> Counts: ...
     def index_of_equal(self, value: float, rank: int, start: int) -> int: ...
     def to_host(self) -> Numbers: ...
@@ -164,6 +192,83 @@ def keep_largest(vector: Vector, value: float, below: float, stop_index: int, st
     hardshrink(dropped_if_equal, value, out=dropped_if_equal)
 
 
+def drop_largest(
+    vector: Vector, value: float, below: float, stop_index: int, start: int, room: Vector
+) -> None:
+    """Zeroes, in place, exactly what `keep_largest` would leave; nan stays.
+
+    room: of the same shape; overwritten.
+    """
+    if isinstance(vector, Recording):
+        vector.record_drop_largest(value, below, stop_index)
+        return
+    if isinstance(vector, Reducing):
+        vector.zero_largest(value, below, stop_index, start, room)
+        return
+    values, split = _array(vector), min(max(stop_index - start, 0), len(_array(vector)))
+    for part, limit in ((values[:split], below), (values[split:], value)):
+        limit = part.dtype.type(limit)
+        above, beneath = _masks(room, len(part))
+        numpy = _numpy()
+        numpy.greater(part, limit, out=above)
+        numpy.less(part, -limit, out=beneath)
+        numpy.logical_or(above, beneath, out=above)
+        numpy.copyto(part, 0, where=above)
+
+
+def zero_up_to(vector: Vector, other: Vector, limit: float, room: Vector) -> None:
+    """Zeroes, in place, the elements where `other` ≤ limit (where it is nan: none).
+
+    room: of the same shape; overwritten.
+    """
+    if isinstance(vector, Recording):
+        vector.record_zero_up_to(other, limit)
+        return
+    if isinstance(vector, Reducing):
+        vector.zero_up_to(other, limit, room)
+        return
+    numpy, values, others = _numpy(), _array(vector), _array(other)
+    mask, _ = _masks(room, len(values))
+    numpy.less_equal(others, others.dtype.type(limit), out=mask)
+    numpy.copyto(values, 0, where=mask)
+
+
+def zero_from(vector: Vector, other: Vector, bound: Vector | float, room: Vector) -> None:
+    """Zeroes, in place, the elements where `other` ≥ bound (where one is nan: none).
+
+    room: of the same shape; overwritten.
+    """
+    if isinstance(vector, Recording):
+        vector.record_zero_from(other, bound)
+        return
+    if isinstance(vector, Reducing):
+        vector.zero_from(other, bound, room)
+        return
+    numpy, values, others = _numpy(), _array(vector), _array(other)
+    mask, _ = _masks(room, len(values))
+    limit = others.dtype.type(bound) if isinstance(bound, float) else _array(bound)
+    numpy.greater_equal(others, limit, out=mask)
+    numpy.copyto(values, 0, where=mask)
+
+
+def draw(vector: Vector, key: int, start: int, room: Vector) -> None:
+    """Fills a vector with random numbers in [0, 1), multiples of 2⁻²⁴ (graph/random_bits.py).
+
+    They are a function of the key and of the element's flat index alone.
+
+    room: of the same shape; overwritten.
+    """
+    if isinstance(vector, Recording):
+        vector.record_draw(key)
+        return
+    if isinstance(vector, Reducing):
+        vector.draw(key, start, room)
+        return
+    from .random_bits import fill_uniform
+
+    fill_uniform(_array(vector), key, start, _array(room))
+
+
 def count_inside(vector: Vector, low: float, high: float, quota: int, room: Vector) -> Counts:
     """How many elements lie above and inside a bracket, and a share of the latter.
 
@@ -232,3 +337,286 @@ def same_bytes(one: memoryview, other: memoryview) -> bool:
         ctypes.c_size_t(len(one)),
     )
     return difference == 0
+
+
+# Rows are vectors along the last dimension. What follows asks for blocks of whole rows
+# (ApplyOperation.is_by_rows), except for scale_rows, scale_columns and column_dot. Numbers by row
+# are arrays of float64, shape (rows of the block,), or what stands for one in a recording.
+
+
+def rank_rows(vector: Vector, row_elements: int) -> None:
+    """Replaces every element by the rank of its magnitude within its row: 0 for the smallest; equal
+    ones in ascending order, nan last.
+
+    Other vectors must be filled anew afterwards, except those that this function has filled or that
+    `hold` has been called for.
+    """
+    if isinstance(vector, Recording):
+        vector.record_rank_rows(row_elements)
+        return
+    import numpy
+
+    for row in _array(vector).reshape(-1, row_elements):
+        order = numpy.argsort(numpy.absolute(row), kind="stable")
+        row[order] = numpy.arange(row_elements, dtype=row.dtype)
+
+
+def row_dot(one: Vector, other: Vector, row_elements: int, room: Vector) -> Numbers:
+    """Σ oneᵢ otherᵢ of every row, in float64 and in the order of `dot`.
+
+    room: of the same shape; overwritten. The vectors are float64.
+    """
+    if isinstance(one, Recording):
+        return cast("Numbers", one.record_row_dot(other, row_elements))
+    import numpy
+
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        numpy.multiply(_array(one), _array(other), out=_array(room))
+    return _row_sums(_array(room), row_elements)
+
+
+def row_total(vector: Vector, row_elements: int) -> Numbers:
+    """Σ vectorᵢ of every row, in float64 and in the order of `total`."""
+    if isinstance(vector, Recording):
+        return cast("Numbers", vector.record_row_total(row_elements))
+    return _row_sums(_array(vector), row_elements)
+
+
+def _row_sums(values: Numbers, row_elements: int) -> Numbers:
+    import numpy
+
+    matrix = values.reshape(-1, row_elements)
+    whole = row_elements // LANES * LANES
+    sums: Numbers = numpy.zeros(len(matrix))
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        for top in range(0, len(matrix), SLICE_ROWS):
+            rows = matrix[top : top + SLICE_ROWS]
+            lanes = numpy.zeros((len(rows), LANES))
+            for first in range(0, whole, LANES):
+                lanes += rows[:, first : first + LANES]
+            lanes[:, : row_elements - whole] += rows[:, whole:]
+            for lane in range(LANES):
+                sums[top : top + len(rows)] += lanes[:, lane]
+    return sums
+
+
+def row_max(vector: Vector, row_elements: int) -> Numbers:
+    """The largest element of every row; nan where there is one."""
+    if isinstance(vector, Recording):
+        return cast("Numbers", vector.record_row_max(row_elements))
+    import numpy
+
+    largest: Numbers = _array(vector).reshape(-1, row_elements).max(axis=1).astype(numpy.float64)
+    return largest
+
+
+def wait_for_rows(vector: Vector) -> None:
+    """Says that numbers by row that have been asked for are used next, in `sub_rows`, `div_rows`.
+
+    Every vector must be filled anew afterwards, except those that `hold` has been called for.
+    """
+    if isinstance(vector, Recording):
+        vector.record_wait()
+
+
+def hold(vector: Vector) -> None:
+    """Keeps a vector's contents over the next waits; without it they are lost there."""
+    if isinstance(vector, Recording):
+        vector.record_hold()
+
+
+def sub_rows(vector: Vector, rows: Numbers, row_elements: int) -> None:
+    """Subtracts from every element its row's number."""
+    if isinstance(vector, Recording):
+        vector.record_sub_rows(rows, row_elements)
+        return
+    matrix = _array(vector).reshape(-1, row_elements)
+    with _numpy().errstate(over="ignore", invalid="ignore"):
+        _numpy().subtract(matrix, rows[:, None], out=matrix)
+
+
+def div_rows(vector: Vector, rows: Numbers, row_elements: int) -> None:
+    """Divides every element by its row's number."""
+    if isinstance(vector, Recording):
+        vector.record_div_rows(rows, row_elements)
+        return
+    matrix = _array(vector).reshape(-1, row_elements)
+    with _numpy().errstate(over="ignore", invalid="ignore", divide="ignore"):
+        _numpy().divide(matrix, rows[:, None], out=matrix)
+
+
+def scale_rows(vector: Vector, table: Numbers, row_elements: int, start: int) -> None:
+    """Multiplies every element by its row's number.
+
+    table: float64, shape (rows of the tensor,). start: flat index of the block's first element.
+    The vector is float64.
+    """
+    if isinstance(vector, Recording):
+        vector.record_scale_rows(table, row_elements)
+        return
+    values = _array(vector)
+    first_row, column = divmod(start, row_elements)
+    head = min(len(values), (row_elements - column) % row_elements)
+    with _numpy().errstate(over="ignore", invalid="ignore"):
+        if head:
+            values[:head] *= table[first_row]
+            first_row += 1
+        rows = (len(values) - head) // row_elements
+        matrix = values[head : head + rows * row_elements].reshape(rows, row_elements)
+        matrix *= table[first_row : first_row + rows, None]
+        if len(values) > head + rows * row_elements:
+            values[head + rows * row_elements :] *= table[first_row + rows]
+
+
+def scale_columns(vector: Vector, table: Numbers, start: int) -> None:
+    """Multiplies every element by its column's number.
+
+    table: float64, shape (row elements,). start: flat index of the block's first element. The
+    vector is float64.
+    """
+    if isinstance(vector, Recording):
+        vector.record_scale_columns(table)
+        return
+    values = _array(vector)
+    with _numpy().errstate(over="ignore", invalid="ignore"):
+        for first, matrix in _whole_rows(values, len(table), start):
+            matrix *= table[first : first + matrix.shape[1]]
+
+
+def column_dot(one: Vector, other: Vector, row_elements: int, start: int, room: Vector) -> Numbers:
+    """Σ oneᵢ otherᵢ of every column, row by row, in float64, shape (row_elements,).
+
+    start: flat index of the block's first element. room: of the same shape; overwritten. The
+    vectors are float64.
+    """
+    if isinstance(one, Recording):
+        return cast("Numbers", one.record_column_dot(other, row_elements))
+    import numpy
+
+    products = _array(room)
+    sums: Numbers = numpy.zeros(row_elements)
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        numpy.multiply(_array(one), _array(other), out=products)
+        for first, matrix in _whole_rows(products, row_elements, start):
+            part = sums[first : first + matrix.shape[1]]
+            for row in matrix:
+                part += row
+    return sums
+
+
+def _whole_rows(values: Any, row_elements: int, start: int) -> list[tuple[int, Any]]:
+    """A block as matrices: the end of a row, whole rows, the beginning of one; each with the column
+    that it begins at."""
+    column = start % row_elements
+    head = min(len(values), (row_elements - column) % row_elements)
+    rows = (len(values) - head) // row_elements
+    body = head + rows * row_elements
+    parts = [
+        (column, values[:head].reshape(1, -1)),
+        (0, values[head:body].reshape(rows, row_elements)),
+        (0, values[body:].reshape(1, -1)),
+    ]
+    return [part for part in parts if part[1].size]
+
+
+# Functions of one element, in float64. Libraries differ in the last bit of theirs, between versions
+# and processors, so these are sums and products in a fixed order, the same for all who compute.
+
+EXP_LOWEST = -708.0
+"""Below this e^x is taken as e^-708, 3e-308: the result stays normal."""
+
+LN2_HIGH, LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10
+"""ln 2 in two parts; n times the first is exact for |n| < 2^20 (fdlibm, e_exp.c)."""
+
+LOG2_E = 1.4426950408889634
+
+EXP_TERMS = tuple(1.0 / factorial(n) for n in range(13, -1, -1))
+"""Taylor's series of e^r, from the highest power down; what is left out is below 4e-18."""
+
+LOG_TERMS = tuple(2.0 / n for n in range(21, 0, -2))
+"""Of ln((1 + s)/(1 − s)) = 2s + 2/3 s³ + …; |s| ≤ 0.172 leaves out less than 1e-19."""
+
+SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
+
+
+def exponential(vector: Vector, room: Vector, more_room: Vector) -> None:
+    """e^x of every element, within 2 ulps; for x ≤ 709. The vector is float64.
+
+    room, more_room: of the same shape; overwritten.
+    """
+    if isinstance(vector, Recording):
+        vector.record_exp()
+        return
+    import numpy
+
+    for x, power, result in _slices(vector, room, more_room):
+        with numpy.errstate(invalid="ignore"):
+            numpy.copyto(x, EXP_LOWEST, where=x < EXP_LOWEST)
+            numpy.multiply(x, LOG2_E, out=power)
+            numpy.rint(power, out=power)
+            numpy.subtract(x, power * LN2_HIGH, out=x)
+            numpy.subtract(x, power * LN2_LOW, out=x)
+            _polynomial(EXP_TERMS, x, result)
+            exponents = numpy.where(numpy.isfinite(power), power, 0).astype(numpy.int64)
+            scales = ((exponents + 1023) << 52).view(numpy.float64)
+            numpy.multiply(result, scales, out=x)
+
+
+def logarithm(vector: Vector, room: Vector, more_room: Vector) -> None:
+    """ln x of every element, within 3 ulps; for normal x > 0. The vector is float64.
+
+    room, more_room: of the same shape; overwritten.
+    """
+    if isinstance(vector, Recording):
+        vector.record_log()
+        return
+    import numpy
+
+    for x, square, result in _slices(vector, room, more_room):
+        # x = m 2^e with √½ ≤ m < √2
+        exponents = (x.view(numpy.int64) - SQRT_HALF_BITS) >> 52
+        m = (x.view(numpy.int64) - (exponents << 52)).view(numpy.float64)
+        e = exponents.astype(numpy.float64)
+        with numpy.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            s = (m - 1.0) / (m + 1.0)
+            numpy.multiply(s, s, out=square)
+            _polynomial(LOG_TERMS, square, result)
+            numpy.multiply(result, s, out=result)
+            numpy.add(result, e * LN2_LOW, out=result)
+            numpy.add(result, e * LN2_HIGH, out=result)
+            numpy.copyto(x, result, where=numpy.isfinite(x))
+
+
+def _polynomial(terms: Sequence[float], x: Any, out: Any) -> None:
+    """Horner's scheme, from the highest power down."""
+    import numpy
+
+    out[:] = terms[0]
+    for term in terms[1:]:
+        numpy.multiply(out, x, out=out)
+        numpy.add(out, term, out=out)
+
+
+def _slices(*vectors: Any) -> Iterator[Any]:
+    arrays = [_array(vector) for vector in vectors]
+    for first in range(0, len(arrays[0]), SLICE_ELEMENTS):
+        yield [array[first : first + SLICE_ELEMENTS] for array in arrays]
+
+
+def _numpy() -> Any:
+    import numpy
+
+    return numpy
+
+
+def _array(vector: Any) -> Any:
+    """The memory of a torch tensor as an array."""
+    return vector.numpy()
+
+
+def _masks(room: Any, count: int) -> tuple[Any, Any]:
+    """Room for two booleans per element, in a vector of 4 or 8 bytes per element."""
+    import numpy
+
+    masks = room.numpy().view(numpy.bool_)
+    return masks[:count], masks[count : 2 * count]

@@ -20,8 +20,9 @@ from lazymerge.engine import run as run_module
 from lazymerge.engine.execution import Kernels
 from lazymerge.engine.plan import Plan, Resources
 from lazymerge.engine.scheduler import Scheduler
-from lazymerge.engine.stages import statistics_bytes
+from lazymerge.engine.stages import joined_statistics_bytes, statistics_bytes
 from lazymerge.engine.worker import Worker
+from lazymerge.graph import vector
 from lazymerge.graph.operations import selection
 from lazymerge.methods import METHODS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,8 @@ from merging import plan_of
 from method_recipes import model_counts, recipe_for
 
 BLOCK = 8192
+ROW = 500
+"""Elements of a row: no whole number of them makes a block."""
 SCALAR_BYTES = 64
 
 methods = pytest.mark.parametrize("method", METHODS)
@@ -48,6 +51,17 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     # to the candidates as they are in earnest, and a sample must fit a block
     monkeypatch.setattr(selection, "SAMPLE_RUNS", 8)
     monkeypatch.setattr(selection, "NARROWING_SAMPLE", 2048)
+    monkeypatch.setattr(vector, "SLICE_ELEMENTS", 128)
+    monkeypatch.setattr(vector, "SLICE_ROWS", 8)
+
+
+@pytest.fixture(autouse=True)
+def small_numpy_buffers() -> Iterator[None]:
+    """numpy takes a buffer of 64 KiB where a row meets a matrix, however long the block is: here
+    it would be larger than a block."""
+    before = np.setbufsize(16)
+    yield
+    np.setbufsize(before)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +90,7 @@ def plan_for(folder: Path, method: str, kernels: Kernels, count: int, dtype: str
     wide = torch.float64 if dtype == "F64" else torch.float32
     models = {
         f"m{number}": {
-            "w": torch.randn(count * BLOCK - 5, generator=generator).to(
+            "w": torch.randn(count * BLOCK // ROW, ROW, generator=generator).to(
                 torch.float16 if number == 1 else wide
             )
         }
@@ -193,7 +207,13 @@ def test_memory_grows_by_partial_results_alone(
     for number, count in enumerate((3, 8, 40)):
         plan = plan_for(tmp_path / str(number), method, kernels, count)
         peaks.append(peak_of_work(plan, tmp_path / str(number) / "out", monkeypatch))
-        declared.append(sum(statistics_bytes(plan.graph, task) for task in plan.tasks))
+        joined = [
+            joined_statistics_bytes(plan.graph, stage)
+            for task in plan.tasks
+            for stage in task.stages
+        ]
+        statistics = sum(statistics_bytes(plan.graph, task) for task in plan.tasks)
+        declared.append(statistics + max(joined))
     _, few, many = peaks
     # 8 blocks are searched without a sample, all values kept; statistics are bounded, not equal
     assert many <= max(few, declared[2]) + 32 * PER_BLOCK
@@ -229,5 +249,6 @@ def test_a_block_is_written_without_allocating(
     plan = plan_for(tmp_path, method, kernels, 40)
     run_module.run_plan(plan, tmp_path / "out", fsync=False)
     assert len(peaks) >= 3
-    assert np.median(peaks) < BLOCK  # bytes; views and their headers. A block has 32,768
-    assert sorted(peaks)[-2] < 2 * BLOCK  # the first may import, record, or open a file
+    row = 40 * ROW if method.startswith("della") else 0  # numpy sorts one in memory of its own
+    assert np.median(peaks) < BLOCK + row  # bytes; views and their headers. A block has 32,768
+    assert sorted(peaks)[-2] < 2 * BLOCK + row  # the first may import, record, or open a file

@@ -1,7 +1,8 @@
 """The scheduler's invariants, on random graphs of fake reductions and 1 to 5 workers.
 
 The fake reductions make any sequence of passes (all blocks, one block, a sample), and check for
-themselves that they are given what they must be given, in block order.
+themselves that they are given what they must be given, in block order. Some want blocks of whole
+rows, some want their partial results joined.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import random as random_module
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lazymerge.checkpoint.tensor import TensorInfo
 from lazymerge.engine import blocks
 from lazymerge.engine import run as run_module
 from lazymerge.engine import scheduler as scheduler_module
+from lazymerge.engine.pairs import Pairs
 from lazymerge.engine.plan import Resources
 from lazymerge.engine.scheduler import Job, Scheduler
 from lazymerge.engine.stages import tensor_tasks
@@ -36,6 +39,7 @@ from lazymerge.graph.operation import (
     Pass,
     ReduceOperation,
     Sample,
+    reduce_operation,
     register,
 )
 
@@ -53,7 +57,8 @@ class Failure(Exception):
 
 @register
 class FakePasses(ReduceOperation[Any, str]):
-    """passes: what to look at, one pass after another; label: its name and result."""
+    """passes: what to look at, one pass after another; label: its name and result; block: length
+    of its blocks."""
 
     name = "test_fake_passes"
 
@@ -106,16 +111,54 @@ class FakePasses(ReduceOperation[Any, str]):
     ) -> Pass | Done[str]:
         label, number, block_count = state
         assert label == parameters["label"]
-        starts = list(range(0, element_count, BLOCK))
+        starts = list(range(0, element_count, parameters["block"]))
+        assert block_count == len(starts)
         expected = {
             "all": starts,
             "sample": [0],
             "one": starts[-1:],
         }[parameters["passes"][number]]
-        assert partials == [(label, number, start) for start in expected]
+        found = self.found(partials)
+        assert found == [(label, number, start) for start in expected]
         if parameters["fails"]:
             raise Failure(label)
         return self._pass(parameters, number + 1, block_count)
+
+    def found(self, partials: Sequence[Any]) -> list[Any]:
+        """What the blocks gave, in block order."""
+        return list(partials)
+
+
+@register
+class FakePassesByRows(FakePasses):
+    """Of blocks of whole rows."""
+
+    name = "test_fake_passes_by_rows"
+    is_by_rows = True
+
+
+@register
+class FakeJoinedPasses(FakePasses):
+    """Partial results are lists, which are joined to one."""
+
+    name = "test_fake_joined_passes"
+    is_joined = True
+
+    def joined(self, left: Any, right: Any) -> Any:
+        assert left[-1] < right[0]  # neighbours, the first one first
+        return [*left, *right]
+
+    def found(self, partials: Sequence[Any]) -> list[Any]:
+        (only,) = partials
+        return list(only)
+
+
+@register
+class FakeJoinedPassesByRows(FakeJoinedPasses):
+    """Of blocks of whole rows."""
+
+    name = "test_fake_joined_passes_by_rows"
+    is_by_rows = True
 
 
 @register
@@ -132,42 +175,86 @@ class FakeApply(ApplyOperation):
         return tuple(statistics)
 
 
-def tensor_graph(graph: Graph, name: str, elements: int, reductions: list[Any]) -> None:
-    """One output tensor: reductions that each need some of those before, then a Write.
+@register
+class FakeApplyByRows(FakeApply):
+    """Writes blocks of whole rows."""
 
-    reductions: (passes, which of those before it needs, whether it fails) of each.
-    """
-    read = graph.add(Read("/m", TensorInfo(name, "F32", (elements,), "f", 0, 4 * elements)))
+    name = "test_fake_apply_by_rows"
+    is_by_rows = True
+
+
+@dataclass(frozen=True)
+class FakeReduction:
+    """passes: what it looks at. needs: which of the tensor's reductions before it, by number."""
+
+    passes: Sequence[str]
+    needs: Set[int] = frozenset()
+    fails: bool = False
+    is_joined: bool = False
+    is_by_rows: bool = False
+
+    @property
+    def operation(self) -> str:
+        joined = "joined_" if self.is_joined else ""
+        return f"test_fake_{joined}passes" + ("_by_rows" if self.is_by_rows else "")
+
+
+@dataclass(frozen=True)
+class FakeTensor:
+    """An output tensor, and whether its blocks are written by whole rows."""
+
+    rows: int
+    row: int = 1
+    reductions: Sequence[FakeReduction] = field(default=())
+    is_by_rows: bool = False
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.row
+
+    def block(self, is_by_rows: bool) -> int:
+        """Length of its blocks: as many whole rows as fit, or one."""
+        return max(1, BLOCK // self.row) * self.row if is_by_rows else BLOCK
+
+    def starts(self, is_by_rows: bool) -> list[int]:
+        return list(range(0, self.elements, self.block(is_by_rows)))
+
+
+def tensor_graph(graph: Graph, name: str, tensor: FakeTensor) -> None:
+    """One output tensor: reductions that each need some of those before, then a Write."""
+    shape, size = (tensor.rows, tensor.row), 4 * tensor.elements
+    read = graph.add(Read("/m", TensorInfo(name, "F32", shape, "f", 0, size)))
     made: list[tuple[str, str]] = []
-    for number, (passes, needs, fails) in enumerate(reductions):
+    for number, reduction in enumerate(tensor.reductions):
         label = f"{name}.{number}"
-        needed = [made[i] for i in sorted(needs) if i < len(made)]
+        needed = [made[i] for i in sorted(reduction.needs) if i < len(made)]
         node = Reduce(
-            "test_fake_passes",
+            reduction.operation,
             as_parameters(
                 {
                     "label": label,
-                    "passes": tuple(passes),
+                    "passes": tuple(reduction.passes),
                     "needs": tuple(label for label, _ in needed),
-                    "fails": fails,
+                    "fails": reduction.fails,
+                    "block": tensor.block(reduction.is_by_rows),
                 }
             ),
             (read,),
             tuple(node_id for _, node_id in needed),
-            (elements,),
+            shape,
             "F32",
         )
         made.append((label, graph.add(node)))
     labels = tuple(label for label, _ in made)
     apply = Apply(
-        "test_fake_apply",
+        "test_fake_apply_by_rows" if tensor.is_by_rows else "test_fake_apply",
         as_parameters({"needs": labels}),
         (read,),
         tuple(node_id for _, node_id in made),
-        (elements,),
+        shape,
         "F32",
     )
-    graph.add(Write(name, "F32", (elements,), graph.add(apply)))
+    graph.add(Write(name, "F32", shape, graph.add(apply)))
 
 
 class Crew:
@@ -203,9 +290,23 @@ class Crew:
                         raise Failure("a worker")
                     dawdle = self._random.random() * 2e-4 if self._random.random() < 0.3 else 0
                 time.sleep(dawdle)
-                self.scheduler.give(job, [self._partial(job, pieces) for pieces in job.pieces])
+                self.scheduler.give(job, self._partials(job))
         except BaseException as error:
             self.scheduler.stop(error)
+
+    def _partials(self, job: Job) -> list[Any]:
+        """One for every block, or all of them joined to one."""
+        stage = job.task.stages[job.stage]
+        partials = [self._partial(job, pieces) for pieces in job.pieces]
+        if not (isinstance(stage, Reduce) and reduce_operation(stage.operation).is_joined):
+            return partials
+        pairs = Pairs(reduce_operation(stage.operation).joined, len(partials))
+        places = list(enumerate(partials))
+        with self._lock:
+            self._random.shuffle(places)
+        for place, partial in places:
+            pairs.add(place, [partial])
+        return [pairs.result]
 
     def _partial(self, job: Job, pieces: Any) -> Any:
         stage = job.task.stages[job.stage]
@@ -240,25 +341,37 @@ def small_blocks() -> Any:
 
 
 kinds = st.sampled_from(["all", "sample", "one"])
-reduction = st.tuples(
-    st.lists(kinds, max_size=3), st.sets(st.integers(0, 2), max_size=2), st.just(False)
+reductions = st.builds(
+    FakeReduction,
+    passes=st.lists(kinds, max_size=3),
+    needs=st.sets(st.integers(0, 2), max_size=2),
+    is_joined=st.booleans(),
+    is_by_rows=st.booleans(),
 )
 tensors = st.lists(
-    st.tuples(st.integers(0, 60), st.lists(reduction, max_size=3)), min_size=1, max_size=6
+    st.builds(
+        FakeTensor,
+        rows=st.integers(0, 60),
+        row=st.sampled_from([1, 1, 2, 3, 4, 5, 9]),
+        reductions=st.lists(reductions, max_size=3),
+        is_by_rows=st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
 )
 
 
-def graph_of(tensors: list[Any]) -> Graph:
+def graph_of(tensors: Sequence[FakeTensor]) -> Graph:
     graph = Graph()
-    for number, (elements, reductions) in enumerate(tensors):
-        tensor_graph(graph, f"t{number}", elements, reductions)
+    for number, tensor in enumerate(tensors):
+        tensor_graph(graph, f"t{number}", tensor)
     return graph
 
 
 @settings(max_examples=300)
 @given(tensors, st.integers(1, 5), st.none() | st.integers(1, 5), st.integers(0, 2**32))
 def test_every_block_of_every_pass_once_and_in_order(
-    tensors: list[Any], workers: int, most_open: int | None, seed: int
+    tensors: list[FakeTensor], workers: int, most_open: int | None, seed: int
 ) -> None:
     crew = Crew(graph_of(tensors), seed, most_open=most_open)
     crew.run(workers)
@@ -266,8 +379,7 @@ def test_every_block_of_every_pass_once_and_in_order(
     assert crew.most_open <= (most_open or len(tensors))
     # every output finished once, its blocks in order
     assert sorted(crew.finished) == sorted(
-        (f"t{number}", list(range(0, elements, BLOCK)))
-        for number, (elements, _) in enumerate(tensors)
+        (f"t{number}", tensor.starts(tensor.is_by_rows)) for number, tensor in enumerate(tensors)
     )
     # every block of every pass handed out once, in spans of consecutive blocks
     handed = Counter(
@@ -277,20 +389,23 @@ def test_every_block_of_every_pass_once_and_in_order(
     )
     assert set(handed.values()) <= {1}
     expected = 0
-    for elements, reductions in tensors:
-        count = -(-elements // BLOCK)
-        sizes = {"all": count, "sample": 1, "one": 1}
-        expected += count
-        if count:
-            expected += sum(sizes[kind] for passes, _, _ in reductions for kind in passes)
+    for tensor in tensors:
+        expected += len(tensor.starts(tensor.is_by_rows))
+        for reduction in tensor.reductions if tensor.elements else ():
+            sizes = {"all": len(tensor.starts(reduction.is_by_rows)), "sample": 1, "one": 1}
+            expected += sum(sizes[kind] for kind in reduction.passes)
     assert handed.total() == expected
     for job in crew.jobs:
         assert 1 <= len(job.pieces) <= SPAN
-        stage = job.task.stages[job.stage]
+        tensor, stage = tensors[job.task_index], job.task.stages[job.stage]
+        is_by_rows = tensor.is_by_rows
+        if isinstance(stage, Reduce):
+            is_by_rows = reduce_operation(stage.operation).is_by_rows
+        block = tensor.block(is_by_rows)
         for place, pieces in enumerate(job.pieces):
             if len(pieces) == 1 and len(job.pieces) > 1:
-                start = (job.first + place) * BLOCK
-                assert pieces[0] == (start, min(start + BLOCK, stage.element_count))
+                start = (job.first + place) * block
+                assert pieces[0] == (start, min(start + block, stage.element_count))
     # tensors are begun in order
     begun = list(dict.fromkeys(job.task_index for job in crew.jobs))
     if workers == 1:
@@ -300,7 +415,7 @@ def test_every_block_of_every_pass_once_and_in_order(
 @settings(max_examples=100)
 @given(tensors, st.integers(1, 5), st.integers(1, 12), st.integers(0, 2**32))
 def test_an_error_of_a_worker_ends_all(
-    tensors: list[Any], workers: int, fails_at: int, seed: int
+    tensors: list[FakeTensor], workers: int, fails_at: int, seed: int
 ) -> None:
     crew = Crew(graph_of(tensors), seed, fails_at)
     crew.run(workers)
@@ -313,11 +428,11 @@ def test_an_error_of_a_worker_ends_all(
 
 
 @settings(max_examples=50)
-@given(tensors, st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**32))
+@given(tensors, st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**32), st.booleans())
 def test_an_error_of_an_operation_ends_all(
-    tensors: list[Any], place: int, workers: int, seed: int
+    tensors: list[FakeTensor], place: int, workers: int, seed: int, joins: bool
 ) -> None:
-    failing = (20, [(["all"], set(), True)])
+    failing = FakeTensor(20, reductions=[FakeReduction(["all"], fails=True, is_joined=joins)])
     place = min(place, len(tensors))
     crew = Crew(graph_of([*tensors[:place], failing, *tensors[place:]]), seed)
     crew.run(workers)
@@ -336,7 +451,7 @@ def test_the_first_error_is_kept() -> None:
 
 
 def test_a_stop_wakes_waiting_workers() -> None:
-    graph = graph_of([(4, [(["all"], set(), False)])])
+    graph = graph_of([FakeTensor(4, reductions=[FakeReduction(["all"])])])
     scheduler = Scheduler(graph, tensor_tasks(graph), lambda write, partials: None)
     job = scheduler.take()
     assert job is not None
@@ -352,7 +467,7 @@ def test_a_stop_wakes_waiting_workers() -> None:
 
 
 def test_an_earlier_tensor_goes_first() -> None:
-    graph = graph_of([(8, [(["all"], set(), False)]), (40, [])])
+    graph = graph_of([FakeTensor(8, reductions=[FakeReduction(["all"])]), FakeTensor(40)])
     scheduler = Scheduler(graph, tensor_tasks(graph), lambda write, partials: None)
     first, second = scheduler.take(), scheduler.take()
     assert first is not None
@@ -364,11 +479,46 @@ def test_an_earlier_tensor_goes_first() -> None:
     assert (third.task_index, third.stage) == (0, 1)  # now there is
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_results_that_are_joined_wait_for_few(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory plan counts a few of them for every worker, and not one for every block."""
+    most = 0
+    real = Pairs.add
+
+    def spy(self: Pairs[Any], place: int, value: Any) -> None:
+        nonlocal most
+        real(self, place, value)
+        most = max(most, len(self._waiting))
+
+    monkeypatch.setattr(Pairs, "add", spy)
+    blocks = 40 * SPAN
+    joined = FakeReduction(["all", "all"], is_joined=True)
+    crew = Crew(graph_of([FakeTensor(blocks * BLOCK, reductions=[joined])]), workers)
+    crew.run(workers)
+    assert crew.scheduler.error is None
+    levels = (40 - 1).bit_length()
+    assert 1 <= most <= workers * levels
+    assert all(job.first % SPAN == 0 for job in crew.jobs)
+
+
+def test_rows_that_are_longer_than_a_block_are_blocks() -> None:
+    by_rows = FakeReduction(["all", "one"], is_by_rows=True)
+    crew = Crew(graph_of([FakeTensor(5, 9, [by_rows], is_by_rows=True)]), 1)
+    crew.run(1)
+    assert crew.scheduler.error is None
+    rows = [(9 * row, 9 * row + 9) for row in range(5)]
+    found = [[piece for (piece,) in job.pieces] for job in crew.jobs]
+    assert found == [rows[:SPAN], rows[SPAN:], rows[-1:], rows[:SPAN], rows[SPAN:]]
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_no_more_tensors_are_open_than_there_are_workers(workers: int) -> None:
     """The memory plan counts the statistics of so many tensors and of no more."""
     sizes = (20, 4, 4, 40, 4, 8, 30, 4) * 3
-    graph = graph_of([(size, [(["all", "all"], set(), False)]) for size in sizes])
+    twice = FakeReduction(["all", "all"])
+    graph = graph_of([FakeTensor(size, reductions=[twice]) for size in sizes])
     crew = Crew(graph, workers, most_open=workers)
     crew.run(workers)
     assert crew.scheduler.error is None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lazymerge.engine.pairs import Pairs
 from lazymerge.graph.operation import Done, Parameters, Pass, ReduceOperation
 
 
@@ -69,8 +70,12 @@ def drive(
                 source.block = parts[0] if len(parts) == 1 else torch.cat(parts)
             size = len(inputs[0].block)
             scratch = list(torch.full((scratch_count, size), float("nan"), dtype=dtype))
-            partials.append(
-                operation.run(inputs, parameters, step.state, scratch, start=block[0][0])
-            )
+            partial = operation.run(inputs, parameters, step.state, scratch, start=block[0][0])
+            partials.append(operation.summary(partial, parameters))
+        if operation.is_joined:
+            pairs = Pairs(operation.joined, len(partials))
+            for place, partial in enumerate(partials):
+                pairs.add(place, partial)
+            partials = [pairs.result]
         step = operation.finish(parameters, elements, step.state, partials)
     return Reduced(step.result, tuple(passes))

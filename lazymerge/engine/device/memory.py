@@ -22,7 +22,15 @@ from ..blocks import elements_per_block
 from ..execution import Execution
 from ..memory import MIB, MemoryPlan, VramPlan, available_memory_bytes
 from ..scheduler import SPAN_BLOCKS
-from ..stages import DeviceLayout, TensorTask, stage_layout, statistics_bytes
+from ..stages import (
+    DeviceLayout,
+    TensorTask,
+    joined_statistics_bytes,
+    row_elements,
+    stage_layout,
+    statistics_bytes,
+    temporary_bytes,
+)
 from .frame import Lane
 from .interface import Device
 
@@ -82,7 +90,7 @@ def plan_device_memory(
     """
     host_bytes, hungriest = 0, ""
     device_bytes, device_hungriest = 0, ""
-    span_bytes, span_elements = 0, SPAN_BLOCKS * elements_per_block(execution.device)
+    span_bytes = joined_bytes = 0
     statistics = [0]
     for task in tasks:
         statistics.append(statistics_bytes(graph, task, execution.device))
@@ -94,8 +102,12 @@ def plan_device_memory(
                 host_bytes, hungriest = layout.size_bytes, task.write.name
             if isinstance(layout, DeviceLayout) and layout.device_bytes > device_bytes:
                 device_bytes, device_hungriest = layout.device_bytes, task.write.name
+            joined = joined_statistics_bytes(graph, stage, execution.device)
+            joined += temporary_bytes(graph, stage, execution.device)
+            joined_bytes = max(joined_bytes, joined)
             if execution.read_mode == "mmap":
-                elements = min(stage.element_count, span_elements)
+                block = elements_per_block(execution.device, row_elements(graph, stage))
+                elements = min(stage.element_count, SPAN_BLOCKS * block)
                 widths = [DTYPES[read.dtype].item_bytes for read in graph.reads_of(stage.id)]
                 span_bytes = max(span_bytes, elements * sum(widths))
     statistics.sort(reverse=True)
@@ -115,7 +127,7 @@ def plan_device_memory(
             libraries="torch",
             workers=count,
             arena_bytes=host_bytes,
-            statistics_bytes=sum(statistics[:count]),
+            statistics_bytes=sum(statistics[:count]) + count * joined_bytes,
             mapped_bytes=count * span_bytes,
             hungriest=hungriest,
             smallest_limit_bytes=0,

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...graph.random_bits import MULTIPLIERS, ROOM_WORDS, ROUNDS, UNIT, WEYL, WORD
 from ...graph.vector import Counts, sum_in_lanes
 from .interface import Queue
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 FOLDED_ELEMENTS = 1 << 12
 """Sums that the host adds up: 32 KiB to bring over, ten additions less to start."""
+
+LEAST_COUNTERS = 64
+"""Of a random draw, done at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,10 @@ class DeviceVector:
         self.tensor.clamp_min_(bound)
         return self
 
+    def clamp_max_(self, bound: float) -> DeviceVector:
+        self.tensor.clamp_max_(bound)
+        return self
+
     def ge_(self, bound: float) -> DeviceVector:
         self.tensor.ge_(bound)
         return self
@@ -199,6 +207,45 @@ class DeviceVector:
         hardshrink(kept_if_equal, below, out=kept_if_equal)  # zeroes |x| ≤ below in one sweep
         hardshrink(dropped_if_equal, value, out=dropped_if_equal)
 
+    def zero_largest(
+        self, value: float, below: float, stop_index: int, start: int, room: DeviceVector
+    ) -> None:
+        import torch
+
+        split = min(max(stop_index - start, 0), len(self.tensor))
+        mask = room.mask()
+        for part, place, limit in (
+            (self.tensor[:split], mask[:split], below),
+            (self.tensor[split:], mask[split:], value),
+        ):
+            for beyond, bound in ((torch.gt, limit), (torch.lt, -limit)):
+                beyond(part, bound, out=place)
+                part.masked_fill_(place, 0)
+
+    def zero_up_to(self, other: DeviceVector, limit: float, room: DeviceVector) -> None:
+        import torch
+
+        torch.le(other.tensor, limit, out=room.mask())
+        self.tensor.masked_fill_(room.mask(), 0)
+
+    def zero_from(
+        self, other: DeviceVector, bound: DeviceVector | float, room: DeviceVector
+    ) -> None:
+        import torch
+
+        limit = bound.tensor if isinstance(bound, DeviceVector) else bound
+        torch.ge(other.tensor, limit, out=room.mask())
+        self.tensor.masked_fill_(room.mask(), 0)
+
+    def draw(self, key: int, start: int, room: DeviceVector) -> None:
+        fill_uniform_on_device(self.tensor, key, start, room.tensor)
+
+    def mask(self) -> Tensor:
+        """The vector's memory as room for a boolean per element."""
+        import torch
+
+        return self.tensor.view(torch.bool)[: len(self.tensor)]
+
     def reduce_counts(self, low: float, high: float, quota: int, room: DeviceVector) -> Counts:
         import torch
 
@@ -228,3 +275,55 @@ class DeviceVector:
 
     def to_host(self) -> Numbers:
         return self.workspace.download(self.tensor)
+
+
+def fill_uniform_on_device(out: Tensor, key: int, start: int, room: Tensor) -> None:
+    """As fill_uniform of graph/random_bits.py, the same bits, by 64-bit integers of torch.
+
+    out, room: shape (n,), float32 or float64, on one device; room is overwritten.
+    """
+    import torch
+
+    per_word = 8 // room.element_size()
+    words = room[: len(room) // per_word * per_word].view(torch.int64)
+    most = len(words) // (ROOM_WORDS + 1)
+    if most < LEAST_COUNTERS:  # a few elements: no room, and little is needed
+        most = LEAST_COUNTERS
+        words = torch.empty((ROOM_WORDS + 1) * most, dtype=torch.int64, device=out.device)
+    first, stop = start // 4, -(-(start + len(out)) // 4)
+    for begin in range(first, stop, most):
+        count = min(most, stop - begin)
+        rows = [words[row * count : (row + 1) * count] for row in range(ROOM_WORDS + 1)]
+        torch.arange(begin, begin + count, out=rows[ROOM_WORDS])
+        for lane, numbers in enumerate(_philox(key, rows)):
+            element = 4 * begin + lane - start
+            skipped = 0 if element >= 0 else 1
+            target = out[element + 4 * skipped :: 4][: count - skipped]
+            numbers.bitwise_right_shift_(8)
+            target.copy_(numbers[skipped : skipped + len(target)])
+    out.mul_(UNIT)
+
+
+def _philox(key: int, rows: list[Tensor]) -> list[Tensor]:
+    """Four words of each counter. rows: ROOM_WORDS to work in, then the counters."""
+    import torch
+
+    first, second, third, fourth, one, other, high = rows[:7]
+    torch.bitwise_and(rows[ROOM_WORDS], WORD, out=first)
+    torch.bitwise_right_shift(rows[ROOM_WORDS], 32, out=second)
+    third.zero_()
+    fourth.zero_()
+    keys = [key & WORD, (key >> 32) & WORD]
+    for _ in range(ROUNDS):
+        torch.mul(first, MULTIPLIERS[0], out=one)  # wraps; the bits are those of unsigned numbers
+        torch.mul(third, MULTIPLIERS[1], out=other)
+        torch.bitwise_right_shift(other, 32, out=high)
+        high.bitwise_and_(WORD).bitwise_xor_(second).bitwise_xor_(keys[0])
+        first.copy_(high)
+        torch.bitwise_and(other, WORD, out=second)
+        torch.bitwise_right_shift(one, 32, out=high)
+        high.bitwise_and_(WORD).bitwise_xor_(fourth).bitwise_xor_(keys[1])
+        third.copy_(high)
+        torch.bitwise_and(one, WORD, out=fourth)
+        keys = [(word + step) & WORD for word, step in zip(keys, WEYL, strict=True)]
+    return [first, second, third, fourth]

@@ -13,13 +13,12 @@ from ...graph.node import Apply, Read, Reduce, Write
 from ...graph.operation import apply_operation, reduce_operation
 from ...graph.vector import Counts, spread, sum_of_lanes
 from ..arena import Arena
-from ..blocks import elements_per_block
 from ..execution import ReadMode
 from ..inputs import InputFiles, MappedInput, Pieces, PreadInput, open_input
 from ..recent import Recent
-from ..stages import NativeLayout
+from ..stages import NativeLayout, Slot
 from .library import COUNTERS, LANES, Kernel, StreamedInput, encode_program
-from .program import Outcome, Program, decoding, record_apply, record_reduce
+from .program import Outcome, Program, decoding, operands, record_apply, record_reduce
 
 if TYPE_CHECKING:
     import numpy
@@ -47,7 +46,9 @@ class NativeFrame:
         self._arena = arena
         reads = [node for node in map(graph.block_node, layout.inputs) if isinstance(node, Read)]
         assert len(reads) == len(layout.inputs)
-        self._block_elements = elements_per_block("cpu")
+        self._graph = graph
+        self._prepared = prepared
+        self._block_elements = layout.block_elements
         self._inputs: list[PreadInput | MappedInput] = []
         self._streamed: list[StreamedInput] = []
         for number, read in enumerate(reads):
@@ -72,9 +73,9 @@ class NativeFrame:
         if not isinstance(source, Apply):
             return decoding()
         operation = apply_operation(source.operation)
-        numbers = [self._layout.inputs.index(node) for node in source.inputs]
-        scratch = self._layout.register_count - 1
-        return record_apply(operation, numbers, scratch, prepared[source.id])
+        cost = operation.cost(len(source.inputs), dict(source.parameters))
+        inputs = operands(graph, source.inputs, self._layout.inputs, prepared)
+        return record_apply(operation, inputs, cost.scratch, prepared[source.id])
 
     def _bind(self, token: object, record: Callable[[], Program]) -> Kernel:
         """A kernel for a program. token: what the program was recorded for."""
@@ -89,6 +90,8 @@ class NativeFrame:
             working_dtype=layout.registers.dtype,
             registers=self._arena.address(layout.registers),
             stores=[self._arena.address(slot) for slot in layout.stores],
+            lists=[self._arena.address(slot) for slot in layout.lists],
+            spare=self._arena.address(layout.spare) if layout.spare else 0,
             output=self._arena.address(output) if output else 0,
             output_dtype=output.dtype if output else None,
             rounds_once=layout.rounds_once,
@@ -133,8 +136,16 @@ class NativeFrame:
         kernel.reset()
         self._stream(kernel, blocks[0][0][0], blocks[-1][-1][1])
         return [
-            self._look_up(kernel, kernel.program.outcome, block) for block in range(len(blocks))
+            self._summary(kernel, block, stop - start)
+            for block, ((start, stop),) in enumerate(blocks)
         ]
+
+    def _summary(self, kernel: Kernel, block: int, elements: int) -> Any:
+        """What is kept of a block's partial result."""
+        assert isinstance(self._stage, Reduce)
+        operation = reduce_operation(self._stage.operation)
+        partial = self._look_up(kernel, kernel.program.outcome, block, elements)
+        return operation.summary(partial, dict(self._stage.parameters))
 
     def _reduce_sample(self, pieces: Pieces, state: Any) -> Any:
         kernel = self._kernel_for(state)
@@ -145,7 +156,7 @@ class NativeFrame:
             kernel.inputs[number] = self._arena.address(self._layout.raw[number])
         elements = sum(stop - start for start, stop in pieces)
         kernel.run(pieces[0][0], elements)
-        return self._look_up(kernel, kernel.program.outcome, 0, elements)
+        return self._summary(kernel, 0, elements)
 
     def _kernel_for(self, state: Any) -> Kernel:
         if self._kernel is None or state is not self._state:
@@ -156,19 +167,15 @@ class NativeFrame:
     def _reduce_program(self, state: Any) -> Program:
         stage = self._stage
         assert isinstance(stage, Reduce)
-        numbers = [self._layout.inputs.index(node) for node in stage.inputs]
-        return record_reduce(
-            reduce_operation(stage.operation),
-            numbers,
-            self._layout.register_count,
-            dict(stage.parameters),
-            state,
-        )
+        operation, parameters = reduce_operation(stage.operation), dict(stage.parameters)
+        scratch = operation.cost(len(stage.inputs), parameters).scratch
+        inputs = operands(self._graph, stage.inputs, self._layout.inputs, self._prepared)
+        return record_reduce(operation, inputs, scratch, parameters, state)
 
     def _look_up(self, kernel: Kernel, outcome: Any, block: int, elements: int = 0) -> Any:
         """What a reduction returned, its Outcomes replaced by what the kernels left there.
 
-        block: among those run at once. elements: of a vector that was copied.
+        block: among those run at once. elements: of the block.
         """
         if isinstance(outcome, tuple | list):
             return type(outcome)(self._look_up(kernel, part, block, elements) for part in outcome)
@@ -177,6 +184,10 @@ class NativeFrame:
         if outcome.kind == "sum":
             first = (block * kernel.program.lanes + outcome.lane) * LANES
             return sum_of_lanes(kernel.lanes[first : first + LANES])
+        if outcome.kind in ("rows", "columns"):
+            rows = elements // outcome.row_elements
+            count = rows if outcome.kind == "rows" else outcome.row_elements
+            return self._array(self._layout.lists[outcome.list], count).copy()
         if outcome.kind == "copy":
             return self._stored(outcome.store, elements).copy()
         first = (block * kernel.program.counters + outcome.counter) * COUNTERS
@@ -187,9 +198,11 @@ class NativeFrame:
         return Counts(above, inside, spread(values, outcome.quota))
 
     def _stored(self, store: int, elements: int) -> NDArray[numpy.floating[Any]]:
+        return self._array(self._layout.stores[store], elements)
+
+    def _array(self, slot: Slot, elements: int) -> NDArray[numpy.floating[Any]]:
         import numpy
 
-        slot = self._layout.stores[store]
         dtype = numpy.float64 if slot.dtype == "F64" else numpy.float32
         return numpy.frombuffer(self._arena.memory, dtype, elements, slot.offset)
 

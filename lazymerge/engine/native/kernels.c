@@ -50,13 +50,35 @@ enum operation {
     LOAD_MUL,        /* dst = input k * x                           */
     MUL_ADD,         /* dst = b + a * x                             */
     LOAD_MUL_ADD,    /* dst = b + (input k) * x                     */
-    LOAD_SUB_MUL_ADD /* dst = b + (input k - a) * x                 */
+    LOAD_SUB_MUL_ADD, /* dst = b + (input k - a) * x                */
+    MIN_S,        /* dst = a > x ? x : a                            */
+    DROP,         /* dst = |a| > (index < k ? y : x) ? 0 : a        */
+    ZERO_UP_TO_S, /* dst = b <= x ? 0 : a                           */
+    ZERO_FROM_S,  /* dst = b >= x ? 0 : a                           */
+    ZERO_FROM,    /* dst = b >= c ? 0 : a                           */
+    DRAW,         /* dst = random numbers in [0, 1), key k          */
+    EXP,          /* dst = e^a                            (double)  */
+    LOG,          /* dst = ln a                           (double)  */
+    /* k is the length of a row */
+    SCALE_ROWS,   /* dst = a * table c [row of the tensor]          */
+    SCALE_COLUMNS,/* dst = a * table c [column]                     */
+    DOT_COLUMNS,  /* list dst [column] += a * b                     */
+    DOT_ROWS,     /* list dst [row of the block] = sum of a * b     */
+    SUM_ROWS,     /* list dst [row of the block] = sum of a         */
+    MAX_ROWS,     /* list dst [row of the block] = largest a        */
+    SUB_ROWS,     /* dst = a - list c [row of the block]            */
+    DIV_ROWS,     /* dst = a / list c [row of the block]            */
+    LOAD_STORED,  /* dst = memory b                                 */
+    /* whole blocks: what follows sees what all of the block has left */
+    WAIT,
+    RANK_ROWS     /* memory b: rank of each |element| in its row    */
 };
 
 struct instruction {
     int32_t operation, dst, a, b;
     double x, y;
     int64_t k;
+    int32_t c, unused;
 };
 
 struct call {
@@ -68,6 +90,9 @@ struct call {
     void *const *stores;       /* memory of STORE and COUNT, working type */
     double *lanes;             /* LANES each */
     int64_t *counters;         /* 3 each */
+    double *const *lists;      /* of rows of the block, or columns */
+    const double *const *tables; /* of rows or columns of the tensor */
+    void *spare;               /* 24 bytes for each element of a row that is ranked */
     void *output;              /* NULL: none */
     int64_t length;            /* instructions */
     int64_t start;             /* index of the block's first element in its tensor */
@@ -142,6 +167,134 @@ INLINE float to_odd_float(double value)
     uint32_t inexact = back != value;
     uint32_t grown = fabs(back) > fabs(value);
     return float_of((bits_of(nearest) - grown) | inexact);
+}
+
+/* e^x and ln x: sums and products in a fixed order, the same as in graph/vector.py, where the terms
+ * are explained. */
+INLINE double double_of(int64_t bits)
+{
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE int64_t bits_of_double(double value)
+{
+    int64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE double exponential(double x)
+{
+    x = x < -708.0 ? -708.0 : x;
+    /* adding and taking away 1.5 * 2^52 rounds to the nearest whole number, ties to even */
+    const double shifted = x * 1.4426950408889634 + 0x1.8p52;
+    const double power = shifted - 0x1.8p52;
+    const double r = (x - power * 0.6931471803691238) - power * 1.9082149292705877e-10;
+    /* 1/13! … 1/0!, written out: compilers do not see through a loop here */
+    double sum = 1.6059043836821613e-10;
+    sum = sum * r + 2.08767569878681e-09;
+    sum = sum * r + 2.505210838544172e-08;
+    sum = sum * r + 2.755731922398589e-07;
+    sum = sum * r + 2.7557319223985893e-06;
+    sum = sum * r + 2.48015873015873e-05;
+    sum = sum * r + 0.0001984126984126984;
+    sum = sum * r + 0.001388888888888889;
+    sum = sum * r + 0.008333333333333333;
+    sum = sum * r + 0.041666666666666664;
+    sum = sum * r + 0.16666666666666666;
+    sum = sum * r + 0.5;
+    sum = sum * r + 1.0;
+    sum = sum * r + 1.0;
+    /* the low bits of `shifted` are the power */
+    const int64_t scale = (int64_t)(((uint64_t)bits_of_double(shifted) + 1023) << 52);
+    return sum * (x == x && x <= 710.0 ? double_of(scale) : x);
+}
+
+INLINE double logarithm(double x)
+{
+    const uint64_t bits = (uint64_t)bits_of_double(x);
+    /* the exponent plus 1024, by unsigned arithmetic and without a conversion from 64-bit integers:
+     * there are vector instructions for neither of these in AVX2 */
+    const uint64_t raised = (bits - 0x3FE6A09E667F3BCDu + ((uint64_t)1024 << 52)) >> 52;
+    const double e = double_of((int64_t)(raised | 0x4330000000000000u)) - (0x1p52 + 1024);
+    const double m = double_of((int64_t)(bits - (raised << 52) + ((uint64_t)1024 << 52)));
+    const double s = (m - 1.0) / (m + 1.0);
+    const double square = s * s;
+    /* 2/21, 2/19 … 2 */
+    double sum = 0.09523809523809523;
+    sum = sum * square + 0.10526315789473684;
+    sum = sum * square + 0.11764705882352941;
+    sum = sum * square + 0.13333333333333333;
+    sum = sum * square + 0.15384615384615385;
+    sum = sum * square + 0.18181818181818182;
+    sum = sum * square + 0.2222222222222222;
+    sum = sum * square + 0.2857142857142857;
+    sum = sum * square + 0.4;
+    sum = sum * square + 0.6666666666666666;
+    sum = sum * square + 2.0;
+    const double result = (sum * s + e * 1.9082149292705877e-10) + e * 0.6931471803691238;
+    return x - x == 0 ? result : x;
+}
+
+/* Philox4x32-10 (Salmon et al. 2011): the words of GROUP counters, one after the other. */
+#define GROUP 16
+
+INLINE void draw_words(uint64_t key, uint64_t counter, uint32_t *words)
+{
+    uint32_t first[GROUP], second[GROUP], third[GROUP], fourth[GROUP];
+    uint32_t key_low = (uint32_t)key, key_high = (uint32_t)(key >> 32);
+    for (int j = 0; j < GROUP; j++) {
+        first[j] = (uint32_t)(counter + (uint64_t)j);
+        second[j] = (uint32_t)((counter + (uint64_t)j) >> 32);
+        third[j] = fourth[j] = 0;
+    }
+    for (int round = 0; round < 10; round++) {
+        for (int j = 0; j < GROUP; j++) {
+            const uint64_t one = 0xD2511F53u * (uint64_t)first[j];
+            const uint64_t other = 0xCD9E8D57u * (uint64_t)third[j];
+            first[j] = (uint32_t)(other >> 32) ^ second[j] ^ key_low;
+            second[j] = (uint32_t)other;
+            third[j] = (uint32_t)(one >> 32) ^ fourth[j] ^ key_high;
+            fourth[j] = (uint32_t)one;
+        }
+        key_low += 0x9E3779B9u;
+        key_high += 0xBB67AE85u;
+    }
+    for (int j = 0; j < GROUP; j++) {
+        words[4 * j] = first[j];
+        words[4 * j + 1] = second[j];
+        words[4 * j + 2] = third[j];
+        words[4 * j + 3] = fourth[j];
+    }
+}
+
+/* Ranks of the magnitudes of a row, equal ones in ascending order, nan last: a radix sort of 11 bits
+ * at a time that never moves the elements themselves, only their keys and places. */
+#define DIGIT 11
+#define BUCKETS (1 << DIGIT)
+#define FEW 48 /* rows this short are sorted by insertion */
+
+#define REAL float
+#define BITS uint32_t
+#define RANK_ROW rank_row_float
+#define DIGITS 3
+#include "ranks.h"
+#define REAL double
+#define BITS uint64_t
+#define RANK_ROW rank_row_double
+#define DIGITS 6
+#include "ranks.h"
+
+static void rank_rows(const struct call *call, const struct instruction *now)
+{
+    for (int64_t first = 0; first < call->count; first += now->k) {
+        if (call->is_wide)
+            rank_row_double((double *)call->stores[now->b] + first, now->k, call->spare);
+        else
+            rank_row_float((float *)call->stores[now->b] + first, now->k, call->spare);
+    }
 }
 
 /* Every loop is compiled for any processor, and on x86 once more for those with AVX2 and F16C
@@ -292,6 +445,33 @@ void lm_run(const struct call *call)
     run_block(call);
 }
 
+/* Whether some of the numbers has all bits of a mask set. */
+#define HAS_BITS(type)                                                                             \
+    for (int64_t first = 0; first < count; first += CHUNK) {                                       \
+        const int64_t n = count - first < CHUNK ? count - first : CHUNK;                           \
+        const type *from = (const type *)data + first;                                             \
+        type found = 0;                                                                            \
+        for (int64_t i = 0; i < n; i++)                                                            \
+            found |= (type)((from[i] & (type)mask) == (type)mask);                                 \
+        if (found)                                                                                 \
+            return 1;                                                                              \
+    }                                                                                              \
+    return 0
+
+int32_t lm_has_bits(const void *data, int64_t count, int64_t width, int64_t mask)
+{
+    switch (width) {
+    case 1:
+        HAS_BITS(uint8_t);
+    case 2:
+        HAS_BITS(uint16_t);
+    case 4:
+        HAS_BITS(uint32_t);
+    default:
+        HAS_BITS(uint64_t);
+    }
+}
+
 int32_t lm_chunk(void)
 {
     return CHUNK;
@@ -299,5 +479,5 @@ int32_t lm_chunk(void)
 
 int32_t lm_version(void)
 {
-    return 2; /* of this interface; library.py refuses another */
+    return 4; /* of this interface; library.py refuses another */
 }

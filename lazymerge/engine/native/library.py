@@ -17,7 +17,7 @@ from pathlib import Path
 from ...checkpoint.tensor import DTYPES
 from .program import Program
 
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 4
 
 KERNELS_VARIABLE = "LAZYMERGE_KERNELS"
 """Set to "torch", the native kernels are not used."""
@@ -30,6 +30,9 @@ WRITTEN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 LANES = 16
 COUNTERS = 3
 
+RANKED_BYTES = 24
+"""Room that ranking takes for each element of a row: two of key and place."""
+
 
 class _Instruction(ctypes.Structure):
     _fields_ = (
@@ -40,6 +43,8 @@ class _Instruction(ctypes.Structure):
         ("x", ctypes.c_double),
         ("y", ctypes.c_double),
         ("k", ctypes.c_int64),
+        ("c", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
     )
 
 
@@ -53,6 +58,9 @@ class _Call(ctypes.Structure):
         ("stores", ctypes.c_void_p),
         ("lanes", ctypes.c_void_p),
         ("counters", ctypes.c_void_p),
+        ("lists", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("spare", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
         ("length", ctypes.c_int64),
         ("start", ctypes.c_int64),
@@ -92,7 +100,7 @@ class EncodedProgram:
 def encode_program(program: Program) -> EncodedProgram:
     """Lays a program's instructions out in memory."""
     laid_out = (
-        _Instruction(int(i.code), i.dst, i.a, i.b, i.x, i.y, i.k) for i in program.instructions
+        _Instruction(int(i.code), i.dst, i.a, i.b, i.x, i.y, i.k, i.c) for i in program.instructions
     )
     count = max(1, len(program.instructions))
     return EncodedProgram(program, (_Instruction * count)(*laid_out))
@@ -129,6 +137,8 @@ def _library() -> ctypes.CDLL | None:
             library.lm_run.restype = None
             library.lm_stream.argtypes = [ctypes.c_void_p]
             library.lm_stream.restype = ctypes.c_int32
+            library.lm_has_bits.argtypes = [ctypes.c_void_p, *(3 * [ctypes.c_int64])]
+            library.lm_has_bits.restype = ctypes.c_int32
             return library
     return None
 
@@ -136,6 +146,19 @@ def _library() -> ctypes.CDLL | None:
 def is_available() -> bool:
     """Whether the kernels are built, and wanted."""
     return os.environ.get(KERNELS_VARIABLE) != "torch" and _library() is not None
+
+
+def has_bits(data: memoryview, width: int, mask: int) -> bool | None:
+    """Whether some number of `width` bytes among the data has all bits of a mask set; None where
+    the kernels are not there.
+
+    data: writable.
+    """
+    library = _library() if is_available() else None
+    if library is None:
+        return None
+    address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+    return bool(library.lm_has_bits(address, len(data) // width, width, mask))
 
 
 def chunk_elements() -> int:
@@ -188,19 +211,24 @@ class Kernel:
         working_dtype: str,
         registers: int,
         stores: Sequence[int],
+        lists: Sequence[int] = (),
+        spare: int = 0,
         output: int = 0,
         output_dtype: str | None = None,
         rounds_once: bool = False,
         blocks_at_once: int = 1,
     ) -> None:
-        """registers, stores, output: addresses of memory that outlives the kernel.
+        """registers, stores, lists, spare, output: addresses of memory that outlives the kernel.
 
-        Each store has room for a block of the working dtype, output for as many as are run at once.
+        Each store has room for a block of the working dtype, each list for a float64 for every row
+        of a block (or column of the tensor), spare for RANKED_BYTES for each element of a row that
+        is ranked, output for as many blocks as are run at once.
         """
         library = _library()
         assert library is not None
         program = encoded.program
         assert len(stores) >= program.stores
+        assert len(lists) >= program.lists
         self.program = program
         self._run = library.lm_run
         self._stream = library.lm_stream
@@ -215,6 +243,10 @@ class Kernel:
         self._widths = [DTYPES[i.dtype].item_bytes for i in inputs]
         self._offsets = (ctypes.c_int64 * count)()
         self._stores = (ctypes.c_void_p * max(1, len(stores)))(*stores)
+        self._lists = (ctypes.c_void_p * max(1, len(lists)))(*lists)
+        self._tables = (ctypes.c_void_p * max(1, len(program.tables)))(
+            *(table.ctypes.data for table in program.tables)
+        )
         self.lanes = (ctypes.c_double * (LANES * max(1, program.lanes) * blocks_at_once))()
         self.counters = (ctypes.c_int64 * (COUNTERS * max(1, program.counters) * blocks_at_once))()
         self._call = _Call(
@@ -226,6 +258,9 @@ class Kernel:
             stores=ctypes.addressof(self._stores),
             lanes=ctypes.addressof(self.lanes),
             counters=ctypes.addressof(self.counters),
+            lists=ctypes.addressof(self._lists),
+            tables=ctypes.addressof(self._tables),
+            spare=spare,
             output=output,
             length=len(program.instructions),
             is_wide=working_dtype == "F64",

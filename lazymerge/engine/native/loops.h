@@ -61,13 +61,74 @@
         }                                                                                          \
     } while (0)
 
+/* Sums of an expression in `i` over the rows of the block, each in lanes of its own: the element in
+ * column c of a row goes to lane c mod 16. A row may begin and end in any chunk. */
+#define SUM_OF_ROWS(expression)                                                                    \
+    do {                                                                                           \
+        double *lanes = call->lanes + (ptrdiff_t)now->c * LANES;                                   \
+        double *list = call->lists[now->dst] + first / now->k;                                     \
+        int64_t column = first % now->k;                                                           \
+        ptrdiff_t j = 0;                                                                           \
+        while (j < n) {                                                                            \
+            const int64_t left = now->k - column;                                                  \
+            const ptrdiff_t end_of_row = left < n - j ? j + (ptrdiff_t)left : n;                   \
+            const int is_whole = end_of_row - j == left;                                           \
+            double sums[LANES];                                                                    \
+            if (column)                                                                            \
+                memcpy(sums, lanes, sizeof sums);                                                  \
+            else                                                                                   \
+                memset(sums, 0, sizeof sums);                                                      \
+            for (; j < end_of_row && column % LANES; j++, column++) {                              \
+                const ptrdiff_t i = j;                                                             \
+                sums[column % LANES] += (expression);                                              \
+            }                                                                                      \
+            for (; j + LANES <= end_of_row; j += LANES, column += LANES) {                         \
+                for (int lane = 0; lane < LANES; lane++) {                                         \
+                    const ptrdiff_t i = j + lane;                                                  \
+                    sums[lane] += (expression);                                                    \
+                }                                                                                  \
+            }                                                                                      \
+            for (; j < end_of_row; j++, column++) {                                                \
+                const ptrdiff_t i = j;                                                             \
+                sums[column % LANES] += (expression);                                              \
+            }                                                                                      \
+            memcpy(lanes, sums, sizeof sums);                                                      \
+            if (is_whole) {                                                                        \
+                double sum = 0;                                                                    \
+                for (int lane = 0; lane < LANES; lane++)                                           \
+                    sum += sums[lane];                                                             \
+                *list++ = sum;                                                                     \
+                column = 0;                                                                        \
+            }                                                                                      \
+        }                                                                                          \
+    } while (0)
+
+/* An expression in `j` and `number`, that of the row of the block. */
+#define BY_ROW_OF_BLOCK(expression)                                                                \
+    do {                                                                                           \
+        const double *list = call->lists[now->c] + first / now->k;                                 \
+        int64_t column = first % now->k;                                                           \
+        for (ptrdiff_t i = 0; i < n; list++, column = 0) {                                         \
+            const int64_t left = now->k - column;                                                  \
+            const ptrdiff_t end_of_row = left < n - i ? i + (ptrdiff_t)left : n;                   \
+            const REAL number = (REAL)*list;                                                       \
+            PORTABLE_LOOP                                                                          \
+            for (ptrdiff_t j = i; j < end_of_row; j++)                                             \
+                dst[j] = (expression);                                                             \
+            i = end_of_row;                                                                        \
+        }                                                                                          \
+    } while (0)
+
 TARGET static void RUN(const struct call *call)
 {
     REAL *registers = call->registers;
+    const struct instruction *const end = call->program + call->length;
+    for (const struct instruction *begin = call->program, *stop; begin <= end; begin = stop + 1) {
+    for (stop = begin; stop < end && stop->operation < WAIT;)
+        stop++;
     for (int64_t first = 0; first < call->count; first += CHUNK) {
         const ptrdiff_t n = call->count - first < CHUNK ? call->count - first : CHUNK;
-        for (const struct instruction *now = call->program; now < call->program + call->length;
-             now++) {
+        for (const struct instruction *now = begin; now < stop; now++) {
             REAL *dst = registers + (ptrdiff_t)now->dst * CHUNK;
             const REAL *a = registers + (ptrdiff_t)now->a * CHUNK;
             const REAL *b = registers + (ptrdiff_t)now->b * CHUNK;
@@ -145,6 +206,129 @@ TARGET static void RUN(const struct call *call)
             case STORE:
                 memcpy((REAL *)call->stores[now->b] + first, a, n * sizeof *a);
                 break;
+            case MIN_S:
+                EACH(a[i] > x ? x : a[i]);
+                break;
+            case DROP: {
+                int64_t left = now->k - (call->start + first);
+                ptrdiff_t split = left < 0 ? 0 : left > n ? n : (ptrdiff_t)left;
+                PORTABLE_LOOP
+                for (ptrdiff_t i = 0; i < split; i++) {
+                    dst[i] = a[i] > y || a[i] < -y ? 0 : a[i];
+                }
+                PORTABLE_LOOP
+                for (ptrdiff_t i = split; i < n; i++) {
+                    dst[i] = a[i] > x || a[i] < -x ? 0 : a[i];
+                }
+                break;
+            }
+            case ZERO_UP_TO_S:
+                EACH(b[i] <= x ? 0 : a[i]);
+                break;
+            case ZERO_FROM_S:
+                EACH(b[i] >= x ? 0 : a[i]);
+                break;
+            case ZERO_FROM: {
+                const REAL *bound = registers + (ptrdiff_t)now->c * CHUNK;
+                EACH(b[i] >= bound[i] ? 0 : a[i]);
+                break;
+            }
+            case DRAW: {
+                const uint64_t element = (uint64_t)(call->start + first);
+                uint32_t words[4 * GROUP];
+                ptrdiff_t done = 0;
+                for (uint64_t counter = element / 4; done < n; counter += GROUP) {
+                    draw_words((uint64_t)now->k, counter, words);
+                    const ptrdiff_t skipped = (ptrdiff_t)(element + (uint64_t)done - 4 * counter);
+                    const ptrdiff_t left = n - done, made = 4 * GROUP - skipped;
+                    const ptrdiff_t count = left < made ? left : made;
+                    for (ptrdiff_t i = 0; i < count; i++)
+                        dst[done + i] = (REAL)(int32_t)(words[skipped + i] >> 8) * (REAL)0x1p-24;
+                    done += count;
+                }
+                break;
+            }
+            case EXP:
+                EACH((REAL)exponential(a[i]));
+                break;
+            case LOG:
+                EACH((REAL)logarithm(a[i]));
+                break;
+            case SCALE_ROWS: {
+                const double *table = call->tables[now->c] + (call->start + first) / now->k;
+                int64_t column = (call->start + first) % now->k;
+                for (ptrdiff_t i = 0; i < n; table++, column = 0) {
+                    const int64_t left = now->k - column;
+                    const ptrdiff_t end_of_row = left < n - i ? i + (ptrdiff_t)left : n;
+                    const REAL factor = (REAL)*table;
+                    PORTABLE_LOOP
+                    for (ptrdiff_t j = i; j < end_of_row; j++)
+                        dst[j] = a[j] * factor;
+                    i = end_of_row;
+                }
+                break;
+            }
+            case SCALE_COLUMNS: {
+                int64_t column = (call->start + first) % now->k;
+                for (ptrdiff_t i = 0; i < n; column = 0) {
+                    const double *table = call->tables[now->c] + column;
+                    const int64_t left = now->k - column;
+                    const ptrdiff_t end_of_row = left < n - i ? i + (ptrdiff_t)left : n;
+                    PORTABLE_LOOP
+                    for (ptrdiff_t j = i; j < end_of_row; j++)
+                        dst[j] = a[j] * (REAL)table[j - i];
+                    i = end_of_row;
+                }
+                break;
+            }
+            case DOT_COLUMNS: {
+                double *sums = call->lists[now->dst];
+                int64_t column = (call->start + first) % now->k;
+                if (first == 0)
+                    memset(sums, 0, (size_t)now->k * sizeof *sums);
+                for (ptrdiff_t i = 0; i < n; column = 0) {
+                    const int64_t left = now->k - column;
+                    const ptrdiff_t end_of_row = left < n - i ? i + (ptrdiff_t)left : n;
+                    PORTABLE_LOOP
+                    for (ptrdiff_t j = i; j < end_of_row; j++)
+                        sums[column + j - i] += (double)a[j] * (double)b[j];
+                    i = end_of_row;
+                }
+                break;
+            }
+            case DOT_ROWS:
+                SUM_OF_ROWS((double)a[i] * (double)b[i]);
+                break;
+            case SUM_ROWS:
+                SUM_OF_ROWS((double)a[i]);
+                break;
+            case MAX_ROWS: {
+                double *lanes = call->lanes + (ptrdiff_t)now->c * LANES;
+                double *list = call->lists[now->dst] + first / now->k;
+                int64_t column = first % now->k;
+                for (ptrdiff_t i = 0; i < n;) {
+                    const int64_t left = now->k - column;
+                    const ptrdiff_t end_of_row = left < n - i ? i + (ptrdiff_t)left : n;
+                    double largest = column ? *lanes : (double)a[i];
+                    for (ptrdiff_t j = i; j < end_of_row; j++)
+                        largest = (double)a[j] > largest || a[j] != a[j] ? (double)a[j] : largest;
+                    *lanes = largest;
+                    if (end_of_row - i == left)
+                        *list++ = largest;
+                    i = end_of_row;
+                    column = 0;
+                }
+                break;
+            }
+            case SUB_ROWS:
+                BY_ROW_OF_BLOCK(a[j] - number);
+                break;
+            case DIV_ROWS:
+                BY_ROW_OF_BLOCK(a[j] / number);
+                break;
+            case LOAD_STORED:
+                memcpy(dst, (const REAL *)call->stores[now->b] + first, n * sizeof *dst);
+                break;
             case DOT:
             case SUM: {
                 double *lanes = call->lanes + now->k * LANES;
@@ -204,7 +388,7 @@ TARGET static void RUN(const struct call *call)
             }
             }
         }
-        if (call->output) {
+        if (call->output && stop == end) {
             const REAL *from = registers + (ptrdiff_t)call->result * CHUNK;
             switch (call->output_dtype) {
             case F64: {
@@ -244,9 +428,14 @@ TARGET static void RUN(const struct call *call)
             }
         }
     }
+    if (stop < end && stop->operation == RANK_ROWS)
+        rank_rows(call, stop);
+    }
 }
 
 #undef EACH
+#undef SUM_OF_ROWS
+#undef BY_ROW_OF_BLOCK
 #undef EACH_INPUT
 #undef REAL
 #undef ABSOLUTE

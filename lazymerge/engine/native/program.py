@@ -18,12 +18,14 @@ Neighbouring instructions are fused where that leaves out a trip through a regis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
-from ...graph.operation import ApplyOperation, ReduceOperation
+from ...graph.graph import Graph
+from ...graph.node import Apply
+from ...graph.operation import ApplyOperation, ReduceOperation, apply_operation
 
 
 class Code(IntEnum):
@@ -53,9 +55,39 @@ class Code(IntEnum):
     MUL_ADD = 21
     LOAD_MUL_ADD = 22
     LOAD_SUB_MUL_ADD = 23
+    MIN_SCALAR = 24
+    DROP = 25
+    ZERO_UP_TO = 26
+    ZERO_FROM_SCALAR = 27
+    ZERO_FROM = 28
+    DRAW = 29
+    EXP = 30
+    LOG = 31
+    SCALE_ROWS = 32
+    SCALE_COLUMNS = 33
+    DOT_COLUMNS = 34
+    DOT_ROWS = 35
+    SUM_ROWS = 36
+    MAX_ROWS = 37
+    SUB_ROWS = 38
+    DIV_ROWS = 39
+    LOAD_STORED = 40
+    WAIT = 41
+    RANK_ROWS = 42
 
 
-READS_A = frozenset(Code) - {Code.LOAD, Code.LOAD_MUL, Code.LOAD_MUL_ADD}
+BARRIERS = frozenset({Code.WAIT, Code.RANK_ROWS})
+"""What comes after them begins when what stands before them is done for the whole block. Registers
+do not outlive them."""
+
+READS_A = frozenset(Code) - {
+    Code.LOAD,
+    Code.LOAD_MUL,
+    Code.LOAD_MUL_ADD,
+    Code.DRAW,
+    Code.LOAD_STORED,
+    *BARRIERS,
+}
 READS_B = frozenset(
     {
         Code.ADD,
@@ -66,9 +98,25 @@ READS_B = frozenset(
         Code.MUL_ADD,
         Code.LOAD_MUL_ADD,
         Code.LOAD_SUB_MUL_ADD,
+        Code.ZERO_UP_TO,
+        Code.ZERO_FROM_SCALAR,
+        Code.ZERO_FROM,
+        Code.DOT_ROWS,
+        Code.DOT_COLUMNS,
     }
 )
-WRITES = frozenset(Code) - {Code.STORE, Code.DOT, Code.SUM, Code.COUNT, Code.FIND}
+WRITES = frozenset(Code) - {
+    Code.STORE,
+    Code.DOT,
+    Code.SUM,
+    Code.COUNT,
+    Code.FIND,
+    Code.DOT_COLUMNS,
+    Code.DOT_ROWS,
+    Code.SUM_ROWS,
+    Code.MAX_ROWS,
+    *BARRIERS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +130,17 @@ class Instruction:
     x: float = 0.0
     y: float = 0.0
     k: int = 0
+    c: int = 0
 
     def reads(self, register: int) -> bool:
-        return (self.code in READS_A and self.a == register) or (
-            self.code in READS_B and self.b == register
-        )
+        return register in self.operands
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """The registers it reads."""
+        first = (self.a,) if self.code in READS_A else ()
+        second = (self.b,) if self.code in READS_B else ()
+        return (*first, *second, *((self.c,) if self.code is Code.ZERO_FROM else ()))
 
     def writes(self, register: int) -> bool:
         return self.code in WRITES and self.dst == register
@@ -96,15 +150,19 @@ class Instruction:
 class Outcome:
     """Where a program leaves something that a reduction returned.
 
-    kind: "sum" (a lane), "counts" (counter and store), "index" (counter) or "copy" (store).
-    lane, counter, store: which one.
+    kind: "sum" (a lane), "counts" (counter and store), "index" (counter), "copy" (store), "rows"
+        or "columns" (list).
+    lane, counter, store, list: which one.
     quota, collects: the most values to take of a store, and whether it holds any (counts).
+    row_elements: how long rows are (rows, columns).
     """
 
     kind: str
     lane: int = 0
     counter: int = 0
     store: int = 0
+    list: int = 0
+    row_elements: int = 0
     quota: int = 0
     collects: bool = False
 
@@ -115,6 +173,8 @@ class Program:
 
     registers: how many it uses. result: the register that holds an Apply's block.
     lanes, counters, stores: how many of each it fills.
+    lists: how many vectors of float64 it fills, one number for each row or column of a block.
+    tables: vectors of float64 that it reads, one number for each row or column of the tensor.
     outcome: what a reduction returned, with Outcomes for what is known only afterwards.
     """
 
@@ -125,17 +185,92 @@ class Program:
     counters: int
     stores: int
     outcome: Any
+    lists: int = 0
+    tables: tuple[Any, ...] = ()
+
+
+class UndefinedRegisterError(AssertionError):
+    """An operation reads a vector that it has not filled, or filled before it waited for the whole
+    block: a defect of the operation."""
 
 
 @dataclass(slots=True)
 class _Recorder:
+    """defined: registers that hold something. stored: those of them whose contents lie in a store,
+    by number: they are there again after a barrier."""
+
     instructions: list[Instruction] = field(default_factory=list)
     lanes: int = 0
     counters: int = 0
     stores: int = 0
+    lists: int = 0
+    tables: list[Any] = field(default_factory=list)
+    defined: set[int] = field(default_factory=set)
+    stored: dict[int, int] = field(default_factory=dict)
 
     def add(self, code: Code, **operands: Any) -> None:
-        self.instructions.append(Instruction(code, **operands))
+        instruction = Instruction(code, **operands)
+        for register in instruction.operands:
+            if register not in self.defined:
+                raise UndefinedRegisterError(f"{code.name} reads vector {register}")
+        self.instructions.append(instruction)
+        if code in WRITES:
+            self.defined.add(instruction.dst)
+            self.stored.pop(instruction.dst, None)
+
+    def wait(self, code: Code = Code.WAIT, **operands: Any) -> None:
+        """A barrier."""
+        self.add(code, **operands)
+        self.defined.clear()
+        for register, store in list(self.stored.items()):
+            self.add(Code.LOAD_STORED, dst=register, b=store)
+            self.stored[register] = store
+
+    def store(self, register: int) -> int:
+        """Stores a register; returns where."""
+        number = self.stores
+        self.stores += 1
+        self.add(Code.STORE, a=register, b=number)
+        return number
+
+    def list(self) -> int:
+        """A list to be filled."""
+        self.lists += 1
+        return self.lists - 1
+
+    def lane(self) -> int:
+        """A group of lanes to be filled."""
+        self.lanes += 1
+        return self.lanes - 1
+
+    def table(self, values: Any) -> int:
+        """A table of the whole tensor's rows or columns."""
+        for number, table in enumerate(self.tables):
+            if table is values:
+                return number
+        self.tables.append(values)
+        return len(self.tables) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowList:
+    """One number for each row of a block, while the block is being computed: a list's number, and
+    after how many barriers it is there."""
+
+    recorder: _Recorder
+    outcome: Outcome
+    made_at: int
+
+    def number(self) -> int:
+        """The list, which must be complete.
+
+        Raises:
+            UndefinedRegisterError: nothing has waited for it.
+        """
+        barriers = [i.code in BARRIERS for i in self.recorder.instructions[self.made_at :]]
+        if not any(barriers):
+            raise UndefinedRegisterError(f"list {self.outcome.list} is used before wait_for_rows")
+        return self.outcome.list
 
 
 class Register:
@@ -185,6 +320,9 @@ class Register:
     def clamp_min_(self, bound: float) -> Register:
         return self._unary(Code.MAX_SCALAR, bound)
 
+    def clamp_max_(self, bound: float) -> Register:
+        return self._unary(Code.MIN_SCALAR, bound)
+
     def ge_(self, bound: float) -> Register:
         return self._unary(Code.GE_SCALAR, bound)
 
@@ -210,6 +348,89 @@ class Register:
         self._recorder.add(
             Code.KEEP, dst=self.number, a=self.number, x=value, y=below, k=stop_index
         )
+
+    def record_drop_largest(self, value: float, below: float, stop_index: int) -> None:
+        self._recorder.add(
+            Code.DROP, dst=self.number, a=self.number, x=value, y=below, k=stop_index
+        )
+
+    def record_zero_up_to(self, other: Register, limit: float) -> None:
+        self._recorder.add(Code.ZERO_UP_TO, dst=self.number, a=self.number, b=other.number, x=limit)
+
+    def record_zero_from(self, other: Register, bound: Register | float) -> None:
+        if isinstance(bound, Register):
+            self._recorder.add(
+                Code.ZERO_FROM, dst=self.number, a=self.number, b=other.number, c=bound.number
+            )
+        else:
+            self._recorder.add(
+                Code.ZERO_FROM_SCALAR, dst=self.number, a=self.number, b=other.number, x=bound
+            )
+
+    def record_draw(self, key: int) -> None:
+        self._recorder.add(Code.DRAW, dst=self.number, k=key)
+
+    def record_exp(self) -> None:
+        self._unary(Code.EXP)
+
+    def record_log(self) -> None:
+        self._unary(Code.LOG)
+
+    def record_rank_rows(self, row_elements: int) -> None:
+        store = self._recorder.store(self.number)
+        self._recorder.stored[self.number] = store
+        self._recorder.wait(Code.RANK_ROWS, b=store, k=row_elements)
+
+    def _row_list(self, code: Code, row_elements: int, **operands: Any) -> RowList:
+        recorder = self._recorder
+        number = recorder.list()
+        recorder.add(code, dst=number, a=self.number, c=recorder.lane(), k=row_elements, **operands)
+        outcome = Outcome("rows", list=number, row_elements=row_elements)
+        return RowList(recorder, outcome, len(recorder.instructions))
+
+    def record_row_dot(self, other: Register, row_elements: int) -> Any:
+        return self._row_list(Code.DOT_ROWS, row_elements, b=other.number)
+
+    def record_row_total(self, row_elements: int) -> Any:
+        return self._row_list(Code.SUM_ROWS, row_elements)
+
+    def record_row_max(self, row_elements: int) -> Any:
+        return self._row_list(Code.MAX_ROWS, row_elements)
+
+    def record_sub_rows(self, rows: RowList, row_elements: int) -> None:
+        self._recorder.add(
+            Code.SUB_ROWS, dst=self.number, a=self.number, c=rows.number(), k=row_elements
+        )
+
+    def record_div_rows(self, rows: RowList, row_elements: int) -> None:
+        self._recorder.add(
+            Code.DIV_ROWS, dst=self.number, a=self.number, c=rows.number(), k=row_elements
+        )
+
+    def record_hold(self) -> None:
+        self._recorder.stored[self.number] = self._recorder.store(self.number)
+
+    def record_wait(self) -> None:
+        self._recorder.wait()
+
+    def record_scale_rows(self, table: Any, row_elements: int) -> None:
+        number = self._recorder.table(table)
+        self._recorder.add(
+            Code.SCALE_ROWS, dst=self.number, a=self.number, c=number, k=row_elements
+        )
+
+    def record_scale_columns(self, table: Any) -> None:
+        number = self._recorder.table(table)
+        self._recorder.add(
+            Code.SCALE_COLUMNS, dst=self.number, a=self.number, c=number, k=len(table)
+        )
+
+    def record_column_dot(self, other: Register, row_elements: int) -> Any:
+        number = self._recorder.list()
+        self._recorder.add(
+            Code.DOT_COLUMNS, dst=number, a=self.number, b=other.number, k=row_elements
+        )
+        return Outcome("columns", list=number, row_elements=row_elements)
 
     def record_count_inside(self, low: float, high: float, quota: int) -> Any:
         outcome = Outcome(
@@ -252,47 +473,127 @@ class _Input:
         raise TypeError("a recorded operation works on decoded blocks")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Nested:
+    """An Apply node as the input of another: recorded wherever it is read.
+
+    scratch: vectors of its own. prepared: what its `prepare` returned.
+    """
+
+    operation: ApplyOperation
+    inputs: Sequence[Operand]
+    scratch: int
+    prepared: Any
+
+
+Operand = int | Nested
+"""An input of a recorded operation: a number among the stage's inputs, or a computed block."""
+
+
+def operands(
+    graph: Graph, node_ids: Sequence[str], reads: Sequence[str], prepared: Mapping[str, Any]
+) -> list[Operand]:
+    """The inputs of a node. reads: ids of the stage's Read nodes, in the order of its inputs."""
+    made: dict[str, Operand] = {node_id: number for number, node_id in enumerate(reads)}
+
+    def operand(node_id: str) -> Operand:
+        if node_id not in made:
+            node = graph.block_node(node_id)
+            assert isinstance(node, Apply)
+            operation = apply_operation(node.operation)
+            cost = operation.cost(len(node.inputs), dict(node.parameters))
+            inputs = [operand(source) for source in node.inputs]
+            made[node_id] = Nested(operation, inputs, cost.scratch, prepared[node_id])
+        return made[node_id]
+
+    return [operand(node_id) for node_id in node_ids]
+
+
+class _Computed:
+    def __init__(self, node: Nested, inputs: Sequence[Any], scratch: Any) -> None:
+        self._node = node
+        self._inputs = inputs
+        self._scratch = scratch
+
+    def read_into(self, out: Any) -> None:
+        self._node.operation.run(out, self._inputs, self._node.prepared, self._scratch, 0)
+
+    def raw(self, slot: int = 0) -> memoryview:
+        raise TypeError("a computed block has no stored bytes")
+
+
+class _Recording:
+    """A row of registers that a stage's operations share."""
+
+    def __init__(self) -> None:
+        self.recorder = _Recorder()
+        self._registers = 0
+        self._computed: dict[Nested, _Computed] = {}
+
+    def registers(self, count: int) -> list[Any]:
+        """Registers that nobody else has."""
+        self._registers += count
+        numbers = range(self._registers - count, self._registers)
+        return [Register(self.recorder, number) for number in numbers]
+
+    def input(self, operand: Operand) -> Any:
+        if isinstance(operand, int):
+            return _Input(operand)
+        if operand not in self._computed:
+            inputs = [self.input(source) for source in operand.inputs]
+            scratch = self.registers(operand.scratch)
+            self._computed[operand] = _Computed(operand, inputs, scratch)
+        return self._computed[operand]
+
+    def program(self, outcome: Any) -> Program:
+        recorder = self.recorder
+        return Program(
+            instructions=tuple(fuse(recorder.instructions, 0 if outcome is None else None)),
+            registers=self._registers,
+            result=0,
+            lanes=recorder.lanes,
+            counters=recorder.counters,
+            stores=recorder.stores,
+            outcome=_outcome(outcome),
+            lists=recorder.lists,
+            tables=tuple(recorder.tables),
+        )
+
+
+def _outcome(value: Any) -> Any:
+    """What a reduction returned, row lists as the Outcomes that they are."""
+    if isinstance(value, tuple | list):
+        return type(value)(map(_outcome, value))
+    return value.outcome if isinstance(value, RowList) else value
+
+
 def record_apply(
-    operation: ApplyOperation, inputs: Sequence[int], scratch: int, prepared: Any
+    operation: ApplyOperation, inputs: Sequence[Operand], scratch: int, prepared: Any
 ) -> Program:
-    """Records a block function. inputs: numbers of its inputs among the stage's."""
-    recorder = _Recorder()
-    out, *registers = [Register(recorder, number) for number in range(scratch + 1)]
-    vectors: Any = registers
-    target: Any = out
-    operation.run(target, [_Input(number) for number in inputs], prepared, vectors, 0)
-    return _finish(recorder, scratch + 1, None)
+    """Records a block function."""
+    recording = _Recording()
+    out, *vectors = recording.registers(1 + scratch)
+    operation.run(out, [recording.input(source) for source in inputs], prepared, vectors, 0)
+    return recording.program(None)
 
 
 def record_reduce(
     operation: ReduceOperation[Any, Any],
-    inputs: Sequence[int],
+    inputs: Sequence[Operand],
     scratch: int,
     parameters: Any,
     state: Any,
 ) -> Program:
-    """Records one pass of a reduction. inputs: numbers of its inputs among the stage's."""
-    recorder = _Recorder()
-    vectors: Any = [Register(recorder, number) for number in range(scratch)]
-    outcome = operation.run([_Input(number) for number in inputs], parameters, state, vectors, 0)
-    return _finish(recorder, scratch, outcome)
+    """Records one pass of a reduction."""
+    recording = _Recording()
+    vectors = recording.registers(scratch)
+    sources = [recording.input(source) for source in inputs]
+    return recording.program(operation.run(sources, parameters, state, vectors, 0))
 
 
 def decoding() -> Program:
     """The program that hands an input on: from one dtype to another."""
     return Program((Instruction(Code.LOAD),), 1, 0, 0, 0, 0, None)
-
-
-def _finish(recorder: _Recorder, registers: int, outcome: Any) -> Program:
-    return Program(
-        instructions=tuple(fuse(recorder.instructions, result=0 if outcome is None else None)),
-        registers=registers,
-        result=0,
-        lanes=recorder.lanes,
-        counters=recorder.counters,
-        stores=recorder.stores,
-        outcome=outcome,
-    )
 
 
 def fuse(instructions: Sequence[Instruction], result: int | None) -> list[Instruction]:
@@ -352,6 +653,6 @@ def _is_needed(register: int, rest: Sequence[Instruction], result: int | None) -
     for instruction in rest:
         if instruction.reads(register):
             return True
-        if instruction.writes(register):
+        if instruction.writes(register) or instruction.code in BARRIERS:
             return False
     return register == result

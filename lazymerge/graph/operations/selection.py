@@ -1,8 +1,9 @@
-"""The k-th largest |xᵢ − x₀| of a whole tensor, exactly, without sorting it.
+"""The k-th largest element of a whole tensor, exactly, without sorting it.
 
 The methods that keep the largest changes of a model need one number per (tensor, model): the
-threshold that exactly k elements reach. Sorting 10⁸ elements for it takes minutes and gigabytes.
-Here it takes one pass, and memory for a fixed number of candidates:
+threshold that exactly k elements reach. Others need two, or a few quantiles. Sorting 10⁸ elements
+for it takes minutes and gigabytes. Here it takes one pass, and memory for a fixed number of
+candidates:
 
     sample     65,536 or more elements at fixed places tell roughly where the k-th lies:
                a bracket [low, high] that holds it but for bad luck
@@ -16,9 +17,9 @@ Here it takes one pass, and memory for a fixed number of candidates:
                If k falls among the candidates, the k-th largest is found in them, exactly.
                If the bracket missed, or held more candidates than there is room for, a better
                bracket is made of what was seen and the pass is repeated.
-    locate     Equal magnitudes at the threshold are kept in ascending element order, so that
-               exactly k survive. When only some of them survive, one block is read again to
-               find the element at which to stop.
+    locate     Of equal magnitudes at the threshold the first survive (or the last, for those who
+               count from below), so that exactly k do. When only some of them survive, one block
+               is read again to find the element at which to stop, or to begin.
 
 Heavy ties (identical models, coarse dtypes) make the bracket shrink to a single value; then
 counting alone decides and nothing is collected.
@@ -31,6 +32,7 @@ tensors need one guess, sorted and periodic ones several.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -84,10 +86,11 @@ NARROWING_SAMPLE = 1 << 16
 class Threshold:
     """Which elements of one model's |xᵢ − x₀| survive.
 
-    Those above `value`, and those equal to it whose flat index is below `stop_index`.
+    Those above `value`, and those equal to it whose flat index is below `stop_index`. Exactly:
+    those above `below` before that index, and those above `value` from there on.
 
     below: the next smaller magnitude in the dtype of the search (0 for 0): |x| > below is
-        |x| ≥ value.
+        |x| ≥ value. Where the last of equal ones survive, the two change places.
     """
 
     value: float
@@ -115,46 +118,86 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Locate:
-    """The threshold is known; in `block` the first `ties_kept` elements equal to it survive."""
+    """The threshold is known; in `block` the `rank`-th element equal to it is the last that
+    survives, or, where the last of equal ones do, the last that does not."""
 
     value: float
     below: float
     block: int
-    ties_kept: int
+    rank: int
+    keeps_last: bool = False
+
+    def settled(self, index: int) -> Threshold:
+        """The threshold, given the flat index of that element."""
+        if self.keeps_last:
+            return Threshold(self.below, self.value, index + 1)
+        return Threshold(self.value, self.below, index + 1)
 
 
-Entry = Search | Locate | Threshold | None
+Entry = Search | Locate | Threshold
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """What one pass is for.
 
-    entries: one per model.
-    quota: candidates that one block may keep.
+    entries: of each column, those of its searches.
+    quota: candidates that one block may keep for each search.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[tuple[Entry, ...], ...]
     quota: int
     is_sample: bool = False
     only_block: int | None = None
 
 
-@register
-class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | None, ...]]):
-    """For inputs x₀, x₁ … xₙ: the threshold that the kᵢ largest |xᵢ − x₀| reach, for each i ≥ 1.
+class _Selection(ReduceOperation[tuple[Any, ...], Any]):
+    """A search for the k-th largest values of some vectors, several k for each if need be.
 
-    Parameters:
-        keep: n counts kᵢ (1 ≤ kᵢ ≤ element count), or None where no threshold is wanted.
-
-    Result: n entries, a Threshold or None.
+    Subclasses say which vectors: `columns` of them, loaded one after the other.
     """
 
-    name = "magnitude_thresholds"
-    is_recordable = True
+    def wanted(self, parameters: Parameters) -> tuple[int, ...]:
+        """How many thresholds are searched of each column."""
+        return tuple(map(len, self.keep(parameters, ())))
+
+    @abstractmethod
+    def keep(self, parameters: Parameters, statistics: Sequence[Any]) -> Sequence[Sequence[int]]:
+        """The counts k of each column (1 ≤ k ≤ element count); their number is known without
+        statistics, and never larger with them."""
+
+    @abstractmethod
+    def prepare(self, inputs: Sequence[BlockInput], scratch: Sequence[Vector]) -> None:
+        """Loads what all columns need."""
+
+    @abstractmethod
+    def load(
+        self, inputs: Sequence[BlockInput], column: int, change: Vector, scratch: Sequence[Vector]
+    ) -> None:
+        """Fills `change` with a column's values, all ≥ 0 or nan."""
+
+    @abstractmethod
+    def result(self, parameters: Parameters, found: Sequence[Sequence[Threshold]]) -> Any:
+        """The statistic, given the thresholds of each column."""
+
+    def is_sampled(self, parameters: Parameters) -> bool:
+        """Whether runs of neighbours can be loaded as a block."""
+        return True
+
+    def is_located(self, parameters: Parameters) -> bool:
+        """Whether it matters which of equal elements survive."""
+        return True
+
+    def keeps_last(self, parameters: Parameters) -> bool:
+        """Whether the last of equal elements survive, not the first."""
+        return False
+
+    def extra_scratch(self) -> int:
+        """Vectors besides the values and room for the count."""
+        return 0
 
     def cost(self, input_count: int, parameters: Parameters) -> Cost:
-        return Cost(scratch=3, stores=_wanted(parameters))
+        return Cost(scratch=self.extra_scratch() + 2, stores=sum(self.wanted(parameters)))
 
     def statistics_bytes(
         self,
@@ -164,13 +207,17 @@ class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | Non
         block_count: int,
         item_bytes: int,
     ) -> int:
-        wanted = _wanted(parameters)
+        wanted = sum(self.wanted(parameters))
         candidates = min(element_count, _quota(wanted, block_count) * block_count)
-        # those of all models as collected, those of one joined; samples are smaller
-        return (wanted + 1) * candidates * item_bytes + wanted * block_count * COUNTS_BYTES
+        # those of all searches as collected, those of one joined; samples are smaller
+        values = (wanted + 1) * candidates
+        if not self.is_sampled(parameters):
+            # a block's before they are thinned out, and what a second bracket is guessed from
+            values += 2 * element_count // max(1, block_count) + 6 * NARROWING_SAMPLE
+        return values * item_bytes + wanted * block_count * COUNTS_BYTES
 
     def expected_passes(self, parameters: Parameters) -> int:
-        return 1
+        return 1 if self.is_sampled(parameters) else 2
 
     def first_pass(
         self,
@@ -178,10 +225,14 @@ class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | Non
         statistics: Sequence[Any],
         element_count: int,
         block_count: int,
-    ) -> Pass | Done[tuple[Threshold | None, ...]]:
-        entries = tuple(None if keep is None else Search(keep) for keep in _keep(parameters))
-        quota = _quota(_wanted(parameters), block_count)
-        if element_count <= _candidates(_wanted(parameters)):
+    ) -> Pass | Done[Any]:
+        keep = self.keep(parameters, statistics)
+        entries = tuple(tuple(map(Search, counts)) for counts in keep)
+        wanted = sum(self.wanted(parameters))
+        quota = _quota(wanted, block_count)
+        if not any(entries):
+            return Done(self.result(parameters, [() for _ in entries]))
+        if element_count <= _candidates(wanted) or not self.is_sampled(parameters):
             return Pass(State(entries, quota))
         runs = SAMPLE_RUNS_LARGE if element_count > 1 << 24 else SAMPLE_RUNS
         return Pass(State(entries, quota, is_sample=True), sample=Sample(runs, SAMPLE_RUN_ELEMENTS))
@@ -194,21 +245,24 @@ class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | Non
         scratch: Sequence[Vector],
         start: int,
     ) -> tuple[Any, ...]:
-        base, change, room = scratch
-        inputs[0].read_into(base)
+        *others, change, room = scratch
+        self.prepare(inputs, others)
         partials: list[Any] = []
-        for source, entry in zip(inputs[1:], state.entries, strict=True):
-            partial: Any = None
-            if isinstance(entry, Search) or _is_due(entry, state):
-                source.read_into(change)
-                change.sub_(base).abs_()
-                if isinstance(entry, Locate):
-                    partial = find_equal(change, entry.value, entry.ties_kept, start)
-                elif state.is_sample:
-                    partial = copy_of(change)
-                elif isinstance(entry, Search):
+        for column, entries in enumerate(state.entries):
+            if any(isinstance(entry, Search) or _is_due(entry, state) for entry in entries):
+                self.load(inputs, column, change, others)
+            if state.is_sample:
+                partials.append(copy_of(change) if entries else None)
+                continue
+            found: list[Any] = []
+            for entry in entries:
+                partial: Any = None
+                if isinstance(entry, Search):
                     partial = count_inside(change, entry.low, entry.high, state.quota, room)
-            partials.append(partial)
+                elif isinstance(entry, Locate) and _is_due(entry, state):
+                    partial = find_equal(change, entry.value, entry.rank, start)
+                found.append(partial)
+            partials.append(tuple(found))
         return tuple(partials)
 
     def finish(
@@ -217,42 +271,136 @@ class MagnitudeThresholds(ReduceOperation[tuple[Any, ...], tuple[Threshold | Non
         element_count: int,
         state: State,
         partials: Sequence[tuple[Any, ...]],
-    ) -> Pass | Done[tuple[Threshold | None, ...]]:
-        entries: list[Entry] = []
-        for index, entry in enumerate(state.entries):
-            column: list[Any] = [partial[index] for partial in partials]
-            if isinstance(entry, Search):
-                if state.is_sample:
-                    entry = bracket_from_sample(entry, column[0], element_count)
-                else:
-                    entry = narrow(entry, column, element_count)
-            elif isinstance(entry, Locate) and _is_due(entry, state):
-                entry = Threshold(entry.value, entry.below, stop_index=column[0] + 1)
-            entries.append(entry)
-        following = State(tuple(entries), state.quota)
-        if any(isinstance(entry, Search) for entry in entries):
+    ) -> Pass | Done[Any]:
+        is_located, keeps_last = self.is_located(parameters), self.keeps_last(parameters)
+        columns: list[tuple[Entry, ...]] = []
+        for column, before in enumerate(state.entries):
+            entries: list[Entry] = []
+            for place, entry in enumerate(before):
+                if isinstance(entry, Search) and state.is_sample:
+                    entry = bracket_from_sample(entry, partials[0][column], element_count)
+                elif isinstance(entry, Search):
+                    counts = [partial[column][place] for partial in partials]
+                    entry = narrow(entry, counts, element_count, keeps_last=keeps_last)
+                    if isinstance(entry, Locate) and not is_located:
+                        entry = Threshold(entry.value, entry.below, element_count)
+                elif isinstance(entry, Locate) and _is_due(entry, state):
+                    entry = entry.settled(partials[0][column][place])
+                entries.append(entry)
+            columns.append(tuple(entries))
+        following = State(tuple(columns), state.quota)
+        every = [entry for entries in columns for entry in entries]
+        if any(isinstance(entry, Search) for entry in every):
             return Pass(following)
-        for entry in entries:
+        for entry in every:
             if isinstance(entry, Locate):
                 return Pass(replace(following, only_block=entry.block), only_block=entry.block)
-        return Done(cast("tuple[Threshold | None, ...]", tuple(entries)))
+        return Done(self.result(parameters, cast("Any", columns)))
 
 
-def _keep(parameters: Parameters) -> tuple[int | None, ...]:
-    return cast("tuple[int | None, ...]", parameters["keep"])
+@register
+class MagnitudeThresholds(_Selection):
+    """For inputs x₀, x₁ … xₙ: the thresholds that the kᵢ largest |xᵢ − x₀| reach, for each i ≥ 1.
+
+    Parameters:
+        keep: n entries: a count kᵢ (1 ≤ kᵢ ≤ element count), several in a tuple, or None where no
+            threshold is wanted.
+        keeps_last: of equal magnitudes the last survive (False where it is left out).
+
+    Result: n entries, a Threshold, a tuple of them, or None.
+    """
+
+    name = "magnitude_thresholds"
+    is_recordable = True
+
+    def keep(self, parameters: Parameters, statistics: Sequence[Any]) -> Sequence[Sequence[int]]:
+        entries = cast("tuple[int | tuple[int, ...] | None, ...]", parameters["keep"])
+        return [
+            () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+            for entry in entries
+        ]
+
+    def keeps_last(self, parameters: Parameters) -> bool:
+        return bool(parameters.get("keeps_last", False))
+
+    def extra_scratch(self) -> int:
+        return 1
+
+    def prepare(self, inputs: Sequence[BlockInput], scratch: Sequence[Vector]) -> None:
+        inputs[0].read_into(scratch[0])
+
+    def load(
+        self, inputs: Sequence[BlockInput], column: int, change: Vector, scratch: Sequence[Vector]
+    ) -> None:
+        inputs[1 + column].read_into(change)
+        change.sub_(scratch[0]).abs_()
+
+    def result(self, parameters: Parameters, found: Sequence[Sequence[Threshold]]) -> Any:
+        entries = cast("tuple[int | tuple[int, ...] | None, ...]", parameters["keep"])
+        return tuple(
+            None
+            if entry is None
+            else tuple(thresholds)
+            if isinstance(entry, tuple)
+            else thresholds[0]
+            for entry, thresholds in zip(entries, found, strict=True)
+        )
 
 
-def _wanted(parameters: Parameters) -> int:
-    return sum(keep is not None for keep in _keep(parameters))
+@register
+class LargestValues(_Selection):
+    """The kⱼ-th largest values of one input, all of whose elements are ≥ 0 or nan.
+
+    Parameters:
+        keep: the counts kⱼ (1 ≤ kⱼ ≤ element count).
+        share: in place of `keep`; k is this share of the count that is the only statistic.
+        is_sampled: whether the input can be computed for runs of neighbours.
+
+    Result: a Threshold for each k; with `share`, None where k is 0. Of equal elements the first
+    survive; with `keep` it does not matter which.
+    """
+
+    name = "largest_values"
+    is_recordable = True
+
+    def wanted(self, parameters: Parameters) -> tuple[int, ...]:
+        return (1 if "share" in parameters else len(self.keep(parameters, ())[0]),)
+
+    def keep(self, parameters: Parameters, statistics: Sequence[Any]) -> Sequence[Sequence[int]]:
+        if "share" in parameters:
+            if not statistics or statistics[0] is None:  # in a walk that computes nothing
+                return [(1,)]
+            count = int(cast(float, parameters["share"]) * statistics[0])
+            return [(count,) if count else ()]
+        return [cast("tuple[int, ...]", parameters["keep"])]
+
+    def is_sampled(self, parameters: Parameters) -> bool:
+        return bool(parameters["is_sampled"])
+
+    def is_located(self, parameters: Parameters) -> bool:
+        return "share" in parameters
+
+    def prepare(self, inputs: Sequence[BlockInput], scratch: Sequence[Vector]) -> None:
+        pass
+
+    def load(
+        self, inputs: Sequence[BlockInput], column: int, change: Vector, scratch: Sequence[Vector]
+    ) -> None:
+        inputs[0].read_into(change)
+
+    def result(self, parameters: Parameters, found: Sequence[Sequence[Threshold]]) -> Any:
+        if "share" in parameters:
+            return found[0][0] if found[0] else None
+        return tuple(found[0])
 
 
 def _candidates(wanted: int) -> int:
-    """Values kept of one of so many models."""
+    """Values kept of one of so many searches."""
     return min(CANDIDATES, ALL_CANDIDATES // max(1, wanted))
 
 
 def _quota(wanted: int, block_count: int) -> int:
-    """Values kept of one model's block."""
+    """Values kept for one search of a block."""
     return max(MIN_BLOCK_CANDIDATES, _candidates(wanted) // max(1, block_count))
 
 
@@ -284,11 +432,11 @@ def bracket_from_sample(search: Search, sample: Magnitudes, element_count: int) 
 
 
 def narrow(
-    search: Search, counts: Sequence[Counts], element_count: int
+    search: Search, counts: Sequence[Counts], element_count: int, *, keeps_last: bool = False
 ) -> Search | Locate | Threshold:
     """What one full pass has taught about a threshold.
 
-    counts: one per block, in block order.
+    counts: one per block, in block order. keeps_last: of equal elements the last survive.
     """
     import numpy
 
@@ -307,7 +455,7 @@ def narrow(
     rank = search.keep - above  # the threshold is the rank-th largest of those inside
     if search.low == search.high:
         ties = [block.inside for block in counts]
-        return _settle(number(search.low), rank, ties, element_count)
+        return _settle(number(search.low), rank, ties, element_count, keeps_last)
     if sum(len(block.values) for block in counts) < inside:
         return _narrower(search, counts, rank, inside)
     values = numpy.concatenate([block.values for block in counts])
@@ -315,7 +463,7 @@ def narrow(
     value = values[len(values) - rank]
     ties_kept = rank - int(numpy.count_nonzero(values > value))
     ties = [int(numpy.count_nonzero(block.values == value)) for block in counts]
-    return _settle(value, ties_kept, ties, element_count)
+    return _settle(value, ties_kept, ties, element_count, keeps_last)
 
 
 def _look_at(search: Search, low: numpy.floating[Any], high: numpy.floating[Any]) -> Search:
@@ -398,16 +546,18 @@ def _settle(
     ties_kept: int,
     ties_by_block: Sequence[int],
     element_count: int,
+    keeps_last: bool,
 ) -> Threshold | Locate:
-    """The threshold is `value`; the first `ties_kept` elements equal to it survive."""
+    """The threshold is `value`; the first (or last) `ties_kept` elements equal to it survive."""
     import numpy
 
     below = float(numpy.nextafter(value, value.dtype.type(0)))
     if ties_kept == sum(ties_by_block):
         return Threshold(float(value), below, element_count)
+    rank = sum(ties_by_block) - ties_kept if keeps_last else ties_kept
     before = 0
     for block, ties in enumerate(ties_by_block):
-        if before + ties >= ties_kept:
-            return Locate(float(value), below, block, ties_kept - before)
+        if before + ties >= rank:
+            return Locate(float(value), below, block, rank - before, keeps_last)
         before += ties
     raise AssertionError(f"{ties_kept} ties to keep, {before} counted")

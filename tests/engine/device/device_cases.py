@@ -112,6 +112,62 @@ RECIPES: dict[str, dict[str, Any]] = {
         ],
         "parameters": {"rescale": True, "lambda": 0.9},
     },
+    "breadcrumbs": {
+        "merge_method": "breadcrumbs",
+        "base_model": "base",
+        "models": [
+            {"model": "a", "parameters": {"weight": 0.6, "density": 0.4, "gamma": 0.1}},
+            {"model": "b", "parameters": {"weight": 0.25, "density": 0.5}},
+        ],
+    },
+    "dare_ties": {
+        "merge_method": "dare_ties",
+        "base_model": "base",
+        "seed": 3,
+        "models": [
+            {"model": "a", "parameters": {"weight": 0.6, "density": 0.4}},
+            {"model": "b", "parameters": {"weight": 0.25, "density": 0.5}},
+        ],
+    },
+    "dare_linear": {
+        "merge_method": "dare_linear",
+        "base_model": "base",
+        "models": [
+            {"model": "a", "parameters": {"weight": 0.6, "density": 0.4}},
+            {"model": "b", "parameters": {"weight": 0.25}},
+        ],
+    },
+    "sce": {
+        "merge_method": "sce",
+        "base_model": "base",
+        "models": [{"model": "a"}, {"model": "b"}],
+        "parameters": {"select_topk": 0.3},
+    },
+    "nearswap": {
+        "merge_method": "nearswap",
+        "base_model": "base",
+        "models": [{"model": "a"}],
+        "parameters": {"t": 0.5},
+    },
+    # partly or wholly left to the processor
+    "della": {
+        "merge_method": "della",
+        "base_model": "base",
+        "models": [
+            {"model": "a", "parameters": {"weight": 0.6, "density": 0.4}},
+            {"model": "b", "parameters": {"weight": 0.25, "density": 0.5}},
+        ],
+    },
+    "arcee_fusion": {
+        "merge_method": "arcee_fusion",
+        "base_model": "base",
+        "models": [{"model": "a"}],
+    },
+    "nuslerp of columns": {
+        "merge_method": "nuslerp",
+        "models": [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 1), ("base", 2))],
+        "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    },
     "passthrough": {"merge_method": "passthrough", "models": [{"model": "a"}]},
     "passthrough, rounded": {
         "merge_method": "passthrough",
@@ -124,6 +180,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "models": [{"model": "b", "parameters": {"scale": 0.5}}],
     },
 }
+
+
+LEFT_TO_THE_PROCESSOR = ("della", "arcee_fusion")
+"""Of these a device computes nothing, or a scalar."""
+
+DRAWING = ("dare_ties", "dare_linear", "della")
+"""These draw random numbers."""
 
 
 def on_device(plan: Plan, workers: int = 2, vram: int | None = VRAM, **options: Any) -> Plan:
@@ -163,7 +226,7 @@ def nested_plan(folder: Path) -> Plan:
         return graph.add(Apply(operation, parameters, tuple(inputs), uses, shape, dtype))
 
     half = apply("linear_combination", "F64", [base, a], coefficients=(0.5, 0.5))
-    flags = {"is_thinned": False, "is_rescaled": False, "normalize": True, "lambda": 0.5}
+    flags = {"kinds": ("keep",) * 2, "is_rescaled": False, "normalize": True, "lambda": 0.5}
     consensus = apply("sign_consensus", "F32", [base, a, b], weights=(1.0, 0.7), **flags)
     gram = graph.add(Reduce("gram", (), (half, consensus), (), shape, "F64"))
     between = apply("slerp", "F64", [half, consensus], gram, t=0.3)

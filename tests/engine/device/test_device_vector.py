@@ -94,16 +94,94 @@ def test_the_place_of_an_equal_value(values: torch.Tensor, data: st.DataObject) 
         vector.find_equal(device, value, count + 1, 1000)
 
 
+def same_bits(device: DeviceVector, cpu: torch.Tensor) -> bool:
+    """Signs of zeros included."""
+    return equal(device.tensor, cpu) and equal(device.tensor.signbit(), cpu.signbit())
+
+
 @given(numbers(), st.data())
-def test_what_is_kept(values: torch.Tensor, data: st.DataObject) -> None:
-    value = data.draw(st.sampled_from([0.0, 0.25, 1.0, 1.5, 1e-40]))
+def test_what_is_kept_and_what_is_dropped(values: torch.Tensor, data: st.DataObject) -> None:
+    value = data.draw(st.sampled_from([0.0, 0.25, 1.0, 1.5, 1e-40, math.inf]))
     number = np.dtype(str(values.dtype).removeprefix("torch.")).type
     below = float(np.nextafter(number(value), number(0)))
+    if data.draw(st.booleans()):  # the last of equal ones survive
+        value, below = below, value
     stop = data.draw(st.integers(0, 1300))
-    cpu, device, _ = pair(values)
+    cpu, device, room = pair(values)
     vector.keep_largest(cpu, value, below, stop, 1000)
     vector.keep_largest(device, value, below, stop, 1000)
     assert equal(device.tensor, cpu)
+    cpu, device, room = pair(values)
+    vector.drop_largest(cpu, value, below, stop, 1000, torch.empty_like(cpu))
+    vector.drop_largest(device, value, below, stop, 1000, room)
+    assert same_bits(device, cpu)
+
+
+BOUNDS = [0.0, -0.0, 0.25, -1.5, 0.1, 1e-46, math.inf, -math.inf, math.nan]
+
+
+@settings(max_examples=300)
+@given(numbers(), st.data())
+def test_what_is_zeroed_by_another_vector(values: torch.Tensor, data: st.DataObject) -> None:
+    """By a number, by a vector, by itself; the others stay as they are."""
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    special = torch.from_numpy(random.choice([*SPECIAL, -1.0, 0.25], len(values)))
+    others = [special.to(values.dtype), values.roll(1)]
+    cpu, device, room = pair(values)
+    rooms = room.workspace
+    theirs = [DeviceVector(other.clone(), rooms) for other in others]
+    on_cpu, on_device = [cpu, *others], [device, *theirs]
+    mask = torch.empty_like(cpu)
+    which = data.draw(st.integers(0, 2))
+    bound = data.draw(st.sampled_from(BOUNDS) | st.integers(0, 2))
+    if isinstance(bound, float):
+        for function in (vector.zero_up_to, vector.zero_from):
+            function(cpu, on_cpu[which], bound, mask)
+            function(device, on_device[which], bound, room)
+            assert same_bits(device, cpu)
+    else:
+        vector.zero_from(cpu, on_cpu[which], on_cpu[bound], mask)
+        vector.zero_from(device, on_device[which], on_device[bound], room)
+    assert same_bits(device, cpu)
+    for other, before in zip(theirs, others, strict=True):
+        assert same_bits(other, before)
+
+
+@given(
+    st.integers(1, 3000),
+    st.integers(0, 3000) | st.just(2**34 - 5),
+    st.integers(-(2**63), 2**63 - 1),
+    st.sampled_from(DTYPES),
+)
+def test_random_numbers(length: int, start: int, key: int, dtype: torch.dtype) -> None:
+    cpu, device, room = pair(torch.zeros(length, dtype=dtype))
+    vector.draw(cpu, key, start, torch.empty_like(cpu))
+    vector.draw(device, key, start, room)
+    assert equal(device.tensor, cpu)
+
+
+def test_masks_lie_in_the_room() -> None:
+    """A byte for each element, of the four or eight that there are."""
+    for dtype in DTYPES:
+        _, _, room = pair(torch.ones(5, dtype=dtype))
+        mask = room.mask()
+        assert (mask.dtype, mask.shape) == (torch.bool, (5,))
+        assert mask.data_ptr() == room.tensor.data_ptr()
+        part = room[1:4].mask()
+        assert (part.shape, part.data_ptr()) == ((3,), room.tensor[1:].data_ptr())
+
+
+def test_vectors_of_apply_stages_zero_and_draw_without_a_workspace() -> None:
+    """They reduce nothing."""
+    values, other, room = (DeviceVector(torch.ones(8), None) for _ in range(3))
+    vector.draw(other, 3, 0, room)
+    vector.zero_from(values, other, 0.5, room)
+    vector.zero_up_to(values, other, 0.1, room)
+    vector.drop_largest(values, 2.0, 1.5, 4, 0, room)
+    kept = [0.1 < number < 0.5 for number in other.tensor.tolist()]
+    assert values.tensor.tolist() == [float(is_kept) for is_kept in kept]
+    with pytest.raises(AssertionError, match="reduces nothing"):
+        vector.total(values)
 
 
 @given(numbers())
@@ -164,8 +242,8 @@ def test_element_by_element(values: torch.Tensor, data: st.DataObject) -> None:
         assert getattr(device, name)(other) is device
         getattr(getattr(cpu, name)(number), name)(operand)
         assert equal(device.tensor, cpu)
-    assert device.div_(other).abs_().clamp_min_(0.5) is device
-    assert equal(device.tensor, cpu.div_(operand).abs_().clamp_min_(0.5))
+    assert device.div_(other).abs_().clamp_min_(0.5).clamp_max_(3.0) is device
+    assert equal(device.tensor, cpu.div_(operand).abs_().clamp_min_(0.5).clamp_max_(3.0))
     for name in ("ge_", "gt_", "eq_"):
         one = device.tensor.clone()
         assert getattr(device, name)(0.5) is device

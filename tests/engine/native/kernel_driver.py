@@ -7,7 +7,7 @@ computes, called with registers it is recorded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,12 @@ from lazymerge.engine.native import library
 from lazymerge.engine.native.library import (
     COUNTERS,
     LANES,
+    RANKED_BYTES,
     Kernel,
     StreamedInput,
     encode_program,
 )
-from lazymerge.engine.native.program import (
-    Outcome,
-    Program,
-    Register,
-    _Input,
-    _Recorder,
-    fuse,
-)
+from lazymerge.engine.native.program import Code, Outcome, Program, _Recording, fuse
 from lazymerge.graph.vector import Counts, spread, sum_of_lanes
 
 CODES = {
@@ -60,23 +54,13 @@ class TensorInput:
 
 def record(run: Run, vectors: int, inputs: int, *, fused: bool = True) -> Program:
     """What `run` asks of its vectors, as a program."""
-    recorder = _Recorder()
-    outcome = run(
-        [Register(recorder, number) for number in range(vectors)],
-        [_Input(number) for number in range(inputs)],
-    )
-    instructions = recorder.instructions
+    recording = _Recording()
+    registers = recording.registers(vectors)
+    outcome = run(registers, [recording.input(number) for number in range(inputs)])
+    instructions = recording.recorder.instructions
     if fused:
         instructions = fuse(instructions, result=0)
-    return Program(
-        tuple(instructions),
-        vectors,
-        0,
-        recorder.lanes,
-        recorder.counters,
-        recorder.stores,
-        outcome,
-    )
+    return replace(recording.program(outcome), instructions=tuple(instructions))
 
 
 def by_torch(
@@ -111,6 +95,10 @@ def by_kernels(
     chunk = library.chunk_elements()
     registers = guarded(chunk * program.registers, number)
     stores = [guarded(size, number) for _ in range(program.stores)]
+    lengths = list_lengths(program, size)
+    lists = [guarded(length, np.float64) for length in lengths]
+    ranked = max((i.k for i in program.instructions if i.code is Code.RANK_ROWS), default=0)
+    spare = np.full(RANKED_BYTES * ranked + GUARD, 77, np.uint8)
     dtype = CODES[output or working]
     out = torch.full((size + GUARD,), 77, dtype=dtype)
     held = [shifted(tensor, misaligned) for tensor in inputs]
@@ -123,6 +111,8 @@ def by_kernels(
         working_dtype=working,
         registers=registers.ctypes.data,
         stores=[store.ctypes.data for store in stores],
+        lists=[each.ctypes.data for each in lists],
+        spare=spare.ctypes.data,
         output=out.data_ptr(),
         output_dtype=output or working,
         rounds_once=rounds_once,
@@ -131,10 +121,27 @@ def by_kernels(
     for place, memory in enumerate(held):
         kernel.inputs[place] = memory.ctypes.data + misaligned
     kernel.run(start, size)
-    for memory, elements in [(registers, chunk * program.registers), *((s, size) for s in stores)]:
+    for memory, elements in (
+        (registers, chunk * program.registers),
+        (spare, RANKED_BYTES * ranked),
+        *((store, size) for store in stores),
+        *zip(lists, lengths, strict=True),
+    ):
         assert (memory[elements:] == 77).all(), "written beyond a buffer"
     assert (out[size:].double() == 77).all(), "written beyond the output"
-    return out[:size], look_up(program.outcome, kernel, stores, size)
+    return out[:size], look_up(program.outcome, kernel, stores, size, lists)
+
+
+def list_lengths(program: Program, size: int) -> list[int]:
+    """Numbers that a block of that size leaves in each list."""
+    lengths = {}
+    for instruction in program.instructions:
+        if instruction.code is Code.DOT_COLUMNS:
+            lengths[instruction.dst] = instruction.k
+        elif instruction.code in (Code.DOT_ROWS, Code.SUM_ROWS, Code.MAX_ROWS):
+            lengths[instruction.dst] = size // instruction.k
+    assert sorted(lengths) == list(range(program.lists))
+    return [lengths[number] for number in range(program.lists)]
 
 
 def guarded(elements: int, number: Any) -> Any:
@@ -156,16 +163,22 @@ def name_of(dtype: torch.dtype) -> str:
     return next(name for name, code in CODES.items() if code == dtype)
 
 
-def look_up(outcome: Any, kernel: Kernel, stores: Sequence[Any], size: int) -> Any:
+def look_up(
+    outcome: Any, kernel: Kernel, stores: Sequence[Any], size: int, lists: Sequence[Any] = ()
+) -> Any:
     """What a function returned, with the numbers that the kernels have left."""
     if isinstance(outcome, tuple | list):
-        return type(outcome)(look_up(part, kernel, stores, size) for part in outcome)
+        return type(outcome)(look_up(part, kernel, stores, size, lists) for part in outcome)
     if not isinstance(outcome, Outcome):
         return outcome
     if outcome.kind == "sum":
         return sum_of_lanes(kernel.lanes[outcome.lane * LANES : (outcome.lane + 1) * LANES])
     if outcome.kind == "copy":
         return stores[outcome.store][:size].copy()
+    if outcome.kind == "rows":
+        return lists[outcome.list][: size // outcome.row_elements].copy()
+    if outcome.kind == "columns":
+        return lists[outcome.list][: outcome.row_elements].copy()
     first = outcome.counter * COUNTERS
     above, inside = kernel.counters[first], kernel.counters[first + 1]
     if outcome.kind == "index":

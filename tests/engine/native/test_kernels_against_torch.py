@@ -22,7 +22,16 @@ from kernel_driver import (
 from lazymerge.engine.native import library
 from lazymerge.engine.native.library import DTYPE_NUMBERS, WRITTEN_DTYPES, float8_values
 from lazymerge.engine.native.program import Code
-from lazymerge.graph.vector import keep_largest
+from lazymerge.graph.random_bits import stream_key
+from lazymerge.graph.vector import (
+    draw,
+    drop_largest,
+    exponential,
+    keep_largest,
+    logarithm,
+    zero_from,
+    zero_up_to,
+)
 from processors import processor  # noqa: F401 (a fixture)
 
 from conftest import needs_kernels
@@ -62,6 +71,7 @@ SCALAR: dict[str, Callable[[Any, float], Any]] = {
     "sub": lambda a, x: a.sub_(x),
     "mul": lambda a, x: a.mul_(x),
     "max": lambda a, x: a.clamp_min_(x),
+    "min": lambda a, x: a.clamp_max_(x),
     "ge": lambda a, x: a.ge_(x),
     "gt": lambda a, x: a.gt_(x),
     "eq": lambda a, x: a.eq_(x),
@@ -93,7 +103,7 @@ def test_instructions_with_a_number(name: str, working: str, random: np.random.G
     values = [torch.tensor(AWKWARD, dtype=WORKING[working])]
     values += [awkward_numbers(random, size, working) for size in (1, 1025)]
     for x in SCALARS:
-        if name == "max" and x != x:
+        if name in ("max", "min") and x != x:
             continue  # no bound
 
         def run(vectors: Any, inputs: Any, x: float = x) -> None:
@@ -117,8 +127,15 @@ def test_numbers_are_rounded_to_the_working_dtype_first(working: str) -> None:
         assert by_kernels(record(run, 1, 1), [tenth], working)[0].tolist() == [1.0]
 
 
+CUTS: dict[str, Callable[..., None]] = {
+    "keep": lambda vectors, *threshold: keep_largest(vectors[0], *threshold),
+    "drop": lambda vectors, *threshold: drop_largest(vectors[0], *threshold, vectors[1]),
+}
+
+
 @working_dtypes
-def test_keep_largest(working: str, random: np.random.Generator) -> None:
+@pytest.mark.parametrize("name", CUTS)
+def test_cutting_at_a_threshold(name: str, working: str, random: np.random.Generator) -> None:
     number = np.float64 if working == "F64" else np.float32
     values = np.round(random.standard_normal(2600) * 4) / 4
     values[::50] = random.choice(AWKWARD, 52)
@@ -128,30 +145,169 @@ def test_keep_largest(working: str, random: np.random.Generator) -> None:
         for start in (0, 1000, 5_000_000_000):
             for stop in (0, 1, 15, 1023, 1024, 1025, 2000, 2599, 2600, 99999):
                 stop_index = start + stop - (7 if stop == 99999 else 0)
-
-                def run(
-                    vectors: Any,
-                    inputs: Any,
-                    value: float = value,
-                    below: float = below,
-                    stop_index: int = stop_index,
-                    start: int = start,
-                ) -> None:
-                    inputs[0].read_into(vectors[0])
-                    keep_largest(vectors[0], value, below, stop_index, start)
-
-                expected, _ = by_torch(run, 1, [block], working)
-                actual, _ = by_kernels(record(run, 1, 1), [block], working, start=start)
-                assert_same(actual, expected, f"{value} {start} {stop}")
-    # and stops outside of the block
+                check_cut(name, block, (value, below, stop_index), start, working)
+    # stops outside of the block, and where the last of equal ones survive
     for stop_index in (0, 999, -5):
-        keep_largest(expected := block.clone(), 0.5, 0.25, stop_index, 1000)
+        check_cut(name, block, (0.5, 0.25, stop_index), 1000, working)
+    for stop_index in (1000, 2024, 3000, 9999):
+        check_cut(name, block, (0.25, 0.5, stop_index), 1000, working)
 
-        def outside(vectors: Any, inputs: Any, stop_index: int = stop_index) -> None:
-            inputs[0].read_into(vectors[0])
-            keep_largest(vectors[0], 0.5, 0.25, stop_index, 1000)
 
-        assert_same(by_kernels(record(outside, 1, 1), [block], working, start=1000)[0], expected)
+def check_cut(
+    name: str,
+    block: torch.Tensor,
+    threshold: tuple[float, float, int],
+    start: int,
+    working: str,
+) -> None:
+    def run(vectors: Any, inputs: Any) -> None:
+        inputs[0].read_into(vectors[0])
+        CUTS[name](vectors, *threshold, start)
+
+    expected, _ = by_torch(run, 2, [block], working)
+    actual, _ = by_kernels(record(run, 2, 1), [block], working, start=start)
+    assert_same(actual, expected, f"{name} {threshold} {start}")
+
+
+# ----------------------------------------------------------------- zeroing by another vector
+
+
+def zeroing(work: Callable[..., None]) -> Callable[..., None]:
+    """A run on three registers that hold the inputs, and room."""
+
+    def run(vectors: Any, inputs: Any) -> None:
+        for vector, source in zip(vectors, inputs, strict=False):
+            source.read_into(vector)
+        work(*vectors)
+
+    return run
+
+
+ZEROING: dict[str, Callable[..., None]] = {
+    "up to": lambda a, b, c, room: zero_up_to(a, b, 0.3, room),
+    "up to, of itself": lambda a, b, c, room: zero_up_to(a, a, 0.3, room),
+    "from": lambda a, b, c, room: zero_from(a, b, 0.3, room),
+    "from, of itself": lambda a, b, c, room: zero_from(a, a, 0.3, room),
+    "from others": lambda a, b, c, room: zero_from(a, b, c, room),
+    "from others, of itself": lambda a, b, c, room: zero_from(a, a, c, room),
+    "from itself": lambda a, b, c, room: zero_from(a, b, a, room),
+}
+
+
+@working_dtypes
+@pytest.mark.parametrize("name", ZEROING)
+def test_zeroing(name: str, working: str, random: np.random.Generator) -> None:
+    run = zeroing(ZEROING[name])
+    program = record(run, 4, 3)
+    grid = torch.tensor(AWKWARD, dtype=WORKING[working])
+    count = len(grid)
+    every_pair = [grid.repeat(count), grid.repeat_interleave(count), grid.repeat(count).flip(0)]
+    blocks = [every_pair]
+    for size in SIZES:
+        made = [awkward_numbers(random, size, working) for _ in "abc"]
+        made[2][::3] = made[1][::3]  # equal ones
+        blocks.append(made)
+    for inputs in blocks:
+        expected, _ = by_torch(run, 4, inputs, working)
+        assert_same(by_kernels(program, inputs, working)[0], expected, name)
+
+
+@working_dtypes
+@pytest.mark.parametrize("function", [zero_up_to, zero_from])
+def test_zeroing_by_any_number(
+    function: Callable[..., None], working: str, random: np.random.Generator
+) -> None:
+    grid = torch.tensor(AWKWARD, dtype=WORKING[working])
+    inputs = [grid.repeat(len(grid)), grid.repeat_interleave(len(grid))]
+    for limit in [*SCALARS, float("-inf")]:
+        for place in (0, 1):  # compared with itself, and with another
+
+            def run(vectors: Any, inputs: Any, limit: float = limit, place: int = place) -> None:
+                for vector, source in zip(vectors, inputs, strict=False):
+                    source.read_into(vector)
+                function(vectors[0], vectors[place], limit, vectors[2])
+
+            expected, _ = by_torch(run, 3, inputs, working)
+            actual, _ = by_kernels(record(run, 3, 2), inputs, working)
+            assert_same(actual, expected, f"{limit} {place}")
+
+
+# ----------------------------------------------------------------------------- random bits
+
+
+@working_dtypes
+def test_random_numbers(working: str, random: np.random.Generator) -> None:
+    """Of any start and length: groups of counters begin and end within a chunk."""
+    starts = [0, 1, 2, 3, 4, 63, 64, 65, 1000, 2**18 + 1, 2**33 + 7, 2**34 - 5, 2**40 + 2]
+    for key in (0, -1, 2**63 - 1, -(2**63), stream_key(42, 1, "w"), 0x1234_5678_9ABC_DEF0):
+
+        def run(vectors: Any, inputs: Any, key: int = key, start: int = 0) -> None:
+            inputs[0].read_into(vectors[1])
+            draw(vectors[0], key, start, vectors[2])
+
+        program = record(run, 3, 1)
+        for start in [*starts, int(random.integers(0, 2**40))]:
+            for size in (1, 2, 3, 4, 5, 63, 64, 65, 127, 1023, 1024, 1025, 3000):
+                blank = torch.zeros(size, dtype=WORKING[working])
+                expected = torch.full_like(blank, torch.nan)
+                draw(expected, key, start, torch.empty_like(blank))
+                actual, _ = by_kernels(program, [blank], working, start=start)
+                assert_same(actual, expected, f"key {key} start {start} size {size}")
+
+
+# ------------------------------------------------------------- exponentials and logarithms
+
+
+def of_one(function: Callable[..., None]) -> Callable[..., None]:
+    def run(vectors: Any, inputs: Any) -> None:
+        inputs[0].read_into(vectors[0])
+        function(*vectors)
+
+    return run
+
+
+def check_function(function: Callable[..., None], values: np.ndarray) -> None:
+    run = of_one(function)
+    block = torch.from_numpy(values)
+    expected, _ = by_torch(run, 3, [block], "F64")
+    assert_same(by_kernels(record(run, 3, 1), [block], "F64")[0], expected)
+
+
+def test_exponentials(random: np.random.Generator) -> None:
+    """The bits of graph/vector.py, over all that they are defined for and at its ends."""
+    halves = np.arange(-2042, 2046) * (np.log(2) / 2)  # where powers of two change
+    check_function(
+        exponential,
+        np.concatenate(
+            [
+                random.uniform(-720, 709, 100_000),
+                random.uniform(-1, 1, 50_000),
+                random.standard_normal(20_000) * 10.0 ** random.uniform(-320, 2, 20_000),
+                *(np.nextafter(halves, end) for end in (-np.inf, halves, np.inf)),
+                [709.0, -707.9, -708.0, -708.1, -745.0, -1e308, -np.inf, np.nan, 0.0, -0.0],
+            ]
+        ),
+    )
+    for size in SIZES:
+        check_function(exponential, random.uniform(-40, 3, size))
+
+
+def test_logarithms(random: np.random.Generator) -> None:
+    powers = 2.0 ** np.arange(-1022, 1024)
+    check_function(
+        logarithm,
+        np.concatenate(
+            [
+                10.0 ** random.uniform(-307.6, 308.2, 100_000),
+                random.uniform(0.5, 2, 100_000),
+                *(powers * factor for factor in (1, np.sqrt(2), np.nextafter(np.sqrt(2), 0))),
+                np.nextafter(powers[1:], 0),
+                [np.finfo(np.float64).max, np.finfo(np.float64).tiny, np.inf, np.nan],
+            ]
+        ),
+    )
+    for size in SIZES:
+        check_function(logarithm, random.uniform(1e-3, 1e3, size))
 
 
 # ------------------------------------------------------------------------- reading inputs

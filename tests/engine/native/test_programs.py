@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random as random_module
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,32 +16,68 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_driver import AWKWARD, CODES, assert_same, awkward_numbers, by_kernels, by_torch, record
+from lazymerge.engine.execution import Execution
+from lazymerge.engine.native import library
 from lazymerge.engine.native import program as programs
 from lazymerge.engine.native.program import (
+    BARRIERS,
     WRITES,
     Code,
     Instruction,
+    Nested,
     Outcome,
+    Program,
     Register,
+    UndefinedRegisterError,
     _Input,
     _Recorder,
+    _Recording,
     decoding,
     fuse,
+    operands,
     record_apply,
     record_reduce,
 )
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.reference import _Evaluation
+from lazymerge.engine.stages import NativeLayout, stage_layout, stage_operations
 from lazymerge.graph.graph import Graph
-from lazymerge.graph.node import Apply, Reduce
+from lazymerge.graph.node import Apply, Read, Reduce, Write, as_parameters
 from lazymerge.graph.operation import (
     ApplyOperation,
     Cost,
     Done,
-    ReduceOperation,
+    Parameters,
     apply_operation,
     reduce_operation,
 )
 from lazymerge.graph.operations import selection
-from lazymerge.graph.vector import Counts, copy_of, count_inside, dot, keep_largest, total
+from lazymerge.graph.vector import (
+    Counts,
+    Vector,
+    column_dot,
+    copy_of,
+    count_inside,
+    div_rows,
+    dot,
+    draw,
+    drop_largest,
+    exponential,
+    find_equal,
+    keep_largest,
+    logarithm,
+    rank_rows,
+    row_dot,
+    row_max,
+    row_total,
+    scale_columns,
+    scale_rows,
+    sub_rows,
+    total,
+    wait_for_rows,
+    zero_from,
+    zero_up_to,
+)
 from lazymerge.methods import METHODS
 from processors import processor  # noqa: F401 (a fixture)
 
@@ -117,6 +155,15 @@ def test_doubling_is_no_addition_of_two_things() -> None:
     assert instructions(run) == ["LOAD_MUL", "ADD"]
 
 
+def registers_of(count: int) -> tuple[_Recorder, list[Register]]:
+    """Registers that hold something."""
+    recorder = _Recorder()
+    made = [Register(recorder, number) for number in range(count)]
+    for register in made:
+        register.load(0)
+    return recorder, made
+
+
 @pytest.mark.parametrize("result", [0, None])
 def test_a_reduction_has_no_result(result: int | None) -> None:
     """Its registers are read by what it returns and by nobody else."""
@@ -145,18 +192,71 @@ def test_reads_and_writes() -> None:
     assert [fused.reads(r) for r in range(4)] == [False, False, True, False]
     dot_product = Instruction(Code.DOT, a=1, b=2)
     assert not any(dot_product.writes(r) for r in range(3))
+    zeroed = Instruction(Code.ZERO_FROM, dst=0, a=0, b=1, c=2)
+    assert [zeroed.reads(r) for r in range(4)] == [True, True, True, False]
+    by_row = Instruction(Code.SUB_ROWS, dst=0, a=0, c=1)  # c is a list
+    assert [by_row.reads(r) for r in range(3)] == [True, False, False]
+    summed = Instruction(Code.DOT_ROWS, dst=0, a=1, b=2, c=3)  # dst is a list, c a lane
+    assert [summed.reads(r) for r in range(4)] == [False, True, True, False]
+    assert not any(summed.writes(r) for r in range(4))
+    for code in (Code.WAIT, Code.RANK_ROWS, Code.DRAW, Code.LOAD_STORED):
+        assert not any(Instruction(code).reads(r) for r in range(3))
+    assert Instruction(Code.DRAW, dst=1).writes(1)
+    assert Instruction(Code.LOAD_STORED, dst=1).writes(1)
+    assert not Instruction(Code.RANK_ROWS).writes(0)
+
+
+def test_operands_are_those_of_the_list_in_the_kernels() -> None:
+    """`a` and `b` where kernels.c says that there is an a or a b that is a register."""
+    for code, formula in instructions_of_the_kernels().items():
+        right = formula.split(" = ", 1)[-1].replace("+=", "")
+        names = set(re.findall(r"\b[abc]\b", right))
+        if code in (Code.STORE, Code.COUNT, Code.FIND, Code.LOAD_STORED, *BARRIERS):
+            names -= {"b"}  # a place in memory, or a rank
+        if "table c" in right or "list c" in right:
+            names -= {"c"}
+        if code is Code.COUNT or code is Code.FIND:
+            names |= {"a"}
+        values = {"a": 1, "b": 2, "c": 3}
+        expected = sorted(values[name] for name in names)
+        if code is not Code.ZERO_FROM:
+            assert 3 not in expected, code
+        assert sorted(Instruction(code, dst=0, **values).operands) == expected, code
+        writes = formula.startswith("dst = ")
+        assert (code in WRITES) == writes, code
+
+
+def instructions_of_the_kernels() -> dict[Code, str]:
+    """What the enum in kernels.c says of each instruction, in its order."""
+    source = Path(programs.__file__).with_name("kernels.c").read_text()
+    block = source[source.index("enum operation {") :]
+    block = block[block.index("{") + 1 : block.index("};")]
+    found = re.findall(r"^\s+([A-Z][A-Z_]*),?\s*(?:/\*\s*(.*?)\s*\*/)?\s*$", block, re.M)
+    names = [name for name, _ in found]
+    in_c = {Code.ZERO_UP_TO: "ZERO_UP_TO_S"}
+    assert names == [in_c.get(code, code.name.replace("_SCALAR", "_S")) for code in Code]
+    return dict(zip(Code, (formula for _, formula in found), strict=True))
 
 
 def test_every_instruction_is_reached_by_some_program() -> None:
     """Those of the list in program.py, by the programs of this folder's tests."""
-    seen = set()
+    table = np.ones(9)
 
     def all_of_them(v: Any, i: Any) -> Any:
-        a, b, room, _ = v
+        a, b, room, more_room = v
         i[0].read_into(a)
+        i[1].read_into(b)
         a.copy_(b).add_(b).sub_(b).mul_(b).div_(b).add_(1).mul_(2).abs_().clamp_min_(0)
-        a.ge_(0).gt_(0).eq_(0)
+        a.ge_(0).gt_(0).eq_(0).clamp_max_(3)
         keep_largest(a, 1, 0.5, 3, 0)
+        drop_largest(a, 1, 0.5, 3, 0, room)
+        zero_up_to(a, b, 0.5, room)
+        zero_from(a, b, 0.5, room)
+        zero_from(a, b, b, room)
+        exponential(a, room, more_room)
+        logarithm(a, room, more_room)
+        scale_rows(a, table, 3, 0)
+        scale_columns(a, table, 0)
         i[0].read_into(a)
         a.sub_(b)
         i[0].read_into(a)
@@ -167,18 +267,24 @@ def test_every_instruction_is_reached_by_some_program() -> None:
         a.add_(room.sub_(b).mul_(0.5))
         room.copy_(b)
         a.add_(room.mul_(0.5))
-        from lazymerge.graph.vector import find_equal
-
-        return (
+        returned = (
             dot(a, b, room),
             total(a),
             copy_of(a),
             count_inside(a, 0, 1, 9, room),
             find_equal(a, 1.0, 1, 0),
+            column_dot(a, b, 3, 0, room),
+            row_dot(a, b, 3, room),
         )
+        sums, largest = row_total(a, 3), row_max(a, 3)
+        wait_for_rows(a)
+        draw(a, 1, 0, room)
+        sub_rows(a, largest, 3)
+        div_rows(a, sums, 3)
+        rank_rows(a, 3)
+        return returned
 
-    seen = {i.code for i in record(all_of_them, 4, 1).instructions}
-    assert seen == set(Code)
+    assert {i.code for i in record(all_of_them, 4, 2).instructions} == set(Code)
 
 
 # ------------------------------------------------------------- what cannot be recorded
@@ -210,15 +316,134 @@ def test_values_of_registers_cannot_be_looked_at() -> None:
 
 
 def test_what_a_reduction_returns_cannot_be_computed_with() -> None:
-    outcome: Any = Register(_Recorder(), 0).record_total()
-    for use in (lambda: outcome > 0, lambda: outcome + 1, lambda: float(outcome)):
-        with pytest.raises(TypeError):
-            use()
+    vector: Any = registers_of(1)[1][0]
+    for outcome in (total(vector), row_total(vector, 3), row_max(vector, 3), copy_of(vector)):
+        number: Any = outcome
+        for use in (
+            lambda number=number: number > 0,
+            lambda number=number: number + 1,
+            lambda number=number: float(number),
+            lambda number=number: number[0],
+        ):
+            with pytest.raises(TypeError):
+                use()
+
+
+# ------------------------------------------------------------------- what holds nothing yet
+
+
+READING: dict[str, Callable[[Any, Any], Any]] = {
+    "copy": lambda filled, empty: filled.copy_(empty),
+    "add": lambda filled, empty: filled.add_(empty),
+    "add to": lambda filled, empty: empty.add_(filled),
+    "multiply": lambda filled, empty: empty.mul_(2.0),
+    "compare": lambda filled, empty: zero_up_to(filled, empty, 0.5, filled),
+    "bound": lambda filled, empty: zero_from(filled, filled, empty, filled),
+    "cut": lambda filled, empty: keep_largest(empty, 1, 0.5, 3, 0),
+    "dot": lambda filled, empty: dot(filled, empty, filled),
+    "total": lambda filled, empty: total(empty),
+    "count": lambda filled, empty: count_inside(empty, 0, 1, 9, filled),
+    "find": lambda filled, empty: find_equal(empty, 1.0, 1, 0),
+    "keep a copy": lambda filled, empty: copy_of(empty),
+    "exponential": lambda filled, empty: exponential(empty, filled, filled),
+    "rank": lambda filled, empty: rank_rows(empty, 3),
+    "total of rows": lambda filled, empty: row_total(empty, 3),
+    "dot of rows": lambda filled, empty: row_dot(filled, empty, 3, filled),
+    "dot of columns": lambda filled, empty: column_dot(filled, empty, 3, 0, filled),
+    "scale": lambda filled, empty: scale_rows(empty, np.ones(9), 3, 0),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_vector_that_holds_nothing_cannot_be_read(name: str) -> None:
+    """Neither one that was never filled nor one that was filled before a barrier; what was recorded
+    before stays as it is."""
+    for waits in (False, True):
+        recorder, (filled, empty) = registers_of(2)
+        if waits:
+            wait_for_rows(filled)
+            filled.load(0)
+        else:
+            recorder.defined.discard(1)
+        before = list(recorder.instructions)
+        with pytest.raises(UndefinedRegisterError, match=r"reads vector 1$"):
+            READING[name](filled, empty)
+        assert recorder.instructions == before
+        empty.load(1)
+        READING[name](filled, empty)
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda vector, other: vector.load(0),
+        lambda vector, other: vector.copy_(other),
+        lambda vector, other: draw(vector, 1, 0, other),
+    ],
+)
+def test_what_fills_a_vector(fill: Callable[[Any, Any], Any]) -> None:
+    recorder, (vector, other) = registers_of(2)
+    recorder.defined.discard(0)
+    fill(vector, other)
+    total(vector)
+
+
+def test_room_may_hold_anything_and_is_not_filled_by_being_room() -> None:
+    """Functions that want room take it where vectors compute at once; where they are recorded, it
+    is not touched, and does not count as filled."""
+    recorder, (vector, other, room) = registers_of(3)
+    recorder.defined.discard(2)
+    dot(vector, other, room)
+    draw(vector, 1, 0, room)
+    zero_from(vector, other, 0.5, room)
+    with pytest.raises(UndefinedRegisterError):
+        total(room)
+
+
+def test_numbers_of_rows_are_there_after_a_barrier() -> None:
+    _, (vector, other) = registers_of(2)
+    sums: Any = row_total(vector, 3)
+    for use in (sub_rows, div_rows):
+        with pytest.raises(UndefinedRegisterError, match="before wait_for_rows"):
+            use(vector, sums, 3)
+    wait_for_rows(vector)
+    vector.load(0)
+    sub_rows(vector, sums, 3)
+    later: Any = row_max(vector, 3)
+    with pytest.raises(UndefinedRegisterError, match="before wait_for_rows"):
+        sub_rows(vector, later, 3)
+    rank_rows(vector, 3)  # is a barrier too
+    other.load(0)
+    div_rows(other, later, 3)
+    div_rows(vector, sums, 3)  # the ranks, which are there again
+
+
+def test_ranks_are_there_again_after_each_barrier() -> None:
+    """And nothing else; one that has been changed since is not either."""
+    recorder, (one, other, third) = registers_of(3)
+    rank_rows(one, 3)
+    total(one)
+    with pytest.raises(UndefinedRegisterError):
+        total(other)
+    other.load(0)
+    rank_rows(other, 3)
+    for _ in range(2):
+        total(one)
+        total(other)
+        wait_for_rows(third)
+    stored = [i for i in recorder.instructions if i.code is Code.LOAD_STORED]
+    assert [(i.dst, i.b) for i in stored] == [(0, 0), (0, 0), (1, 1), *[(0, 0), (1, 1)] * 2]
+    one.mul_(2.0)
+    wait_for_rows(third)
+    total(other)
+    with pytest.raises(UndefinedRegisterError):
+        total(one)
 
 
 # ------------------------------------------------------------------------ random programs
 
-REGISTERS = 4  # the last is room for the functions that want some
+REGISTERS = 4  # the last is room for the functions that want some, and there is more of it
+BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
 NUMBERS = st.sampled_from([*AWKWARD[:8], 0.5, -2.0, 0.1, 1 / 3, 1e-30])
 registers = st.integers(0, REGISTERS - 2)
 
@@ -235,11 +460,18 @@ steps = st.one_of(
     st.tuples(st.sampled_from(["add_", "sub_", "mul_", "div_", "copy_"]), registers, registers),
     st.tuples(st.sampled_from(["add_", "sub_", "mul_", "ge_", "gt_", "eq_"]), registers, NUMBERS),
     st.tuples(st.just("abs_"), registers),
-    st.tuples(st.just("clamp_min_"), registers, st.sampled_from([0.0, -1.0, 0.3])),
-    st.tuples(st.just("keep"), registers, st.integers(0, 3000)),
+    st.tuples(
+        st.sampled_from(["clamp_min_", "clamp_max_"]), registers, st.sampled_from([0.0, -1.0, 0.3])
+    ),
+    st.tuples(st.sampled_from(["keep", "drop"]), registers, st.integers(0, 3000)),
+    st.tuples(st.sampled_from(["zero up to", "zero from"]), registers, registers, NUMBERS),
+    st.tuples(st.just("zero from others"), registers, registers, registers),
+    st.tuples(st.just("draw"), registers, st.integers(-(2**63), 2**63 - 1)),
+    st.tuples(st.sampled_from(["exponential", "logarithm"]), registers),
     st.tuples(st.sampled_from(["total", "copy_of", "count"]), registers),
     st.tuples(st.just("dot"), registers, registers),
 )
+OF_FLOAT64 = ("dot", "exponential", "logarithm")
 
 
 def perform(step: tuple[Any, ...], v: Any, i: Any, start: int) -> Iterator[Any]:
@@ -263,9 +495,21 @@ def perform(step: tuple[Any, ...], v: Any, i: Any, start: int) -> Iterator[Any]:
         case "abs_":
             one.abs_()
         case "keep":
-            keep_largest(
-                one, 0.5, float(np.nextafter(np.float32(0.5), np.float32(0))), *rest, start
-            )
+            keep_largest(one, 0.5, BELOW_HALF, *rest, start)
+        case "drop":
+            drop_largest(one, 0.5, BELOW_HALF, *rest, start, room)
+        case "zero up to":
+            zero_up_to(one, v[rest[0]], rest[1], room)
+        case "zero from":
+            zero_from(one, v[rest[0]], rest[1], room)
+        case "zero from others":
+            zero_from(one, v[rest[0]], v[rest[1]], room)
+        case "draw":
+            draw(one, rest[0], start, room)
+        case "exponential":
+            exponential(one.clamp_max_(700.0), room, v[REGISTERS])
+        case "logarithm":
+            logarithm(one.abs_().clamp_min_(1e-300), room, v[REGISTERS])
         case "total":
             yield total(one)
         case "copy_of":
@@ -308,16 +552,16 @@ def test_any_program_fused_or_not_gives_the_bits_of_torch(
     seed: int,
 ) -> None:
     if working == "F32":
-        drawn = [step for step in drawn if step[0] != "dot"]  # of float64 vectors only
+        drawn = [step for step in drawn if step[0] not in OF_FLOAT64]
     random = np.random.default_rng(seed)
     inputs = [awkward_numbers(random, size, "F64").to(CODES[dtype]) for dtype in dtypes]
     run = program_of(drawn, start=1000)
-    expected, returned = by_torch(run, REGISTERS, inputs, working)
+    expected, returned = by_torch(run, REGISTERS + 1, inputs, working)
     if output is not None:
         expected = expected.to(torch.float32).to(CODES[output])
     counts = []
     for fused in (False, True):
-        program = record(run, REGISTERS, 3, fused=fused)
+        program = record(run, REGISTERS + 1, 3, fused=fused)
         counts.append(len(program.instructions))
         actual, found = by_kernels(program, inputs, working, output, start=1000)
         assert_same(actual, expected, f"fused {fused}")
@@ -351,12 +595,20 @@ class Nowhere:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Graph, Apply | Reduce]]:
-    """Every operation of every method, with parameters as its recipes give them."""
+def plans(tmp_path_factory: pytest.TempPathFactory) -> list[Plan]:
+    """Every method, with parameters as its recipes give them."""
     folder = tmp_path_factory.mktemp("programs")
     folders = [folder / f"m{number}" for number in range(5)]
-    tensors = {f"m{n}": {"w": torch.randn(30, 7), "b": torch.randn(9)} for n in range(5)}
-    found: list[tuple[Graph, Apply | Reduce]] = []
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        f"m{number}": {
+            "w": torch.randn(30, 7, generator=generator),
+            "b": torch.randn(9, generator=generator),
+            "coarse": torch.randn(20, 6, generator=generator).round(),
+        }
+        for number in range(5)
+    }
+    made: list[Plan] = []
     for method, setting in product(METHODS.values(), SETTINGS):
         for count in model_counts(method.signature, 4):
             document = recipe_for(
@@ -366,148 +618,178 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Graph, Apply |
                 setting=setting,
                 random=random_module.Random(count),
             )
-            plan = plan_of(folder, document, tensors)
+            made.append(plan_of(folder, document, tensors))
             tensors = {}  # written once
-            found += [(plan.graph, n) for n in plan.graph if isinstance(n, Apply | Reduce)]
-    return found
+    return made
 
 
-def states(operation: ReduceOperation[Any, Any], node: Reduce) -> list[Any]:
-    """States of the passes that a search of real tensors goes through."""
-    generator = torch.Generator().manual_seed(3)
-    tensors = [torch.randn(210, generator=generator, dtype=torch.float64) for _ in node.inputs]
-    results = [None] * len(node.statistics)
-    parameters = dict(node.parameters)
-    if node.operation == "surviving_norms":
-        keep = parameters_of_thresholds(node)
-        thresholds = selection.MagnitudeThresholds()
-        results = [finished(thresholds, tensors, {"keep": keep}, [], [])]
-    seen: list[Any] = []
-    finished(operation, tensors, parameters, results, seen)
-    return seen
-
-
-def parameters_of_thresholds(node: Reduce) -> tuple[int | None, ...]:
-    return (None, *[7] * (len(node.inputs) - 2))[: len(node.inputs) - 1]
-
-
-def finished(
-    operation: ReduceOperation[Any, Any],
-    tensors: list[torch.Tensor],
-    parameters: Any,
-    results: Any,
-    seen: list[Any],
-) -> Any:
-    class Input:
-        def __init__(self, tensor: torch.Tensor) -> None:
-            self.tensor = tensor
-
-        def read_into(self, out: torch.Tensor) -> None:
-            out.copy_(self.tensor[: len(out)])
-
-    elements = len(tensors[0])
-    step = operation.first_pass(parameters, results, elements, 1)
-    while not isinstance(step, Done):
-        seen.append(step.state)
-        length = elements if step.sample is None else step.sample.runs * step.sample.run_elements
-        count = operation.cost(len(tensors), parameters).scratch
-        scratch = [torch.empty(length, dtype=torch.float64) for _ in range(count)]
-        inputs: Any = [Input(tensor) for tensor in tensors]
-        partial = operation.run(inputs, parameters, step.state, scratch, 0)
-        step = operation.finish(parameters, elements, step.state, [partial])
-    return step.result
-
-
-def prepared_of(graph: Graph, node: Apply) -> Any:
-    operation = apply_operation(node.operation)
-    results: list[Any] = []
-    for statistic in node.statistics:
-        reduce = graph.reduce(statistic)
-        match reduce.operation:
-            case "gram":
-                results.append(np.eye(len(reduce.inputs)).tolist())
-            case "magnitude_thresholds":
-                keep: Any = dict(reduce.parameters)["keep"]
-                results.append(tuple(k and selection.Threshold(0.5, 0.4999, 99) for k in keep))
-            case "surviving_norms":
-                results.append((1.5,) * (len(reduce.inputs) - 1))
-            case other:
-                raise AssertionError(f"say here what {other} may give")
-    return operation.prepare(dict(node.parameters), results)
-
-
-def test_every_recordable_operation_records(
-    nodes: list[tuple[Graph, Apply | Reduce]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without looking at values or at `start`, and with no register read that was not written."""
+@pytest.fixture
+def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "CANDIDATES", 64)
     monkeypatch.setattr(selection, "SAMPLE_RUNS", 4)
     monkeypatch.setattr(selection, "SAMPLE_RUN_ELEMENTS", 8)
+
+
+def states(evaluation: _Evaluation, node: Reduce) -> list[Any]:
+    """States of the passes that a search of these tensors goes through."""
+    operation, parameters = reduce_operation(node.operation), dict(node.parameters)
+    results = evaluation._results(node.statistics)
+    seen: list[Any] = []
+    real = type(operation).finish
+
+    def spy(self: Any, parameters: Any, element_count: int, state: Any, partials: Any) -> Any:
+        seen.append(state)
+        return real(self, parameters, element_count, state, partials)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(operation), "finish", spy)
+        evaluation._reduce(node)
+    if not seen:  # there was nothing to do
+        assert isinstance(operation.first_pass(parameters, results, 9, 1), Done)
+    return seen
+
+
+def prepared_of(evaluation: _Evaluation, node: Apply) -> Any:
+    """What the operation makes of the statistics of these tensors."""
+    results = evaluation._results(node.statistics)
+    return apply_operation(node.operation).prepare(dict(node.parameters), results)
+
+
+def recorded_stage(plan: Plan, stage: Reduce | Write, layout: NativeLayout) -> list[Program]:
+    """The programs of all passes of a stage, as the frame records them (native/frame.py)."""
+    graph, evaluation = plan.graph, _Evaluation(plan.graph)
+    prepared = {
+        node.id: prepared_of(evaluation, node)
+        for node, _ in stage_operations(graph, stage)
+        if isinstance(node, Apply)
+    }
+    node = graph.block_node(stage.source) if isinstance(stage, Write) else stage
+    if isinstance(node, Read):
+        return [decoding()]
+    inputs = operands(graph, node.inputs, layout.inputs, prepared)
+    parameters = dict(node.parameters)
+    if isinstance(node, Apply):
+        operation = apply_operation(node.operation)
+        scratch = operation.cost(len(node.inputs), parameters).scratch
+        return [record_apply(operation, inputs, scratch, prepared[node.id])]
+    reduction = reduce_operation(node.operation)
+    scratch = reduction.cost(len(node.inputs), parameters).scratch
+    return [
+        record_reduce(reduction, inputs, scratch, parameters, state)
+        for state in states(evaluation, node)
+    ]
+
+
+def check_registers(program: Program, is_write: bool) -> None:
+    """No register is read that was not written, after the last barrier; none that there is not."""
+    written: set[int] = set()
+    for instruction in program.instructions:
+        for register in range(program.registers):
+            if instruction.reads(register):
+                assert register in written, instruction
+        if instruction.code in BARRIERS:
+            written.clear()
+        if instruction.code in WRITES:
+            assert instruction.dst < program.registers
+            written.add(instruction.dst)
+    assert not is_write or program.result in written
+
+
+def check_room(program: Program, layout: NativeLayout, elements: int) -> None:
+    """Whatever the program leaves or works in has its place in the worker's arena."""
+    assert program.registers == layout.register_count
+    assert program.stores <= len(layout.stores)
+    assert program.lists <= len(layout.lists)
+    block = min(layout.block_elements, elements)
+    filled: set[int] = set()
+    for i in program.instructions:
+        match i.code:
+            case Code.LOAD | Code.LOAD_SUB | Code.LOAD_MUL | Code.LOAD_MUL_ADD:
+                assert i.k < len(layout.inputs)
+            case Code.STORE | Code.COUNT | Code.LOAD_STORED:
+                assert layout.stores[i.b].elements >= block
+            case Code.DOT_ROWS | Code.SUM_ROWS | Code.MAX_ROWS:
+                assert block % i.k == 0
+                assert layout.lists[i.dst].elements >= block // i.k
+                filled.add(i.dst)
+            case Code.DOT_COLUMNS:
+                assert layout.lists[i.dst].elements >= i.k
+                filled.add(i.dst)
+            case Code.SUB_ROWS | Code.DIV_ROWS:
+                assert i.c in filled
+            case Code.SCALE_ROWS:
+                assert len(program.tables[i.c]) * i.k >= elements
+            case Code.SCALE_COLUMNS:
+                assert len(program.tables[i.c]) == i.k
+            case Code.RANK_ROWS:
+                assert layout.spare is not None
+                assert layout.spare.elements >= library.RANKED_BYTES * i.k
+                assert block % i.k == 0
+            case _:
+                pass
+    assert filled == set(range(program.lists))
+    for table in program.tables:
+        assert table.dtype == np.float64
+        assert table.flags.c_contiguous
+
+
+@pytest.mark.usefixtures("small_samples")
+def test_every_stage_records(plans: list[Plan]) -> None:
+    """Without looking at values, with no register read that was not written, and into no more room
+    than the layout has; for every pass of every stage of every method."""
     recorded: set[str] = set()
-    for graph, node in nodes:
-        numbers = list(range(len(node.inputs)))
-        parameters = dict(node.parameters)
-        if isinstance(node, Apply):
-            operation = apply_operation(node.operation)
-            if not operation.is_recordable:
-                continue
-            cost = operation.cost(len(numbers), parameters)
-            made = [record_apply(operation, numbers, cost.scratch, prepared_of(graph, node))]
-            assert made[0].outcome is None
-        else:
-            reduction = reduce_operation(node.operation)
-            if not reduction.is_recordable:
-                continue
-            cost = reduction.cost(len(numbers), parameters)
-            made = [
-                record_reduce(reduction, numbers, cost.scratch, parameters, state)
-                for state in states(reduction, node)
-            ]
-            assert all(list(outcomes(program.outcome)) for program in made)
+    seen: set[Code] = set()
+    for plan, stage in ((p, s) for p in plans for task in p.tasks for s in task.stages):
+        layout = stage_layout(plan.graph, stage, Execution("pread", "native"))
+        if not isinstance(layout, NativeLayout):
+            continue
+        made = recorded_stage(plan, stage, layout)
         for program in made:
-            recorded.add(node.operation)
-            assert program.stores <= cost.stores
-            written: set[int] = set()
-            for instruction in program.instructions:
-                for register in range(program.registers):
-                    if instruction.reads(register):
-                        assert register in written, (node.operation, instruction)
-                if instruction.code in WRITES:
-                    assert instruction.dst < program.registers
-                    written.add(instruction.dst)
-            assert isinstance(node, Reduce) or program.result in written
+            is_write = isinstance(stage, Write)
+            assert (program.outcome is None) == is_write
+            assert is_write or list(outcomes(program.outcome))
+            check_registers(program, is_write)
+            check_room(program, layout, stage.element_count)
+            seen.update(i.code for i in program.instructions)
+        if made:
+            recorded |= {node.operation for node, _ in stage_operations(plan.graph, stage)}
     claimed = {
         node.operation
-        for _, node in nodes
-        if (
-            apply_operation(node.operation)
-            if isinstance(node, Apply)
-            else reduce_operation(node.operation)
-        ).is_recordable
+        for plan in plans
+        for node in plan.graph
+        if (isinstance(node, Apply) and apply_operation(node.operation).is_recordable)
+        or (isinstance(node, Reduce) and reduce_operation(node.operation).is_recordable)
     }
     assert recorded == claimed
-    assert {"linear_combination", "task_vectors", "sign_consensus", "gram"} <= recorded
+    assert {
+        *("linear_combination", "task_vectors", "sign_consensus", "gram", "random_sum"),
+        *("ranked_sign_consensus", "row_divergence", "gram_of_rows", "largest_values", "variance"),
+    } <= recorded
+    assert seen == set(Code)  # methods need every one of them
 
 
-def test_no_recordable_operation_looks_at_start(
-    nodes: list[tuple[Graph, Apply | Reduce]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_recordable_operation_looks_at_start(plans: list[Plan]) -> None:
     nowhere: Any = Nowhere()
-    for graph, node in nodes:
-        recorder = _Recorder()
-        parameters = dict(node.parameters)
-        inputs: Any = [_Input(number) for number in range(len(node.inputs))]
-        if isinstance(node, Apply) and apply_operation(node.operation).is_recordable:
-            operation: ApplyOperation = apply_operation(node.operation)
-            cost: Cost = operation.cost(len(inputs), parameters)
-            vectors: Any = [Register(recorder, n) for n in range(cost.scratch + 1)]
-            operation.run(vectors[0], inputs, prepared_of(graph, node), vectors[1:], nowhere)
-        elif isinstance(node, Reduce) and reduce_operation(node.operation).is_recordable:
-            reduction = reduce_operation(node.operation)
-            cost = reduction.cost(len(inputs), parameters)
-            vectors = [Register(recorder, n) for n in range(cost.scratch)]
-            for state in states(reduction, node):
-                reduction.run(inputs, parameters, state, vectors, nowhere)
+    for plan in plans:
+        evaluation = _Evaluation(plan.graph)
+        for node in plan.graph:
+            if not isinstance(node, Apply | Reduce):
+                continue
+            recording = _Recording()
+            parameters = dict(node.parameters)
+            inputs: Any = [_Input(number) for number in range(len(node.inputs))]
+            if isinstance(node, Apply) and apply_operation(node.operation).is_recordable:
+                operation: ApplyOperation = apply_operation(node.operation)
+                cost: Cost = operation.cost(len(inputs), parameters)
+                out, *vectors = recording.registers(cost.scratch + 1)
+                prepared = prepared_of(evaluation, node)
+                operation.run(out, inputs, prepared, vectors, nowhere)
+            elif isinstance(node, Reduce) and reduce_operation(node.operation).is_recordable:
+                reduction = reduce_operation(node.operation)
+                cost = reduction.cost(len(inputs), parameters)
+                vectors = recording.registers(cost.scratch)
+                for state in states(evaluation, node):
+                    reduction.run(inputs, parameters, state, vectors, nowhere)
 
 
 def outcomes(value: Any) -> Iterator[Outcome]:
@@ -526,14 +808,103 @@ def test_decoding_is_one_load() -> None:
 
 def test_the_numbers_of_instructions_are_those_of_the_kernels() -> None:
     """Names and order of the enum in kernels.c; an editor who adds one must do it in both."""
-    source = Path(programs.__file__).with_name("kernels.c").read_text()
-    block = source[source.index("enum operation {") :]
-    block = block[: block.index("};")]
-    names = [
-        line.strip().split("/*")[0].strip(" ,\n")
-        for line in block.splitlines()[1:]
-        if line.strip() and not line.strip().startswith("/*")
-    ]
-    longer = {"_SCALAR": "_S"}
-    expected = [code.name.replace("_SCALAR", longer["_SCALAR"]) for code in Code]
-    assert names == expected
+    assert list(instructions_of_the_kernels()) == list(Code) == list(range(len(Code)))
+    # the kernels take whatever comes after WAIT for a barrier
+    assert sorted(BARRIERS) == list(range(Code.WAIT, len(Code)))
+
+
+# ------------------------------------------------------------------------ computed inputs
+
+
+class Mixed(ApplyOperation):
+    """(a · ½) + b of two inputs, with two vectors of scratch of which it needs one."""
+
+    name = "test_mixed"
+    is_recordable = True
+
+    def cost(self, input_count: int, parameters: Parameters) -> Cost:
+        return Cost(scratch=2)
+
+    def run(
+        self,
+        out: Vector,
+        inputs: Any,
+        prepared: Any,
+        scratch: Any,
+        start: int,
+    ) -> None:
+        inputs[0].read_into(scratch[1])
+        inputs[1].read_into(out)
+        out.add_(scratch[1].mul_(prepared))
+
+
+def evaluated(operand: Any, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """An operand by torch, in float64."""
+
+    class Value:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+        def read_into(self, out: torch.Tensor) -> None:
+            out.copy_(self.tensor)
+
+    if isinstance(operand, int):
+        return inputs[operand].double()
+    sources: Any = [Value(evaluated(source, inputs)) for source in operand.inputs]
+    size = len(inputs[0])
+    out, *scratch = (torch.empty(size, dtype=torch.float64) for _ in range(1 + operand.scratch))
+    operand.operation.run(out, sources, operand.prepared, scratch, 0)
+    return out
+
+
+@needs_kernels
+@pytest.mark.usefixtures("processor")
+def test_computed_inputs_are_computed_wherever_they_are_read(random: np.random.Generator) -> None:
+    """Nested twice, one of them used twice; each has scratch of its own."""
+    inner = Nested(Mixed(), [0, 1], 2, 0.5)
+    outer = Nested(Mixed(), [inner, 2], 2, -0.25)
+    top: list[Any] = [outer, inner]
+    program = record_apply(Mixed(), top, 2, 3.0)
+    assert program.registers == 1 + 2 + 2 + 2
+    loads = [i.k for i in program.instructions if i.code.name.startswith("LOAD")]
+    assert sorted(loads) == [0, 0, 1, 1, 2]  # the inner one twice, the outer one once
+    check_registers(program, is_write=True)
+    inputs = [awkward_numbers(random, 2500, "F64") for _ in range(3)]
+    actual, _ = by_kernels(program, inputs, "F64")
+    assert_same(actual, evaluated(Nested(Mixed(), top, 2, 3.0), inputs))
+
+
+def test_computed_inputs_have_no_stored_bytes() -> None:
+    computed = _Recording().input(Nested(Mixed(), [0, 1], 2, 0.5))
+    with pytest.raises(TypeError, match="no stored bytes"):
+        computed.raw()
+
+
+def test_operands_of_a_graph(tmp_path: Path) -> None:
+    """Numbers for what is read, one and the same Nested for what is computed, however often."""
+    tensors = {name: {"w": torch.ones(6)} for name in ("a", "b")}
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": m, "parameters": {"weight": 1}} for m in ("a", "b")],
+    }
+    plan = plan_of(tmp_path, recipe, tensors)
+    graph = Graph()
+    a, b = (graph.add(node) for node in plan.graph if isinstance(node, Read))
+
+    def combined(*inputs: str) -> str:
+        parameters = as_parameters({"coefficients": (0.5,) * len(inputs)})
+        return graph.add(Apply("linear_combination", parameters, inputs, (), (6,), "F64"))
+
+    inner = combined(a, b)
+    outer = combined(inner, b)
+    prepared = {inner: (0.5, 0.5), outer: (0.25, 0.75)}
+    found: Any = operands(graph, [outer, inner, a, inner], [b, a], prepared)
+    assert found[2] == 1
+    assert found[1] is found[3] is found[0].inputs[0]
+    assert found[0].inputs[1] == 0
+    assert found[1].inputs == [1, 0]
+    assert (found[0].prepared, found[1].prepared) == ((0.25, 0.75), (0.5, 0.5))
+    scratch = apply_operation("linear_combination").cost(2, {}).scratch
+    assert found[0].scratch == found[1].scratch == scratch
+    # two of the same content are still two: what is shared is said by the graph
+    assert replace(found[1]) != found[1]

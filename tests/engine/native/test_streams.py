@@ -14,7 +14,10 @@ from kernel_driver import (
     CODES,
     assert_same,
     by_kernels,
+    by_torch,
     guarded,
+    list_lengths,
+    look_up,
     record,
     shifted,
 )
@@ -22,11 +25,25 @@ from lazymerge.engine.native import library
 from lazymerge.engine.native.library import (
     COUNTERS,
     LANES,
+    RANKED_BYTES,
     Kernel,
     StreamedInput,
     encode_program,
 )
-from lazymerge.graph.vector import dot, find_equal, sum_of_lanes, total
+from lazymerge.graph.vector import (
+    column_dot,
+    dot,
+    draw,
+    find_equal,
+    rank_rows,
+    row_total,
+    scale_columns,
+    scale_rows,
+    sum_of_lanes,
+    total,
+    wait_for_rows,
+    zero_from,
+)
 from processors import processor  # noqa: F401 (a fixture)
 
 from conftest import needs_kernels
@@ -126,6 +143,123 @@ def test_blocks_at_once_are_blocks_one_by_one(
     if not is_mapped:
         for memory in stream.memory:
             assert (memory[-64:] == 99).all(), "read beyond a block's room"
+
+
+# ------------------------------------------------------- what depends on where a block lies
+
+ROW = 300
+ROWS = -(-ELEMENTS // ROW)
+
+
+def placed(tables: Any, start: int) -> Any:
+    """Ranks, random numbers and tables: a function of the row and the place in the tensor."""
+
+    def run(vectors: Any, inputs: Any) -> None:
+        out, ranks, draws, room = vectors
+        inputs[1].read_into(ranks)
+        rank_rows(ranks, ROW)
+        inputs[0].read_into(out)
+        draw(draws, 2**60 + 1, start, room)
+        zero_from(out, draws, ranks.mul_(1 / ROW), room)
+        scale_rows(out, tables[0], ROW, start)
+        inputs[2].read_into(room)
+        scale_columns(room, tables[1], start)
+        out.add_(room)
+
+    return run
+
+
+def by_row_and_column(vectors: Any, inputs: Any) -> Any:
+    out, other, room = vectors
+    inputs[0].read_into(out)
+    inputs[1].read_into(other)
+    columns = column_dot(out, other, ROW, 0, room)
+    before = row_total(out, ROW)
+    wait_for_rows(out)
+    inputs[2].read_into(out)
+    return before, columns, row_total(out, ROW), total(out)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_blocks_know_where_they_lie_in_the_tensor(
+    tensors: list[torch.Tensor], files: list[int], random: np.random.Generator, at_once: int
+) -> None:
+    """The store of the ranks is used again by every block of a run; nothing of it is left."""
+    assert BLOCK % ROW == 0
+    whole = ELEMENTS // ROW * ROW
+    tables = [random.standard_normal(ROWS), random.standard_normal(ROW)]
+    program = record(placed(tables, 0), 4, 3)
+    chunk = library.chunk_elements()
+    registers, store = guarded(4 * chunk, np.float64), guarded(BLOCK, np.float64)
+    spare = np.zeros(RANKED_BYTES * ROW, np.uint8)
+    memory = [np.full(BLOCK * t.itemsize + 64, 99, np.uint8) for t in tensors]
+    output = torch.full((at_once * BLOCK + 64,), 77, dtype=torch.float64)
+    kernel = Kernel(
+        encode_program(program),
+        [
+            StreamedInput(dtype, descriptor, 7 + number, room.ctypes.data)
+            for number, (dtype, descriptor, room) in enumerate(
+                zip(DTYPES, files, memory, strict=True)
+            )
+        ],
+        working_dtype="F64",
+        registers=registers.ctypes.data,
+        stores=[store.ctypes.data],
+        spare=spare.ctypes.data,
+        output=output.data_ptr(),
+        output_dtype="F64",
+        blocks_at_once=at_once,
+    )
+    for start in range(0, whole, at_once * BLOCK):
+        stop = min(start + at_once * BLOCK, whole)
+        kernel.reset()
+        assert kernel.stream(start, stop - start, BLOCK) is None
+        for first in range(start, stop, BLOCK):
+            last = min(first + BLOCK, stop)
+            block = [tensor[first:last] for tensor in tensors]
+            expected, _ = by_torch(placed(tables, first), 4, block, "F64")
+            assert_same(output[first - start : last - start], expected)
+            alone, _ = by_kernels(program, block, "F64", start=first)
+            assert_same(alone, expected)
+    assert (output[at_once * BLOCK :] == 77).all()
+    assert (store[BLOCK:] == 77).all()
+
+
+def test_lists_of_one_block_leave_nothing_to_the_next(
+    tensors: list[torch.Tensor], files: list[int]
+) -> None:
+    """Sums begin anew, in lists that hold the block's before."""
+    program = record(by_row_and_column, 3, 3)
+    registers = guarded(3 * library.chunk_elements(), np.float64)
+    lengths = list_lengths(program, BLOCK)
+    lists = [guarded(length, np.float64) for length in lengths]
+    memory = [np.full(BLOCK * t.itemsize + 64, 99, np.uint8) for t in tensors]
+    kernel = Kernel(
+        encode_program(program),
+        [
+            StreamedInput(dtype, descriptor, 7 + number, room.ctypes.data)
+            for number, (dtype, descriptor, room) in enumerate(
+                zip(DTYPES, files, memory, strict=True)
+            )
+        ],
+        working_dtype="F64",
+        registers=registers.ctypes.data,
+        stores=[],
+        lists=[each.ctypes.data for each in lists],
+    )
+    whole = ELEMENTS // ROW * ROW
+    for _ in range(2):
+        for start in range(0, whole, BLOCK):
+            size = min(BLOCK, whole - start)
+            kernel.reset()
+            assert kernel.stream(start, size, BLOCK) is None
+            block = [tensor[start : start + size] for tensor in tensors]
+            _, expected = by_torch(by_row_and_column, 3, block, "F64")
+            found = look_up(program.outcome, kernel, [], size, lists)
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+    for each, length in zip(lists, lengths, strict=True):
+        assert (each[length:] == 77).all()
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
