@@ -25,11 +25,13 @@ class Contribution:
     model: reference as the recipe writes it.
     node: id of the node that yields it.
     parameters: the method's per-model parameters, resolved for this tensor; None: no value.
+    place: of the model among the recipe's, from 0; whatever other models lack the tensor.
     """
 
     model: str
     node: str
     parameters: Mapping[str, Scalar | None]
+    place: int = 0
 
     def number(self, name: str) -> float:
         """A numeric parameter's value."""
@@ -55,6 +57,7 @@ class TensorMerge:
         the base (x₁ … xₙ).
     parameters: the method's global parameters, resolved for this tensor.
     graph: where nodes are added.
+    seed: of random methods.
     """
 
     name: str
@@ -63,6 +66,7 @@ class TensorMerge:
     models: tuple[Contribution, ...]
     parameters: Mapping[str, Scalar | None]
     graph: Graph
+    seed: int = 0
 
     @property
     def element_count(self) -> int:

@@ -27,6 +27,18 @@ SHAPES = [
     (17, 31),
 ]
 
+ROW_SHAPES = [
+    *SHAPES,
+    (1, 1),
+    (BLOCK + 6, 1),  # rows of one element, and more of them than a block has elements
+    (2 * BLOCK + 22, 3),
+    (2, 3 * BLOCK + 8),  # rows longer than a block
+    (1, 2 * BLOCK),
+    (4, 1, 5),
+    (3, 7, 1),
+    (2, 3, 2, 5),
+]
+
 DTYPES = [
     torch.bfloat16,
     torch.float16,
@@ -68,10 +80,14 @@ class Family:
 
 
 def values(kind: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
-    """Float64 numbers: normal, on a coarse grid, zeros, tiny (denormal in most dtypes), huge."""
+    """Float64 numbers: normal, on a coarse grid, zeros, tiny (denormal in most dtypes), huge; or on
+    the grid, but some of them spoilt: nan or infinite."""
     size = prod(shape)
-    if kind == "grid":
+    if kind in ("grid", "spoilt"):
         flat = random.integers(-15, 16, size) / 4
+        if kind == "spoilt":
+            where = random.random(size) < 0.03
+            flat[where] = random.choice([np.nan, np.inf, -np.inf], np.count_nonzero(where))
     elif kind == "few":
         flat = random.choice([-1.0, 0.0, 1.0], size)
     elif kind == "zero":
@@ -86,12 +102,14 @@ KINDS = ["normal", "near", "identical", "grid", "zero", "tiny", "huge"]
 GRID_KINDS = ["grid", "few", "zero"]
 
 
-def families(models: int, kinds: list[str]) -> st.SearchStrategy[list[Family]]:
+def families(
+    models: int, kinds: list[str], shapes: list[tuple[int, ...]] = SHAPES
+) -> st.SearchStrategy[list[Family]]:
     """A few tensors that `models` models have."""
     return st.lists(
         st.builds(
             Family,
-            st.sampled_from(SHAPES),
+            st.sampled_from(shapes),
             st.tuples(*[st.sampled_from(DTYPES)] * models),
             st.sampled_from(kinds),
             st.integers(0, 2**32 - 1),

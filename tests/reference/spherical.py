@@ -95,6 +95,10 @@ def multislerp(case: Case) -> Tensor:
     mean = sum(weight * unit for weight, unit in zip(weights, units, strict=True))
     mean = np.asarray(mean)
     if _norm(mean) < eps:
+        if max(map(_norm, vectors)) < eps:  # nothing in any model: nothing in the merge
+            return offset + np.asarray(
+                sum(weight * vector for weight, vector in zip(weights, vectors, strict=True))
+            )
         if len(vectors) != 2:
             raise ValueError("the weighted directions cancel: no mean direction")
         return offset + weights[0] * vectors[0] + weights[1] * vectors[1]
