@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .api import plan, run
     from .engine.plan import Plan
     from .engine.run import RunReport
+    from .methods.plugins import load_plugin
 
 __all__ = [
     "DoesNotFitError",
@@ -29,6 +30,7 @@ __all__ = [
     "RecipeError",
     "RunReport",
     "__version__",
+    "load_plugin",
     "plan",
     "run",
 ]
@@ -44,6 +46,10 @@ def __getattr__(name: str) -> Any:
         from .engine.plan import Plan
 
         return Plan
+    if name == "load_plugin":
+        from .methods.plugins import load_plugin
+
+        return load_plugin
     if name == "RunReport":
         from .engine.run import RunReport
 

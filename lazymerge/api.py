@@ -14,6 +14,7 @@ from .engine.plan import (
     plan_recipe_file,
 )
 from .engine.run import Observer, RunReport, run_plan
+from .errors import InputError
 from .sizes import parse_size
 
 
@@ -27,6 +28,7 @@ def plan(
     vram: int | str | None = None,
     max_shard_size: int | str = DEFAULT_MAX_SHARD_BYTES,
     truncate_embeddings: bool = False,
+    seed: int | None = None,
 ) -> Plan:
     """Plans a merge from headers alone; reads no tensor data and writes nothing.
 
@@ -40,6 +42,7 @@ def plan(
         free when the plan is run.
     max_shard_size: largest output file, in bytes or as "5GB".
     truncate_embeddings: merge the common leading rows where vocabularies differ in size.
+    seed: of random methods, in place of the recipe's.
 
     Raises:
         RecipeError: the recipe is wrong; all its problems are named with their lines.
@@ -54,6 +57,11 @@ def plan(
         read_mode=read_mode,
     )
     if Path(recipe).suffix == ".json":
+        if seed is not None:
+            raise InputError(
+                f"{recipe} is a saved plan, and its random numbers are part of it; plan the recipe "
+                "again with the other seed"
+            )
         return load_plan(recipe, resources)
     return plan_recipe_file(
         recipe,
@@ -62,6 +70,7 @@ def plan(
             parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
         ),
         truncate_embeddings=truncate_embeddings,
+        seed=seed,
     )
 
 
@@ -72,6 +81,7 @@ def run(
     overwrite: bool = False,
     fsync: bool = True,
     observer: Observer | None = None,
+    strict: bool = False,
 ) -> RunReport:
     """Runs a plan into a folder.
 
@@ -79,6 +89,7 @@ def run(
     overwrite: replace what an earlier merge has left there.
     fsync: wait until the data is on disk before files get their final names.
     observer: is told how the run proceeds, from the workers' threads.
+    strict: inf or nan in the output is an error; without it the report names the tensors.
 
     Raises:
         InputError: the folder cannot be used, or integer tensors differ between models.
@@ -87,4 +98,6 @@ def run(
 
     Whatever it raises, the files it has made are removed.
     """
-    return run_plan(plan, output, overwrite=overwrite, fsync=fsync, observer=observer)
+    return run_plan(
+        plan, output, overwrite=overwrite, fsync=fsync, observer=observer, strict=strict
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .options import JsonOption
+from .options import JsonOption, PluginOption, load_plugins
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in detail.")] = None,
+    plugin: PluginOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the merge methods, or explain one."""
     from ..engine.plan import signatures
+
+    load_plugins(plugin)
 
     known = signatures()
     if name is not None and name not in known:

@@ -66,6 +66,16 @@ TruncateOption = Annotated[
         help="Merge the common leading rows where vocabularies differ in size.",
     ),
 ]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", help="Of methods that draw random numbers. [default: the recipe's, or 0]"
+    ),
+]
+PluginOption = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE.py", help="Python file with methods of your own."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -78,10 +88,13 @@ def plan_of(
     vram: str | None,
     max_shard_size: str,
     truncate_embeddings: bool,
+    seed: int | None,
+    plugins: list[Path] | None,
 ) -> Plan:
     """The plan of a recipe, or a saved plan, under the options that plan and run share."""
     from .. import api
 
+    load_plugins(plugins)
     return api.plan(
         source,
         memory=memory,
@@ -91,4 +104,14 @@ def plan_of(
         vram=vram,
         max_shard_size=max_shard_size,
         truncate_embeddings=truncate_embeddings,
+        seed=seed,
     )
+
+
+def load_plugins(plugins: list[Path] | None) -> None:
+    """Runs the files that --plugin names."""
+    if plugins:
+        from ..methods.plugins import load_plugin
+
+        for plugin in plugins:
+            load_plugin(plugin)

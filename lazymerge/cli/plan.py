@@ -12,9 +12,11 @@ from .options import (
     DeviceOption,
     JsonOption,
     MemoryOption,
+    PluginOption,
     ReadModeChoice,
     ReadModeOption,
     RecipeArgument,
+    SeedOption,
     ShardSizeOption,
     TruncateOption,
     VramOption,
@@ -42,6 +44,8 @@ def plan(
     vram: VramOption = None,
     max_shard_size: ShardSizeOption = "5GB",
     unsafe_truncate_embeddings: TruncateOption = False,
+    seed: SeedOption = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Say what a merge will do: operations, bytes, passes, memory, disk, files.
 
@@ -61,6 +65,8 @@ def plan(
         vram,
         max_shard_size,
         unsafe_truncate_embeddings,
+        seed,
+        plugin,
     )
 
     from ..engine.plan import read_folders

@@ -11,9 +11,11 @@ from .options import (
     DeviceOption,
     JsonOption,
     MemoryOption,
+    PluginOption,
     ReadModeChoice,
     ReadModeOption,
     RecipeArgument,
+    SeedOption,
     ShardSizeOption,
     TruncateOption,
     VramOption,
@@ -32,11 +34,16 @@ def run(
     vram: VramOption = None,
     max_shard_size: ShardSizeOption = "5GB",
     unsafe_truncate_embeddings: TruncateOption = False,
+    seed: SeedOption = None,
+    plugin: PluginOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier merge in OUT.")
     ] = False,
     no_fsync: Annotated[
         bool, typer.Option("--no-fsync", help="Do not wait until the data is on disk.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Inf or nan in the output is an error.")
     ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
     as_json: JsonOption = False,
@@ -51,6 +58,8 @@ def run(
         vram,
         max_shard_size,
         unsafe_truncate_embeddings,
+        seed,
+        plugin,
     )
 
     if made.memory.libraries == "torch" and made.execution.device == "cpu":
@@ -68,13 +77,28 @@ def run(
         for notice in made.notices:
             console.print(Text.assemble(("notice", "yellow"), f" {notice}"), soft_wrap=True)
     with progress_display(made, console, quiet=quiet or as_json) as observer:
-        report = run_plan(made, output, overwrite=overwrite, fsync=not no_fsync, observer=observer)
+        report = run_plan(
+            made,
+            output,
+            overwrite=overwrite,
+            fsync=not no_fsync,
+            observer=observer,
+            strict=strict,
+        )
     if as_json:
         from dataclasses import asdict
 
         memory_plan = made.memory.as_dict()
         print_json({**asdict(report), "memory": memory_plan, "notices": list(made.notices)})
     elif not quiet:
+        if report.nonfinite:
+            named = ", ".join(report.nonfinite[:3])
+            more = len(report.nonfinite) - 3
+            console.print(
+                f"[yellow]warning[/] inf or nan in {named}{f' and {more} more' if more > 0 else ''}"
+                "; --strict makes it an error",
+                soft_wrap=True,
+            )
         moved = report.bytes_read + report.bytes_written
         done = done_line(made, report.seconds, moved, report.measured_bytes)
         console.print(done, soft_wrap=True)

@@ -63,6 +63,7 @@ class Recipe:
     base_model: reference of the base, or None.
     parameters: top-level settings.
     dtype, out_dtype: torch dtype names (float32, bfloat16, float16, float64 …) or None.
+    seed: of random methods; `--seed` takes its place.
     text: the YAML as read, byte for byte (decoded as UTF-8).
     path: where it was read from, for messages.
     base_position, method_position: where the values of base_model and merge_method stand.
@@ -76,6 +77,7 @@ class Recipe:
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
+    seed: int = 0
     text: str = field(default="", compare=False)
     path: str = field(default="recipe", compare=False)
     base_position: Position | None = field(default=None, compare=False)

@@ -64,7 +64,15 @@ _DTYPE_NICKNAMES = {
 }
 """Not accepted, as in mergekit, but understood well enough to name the right word."""
 
-TOP_LEVEL_KEYS = ("merge_method", "models", "base_model", "dtype", "out_dtype", "parameters")
+TOP_LEVEL_KEYS = (
+    "merge_method",
+    "models",
+    "base_model",
+    "dtype",
+    "out_dtype",
+    "parameters",
+    "seed",
+)
 MODEL_KEYS = ("model", "parameters")
 CONDITION_KEYS = ("value", "filter")
 
@@ -178,6 +186,7 @@ class _Parser:
         items = self._models(base)
         dtype = self._dtype("dtype")
         out_dtype = self._dtype("out_dtype")
+        seed = self._seed()
         if self._signature is not None and items is not None:
             self._check_base(self._signature, base)
             self._check_count(self._signature, items, base)
@@ -198,6 +207,7 @@ class _Parser:
             parameters=top.settings,
             dtype=dtype,
             out_dtype=out_dtype,
+            seed=seed,
             text=self._text,
             path=self._path,
             base_position=entries["base_model"].node.position if base is not None else None,
@@ -349,6 +359,17 @@ class _Parser:
             hint = "it must be one of " + ", ".join(FLOAT_DTYPE_NAMES)
         self._report(f"unknown {key} {quote(name)}; {hint}", entry.node.position)
         return None
+
+    def _seed(self) -> int:
+        entry = self._root.entries.get("seed")
+        if entry is None or _is_null(entry.node):
+            return 0
+        node = entry.node
+        value = node.value if isinstance(node, ScalarNode) else None
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        self._report(f"'seed' must be a whole number, not {describe(node)}", node.position)
+        return 0
 
     # Parameters
 

@@ -101,6 +101,10 @@ def json_schema(signatures: Mapping[str, Signature]) -> dict[str, Any]:
                 "description": "Parameters of the whole merge, and of all models.",
                 "type": ["object", "null"],
             },
+            "seed": {
+                "description": "Of methods that draw random numbers. Without it: 0.",
+                "type": ["integer", "null"],
+            },
             **{
                 key: {"description": "Not supported yet by lazymerge.", "type": "null"}
                 for key in LATER_TOP_LEVEL_KEYS
