@@ -3,8 +3,9 @@
 #   make demo    make demo models, plan and run a merge of them, show that it worked
 #   make test    run all tests
 #
-# Both set up .venv first. Others: make lint, make bench, make bench-mergekit, make clean, and
-# make prove-low-memory, make check-memory, make check-determinism (minutes each).
+# Both set up .venv first. Others: make lint, make bench, make measure-methods, make methods-page,
+# make clean, and make prove-low-memory, make check-memory, make check-determinism,
+# make compare-mergekit (minutes each).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -16,11 +17,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format bench bench-mergekit clean help \
-        prove-low-memory check-memory check-determinism
+.PHONY: demo test lint format bench measure-methods methods-page clean help \
+        prove-low-memory check-memory check-determinism compare-mergekit
 
 help:
-	@sed -n '3,7p' Makefile | cut -c3-
+	@sed -n '3,8p' Makefile | cut -c3-
 
 $(INSTALLED): pyproject.toml setup.py Makefile $(wildcard lazymerge/engine/native/*.[ch])
 	@echo "setting up $(VENV) (first time: some minutes)"
@@ -55,8 +56,11 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python scripts/bench.py
 
-bench-mergekit: $(INSTALLED)
-	$(BIN)/python scripts/bench_vs_mergekit.py
+measure-methods: $(INSTALLED)
+	$(BIN)/python scripts/measure_methods.py
+
+methods-page: $(INSTALLED)
+	$(BIN)/python scripts/make_methods_page.py
 
 prove-low-memory: $(INSTALLED)
 	PYTHON=$(BIN)/python scripts/prove_low_memory.sh
@@ -67,6 +71,9 @@ check-memory: $(INSTALLED)
 
 check-determinism: $(INSTALLED)
 	$(BIN)/python scripts/check_determinism.py
+
+compare-mergekit: $(INSTALLED)
+	$(BIN)/python scripts/compare_with_mergekit.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .coverage .hypothesis .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,4 @@
-"""What the benchmarks are made of; scripts/bench.py and scripts/bench_vs_mergekit.py run them.
+"""What the benchmarks are made of; scripts/bench.py runs them.
 
 processes: run a command and measure it.
 inputs: checkpoints and recipes, and what the page cache holds of them.
