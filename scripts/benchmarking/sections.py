@@ -38,6 +38,8 @@ from benchmarking.workplace import Merge, Workplace
 LINEAR_METHODS = ("linear", "task_arithmetic", "slerp")
 MERGEKIT_TIMES = {"linear": 5.0, "task_arithmetic": 5.0, "slerp": 5.0, "ties": 15.0}
 """How many times faster than mergekit each method must be."""
+METHOD_TIMES = {"della": 6.0, "dare_ties": 9.0, "karcher": 8.0, "model_stock": 2.5}
+"""The same of methods that were added later."""
 SLOPE_TIMES = 8.0
 SD_MECHA_TIMES = 9.0
 STARTUP_S = 0.3
@@ -99,6 +101,19 @@ def mergekit(bench: Workplace, section: Section) -> None:
             _speed_claim(f"{MERGEKIT}, wall time", method, contest, "mergekit", times)
         )
         bench.mergekit_contests[method] = contest
+
+
+def methods(bench: Workplace, section: Section) -> None:
+    """Wall time against mergekit of methods that are random, iterate, or rank."""
+    section.title = f"More methods against {MERGEKIT}, {bench.size}"
+    inputs = bench.checkpoints(bench.size)
+    for method, times in METHOD_TIMES.items():
+        merge = bench.merge(method, inputs, bench.size)
+        contest = bench.take_turns([bench.lazymerge(merge), bench.mergekit(merge)], method)
+        section.add_walls(method, contest)
+        section.claims.append(
+            _speed_claim(f"{MERGEKIT}, wall time", method, contest, "mergekit", times)
+        )
 
 
 def slope(bench: Workplace, section: Section) -> None:
@@ -398,6 +413,7 @@ SECTIONS: dict[str, Callable[[Workplace, Section], None]] = {
     "copy": copy,
     "cold": cold,
     "mergekit": mergekit,
+    "methods": methods,
     "memory": memory,
     "sd-mecha": sd_mecha,
     "peers": peers,
