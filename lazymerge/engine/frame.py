@@ -92,6 +92,9 @@ class Frame(Protocol):
     def release(self, start: int, stop: int) -> None:
         """Gives back what reading an element range has left in memory."""
 
+    def forget(self, start: int, stop: int) -> None:
+        """Lets an element range of the inputs out of the system's page cache."""
+
 
 def make_frame(
     graph: Graph,
@@ -156,6 +159,10 @@ class RawFrame:
     def release(self, start: int, stop: int) -> None:
         for source in self._inputs:
             source.release(start, stop)
+
+    def forget(self, start: int, stop: int) -> None:
+        for source in self._inputs:
+            source.forget(start, stop)
 
 
 class TorchFrame:
@@ -228,3 +235,7 @@ class TorchFrame:
     def release(self, start: int, stop: int) -> None:
         for read in self._reads:
             read.source.release(start, stop)
+
+    def forget(self, start: int, stop: int) -> None:
+        for read in self._reads:
+            read.source.forget(start, stop)

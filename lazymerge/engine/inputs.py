@@ -129,6 +129,13 @@ class PreadInput:
     def release(self, start: int, stop: int) -> None:
         """Nothing to release: the arena is reused."""
 
+    def forget(self, start: int, stop: int) -> None:
+        """Lets an element range out of the system's page cache."""
+        if hasattr(os, "posix_fadvise"):
+            first = self._first_byte + start * self._item_bytes
+            length = (stop - start) * self._item_bytes
+            os.posix_fadvise(self.descriptor, first, length, os.POSIX_FADV_DONTNEED)
+
 
 class MappedInput:
     """One input tensor, as it lies in the mapped file.
@@ -178,6 +185,10 @@ class MappedInput:
         last = min(len(self.map), -(-self.byte_offset(stop) // FOLIO_BYTES) * FOLIO_BYTES)
         if last > first:
             self.map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def forget(self, start: int, stop: int) -> None:
+        """Lets an element range out of the system's page cache, once it is no longer mapped."""
+        self._copied.forget(start, stop)
 
 
 def open_input(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from xxhash import xxh3_128_hexdigest
 
 from ..errors import InputError, LazymergeError
-from ..graph.node import Write
+from ..graph.node import Read, Write
 from ..methods import METHODS
 from ..output.card import model_card
 from ..output.folder import check_disk, check_output_folder, clear_output_folder
@@ -30,6 +30,7 @@ from .device.frame import Lane
 from .device.interface import Device
 from .device.memory import fit_to_device, open_lanes
 from .inputs import InputFiles
+from .memory import available_memory_bytes
 from .plan import Plan, read_folders
 from .readahead import ReadAhead
 from .recent import Recent
@@ -154,6 +155,27 @@ def run_plan(
         raise
 
 
+CACHED_SHARE = 0.5
+"""Of the memory that is available: what a merge may leave in the page cache, inputs and output."""
+
+
+def outgrows_cache(plan: Plan) -> bool:
+    """Whether inputs and output are too large to stay in the page cache together.
+
+    What has been merged is then let out of it as the run goes on. The system would do so itself, but
+    late, page by page, and while workers wait: two 3B models of 13.7 GB and their merge on a machine
+    with 24 GB took 10.7 and 12.4 s from first block to last, and 5.0 and 2.8 s in this way. Smaller
+    ones stay: the next merge may want them.
+    """
+    inputs = {
+        (node.folder, node.tensor.file, node.tensor.start): node.tensor.size_bytes
+        for node in plan.graph
+        if isinstance(node, Read)
+    }
+    moved = sum(inputs.values()) + plan.bytes_written
+    return moved > CACHED_SHARE * available_memory_bytes()
+
+
 def check_inputs(plan: Plan) -> None:
     """Checks that the inputs are the files that were planned, and has the safetensors library
     check their headers once more by its own rules.
@@ -224,6 +246,7 @@ def _run(
     )
     files = InputFiles()
     recent = Recent(8 * plan.memory.workers)
+    forgets = outgrows_cache(plan)
     read_ahead = ReadAhead(plan.graph, plan.tasks, files, plan.execution.device)
     try:
         with _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext():
@@ -240,6 +263,7 @@ def _run(
                     read_ahead,
                     recent,
                     lane,
+                    forgets,
                 )
                 for lane in _lanes(plan, device)
             ]

@@ -47,8 +47,11 @@ class Worker:
         read_ahead: ReadAhead,
         recent: Recent,
         lane: Lane | None = None,
+        forgets: bool = False,
     ) -> None:
         """read_ahead: is told what is being read. recent: what all workers share.
+
+        forgets: inputs that have been written of leave the page cache.
 
         lane: the worker's share of a device, where one computes.
         """
@@ -63,6 +66,7 @@ class Worker:
         self._nonfinite = nonfinite
         self._read_ahead = read_ahead
         self._recent = recent
+        self._forgets = forgets
         self._frame: Frame | None = None
         self._frame_of: tuple[int, int] = (-1, -1)
 
@@ -115,6 +119,8 @@ class Worker:
                 self._moved(bytes_read, len(data), stage.name)
             partials = [checksum.digest(), *[None] * (len(job.pieces) - 1)]
         frame.release(job.pieces[0][0][0], job.pieces[-1][-1][1])
+        if self._forgets and not isinstance(stage, Reduce):
+            frame.forget(job.pieces[0][0][0], job.pieces[-1][-1][1])
         return partials
 
     def _frame_for(self, job: Job) -> Frame:

@@ -449,3 +449,37 @@ def test_an_input_is_never_the_output(plan: Plan, tmp_path: Path, model: str) ->
         with pytest.raises(InputError, match="is the folder of an input model"):
             run_plan(plan, output, overwrite=True)
     assert (tmp_path / model / "model.safetensors").read_bytes() == before
+
+
+def test_what_outgrows_the_page_cache_is_let_out_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every input byte once, after it has been merged; the output is the same."""
+    write_models(tmp_path)
+    plan = plan_of(tmp_path, RECIPES["ties"], {}, Resources(4 << 30, workers=2))
+    kept = digests_of_tensors(plan, tmp_path / "kept")
+    forgotten: list[tuple[int, int]] = []
+    real = os.posix_fadvise
+
+    def advise(descriptor: int, first: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            forgotten.append((first, length))
+        real(descriptor, first, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    assert digests_of_tensors(plan, tmp_path / "again") == kept
+    assert forgotten == []
+    monkeypatch.setattr(run_module, "available_memory_bytes", lambda: 1000)
+    for read_mode in ("pread", "mmap"):
+        forgotten.clear()
+        execution = replace(plan.execution, read_mode=read_mode)
+        changed = replace(plan, execution=execution)
+        assert digests_of_tensors(changed, tmp_path / read_mode) == kept
+        reads = [read for task in plan.tasks for read in plan.graph.reads_of(task.write.id)]
+        assert sum(length for _, length in forgotten) == sum(r.tensor.size_bytes for r in reads)
+
+
+def digests_of_tensors(plan: Plan, output: Path) -> list[str]:
+    run_module.run_plan(plan, output, fsync=False)
+    manifest = json.loads((output / "lazymerge.json").read_text())
+    return [tensor["checksum"] for tensor in manifest["tensors"].values()]

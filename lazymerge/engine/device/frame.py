@@ -108,6 +108,9 @@ class _Source:
     def release(self, start: int, stop: int) -> None:
         self._file.release(start, stop)
 
+    def forget(self, start: int, stop: int) -> None:
+        self._file.forget(start, stop)
+
 
 @dataclass(frozen=True, slots=True)
 class _Submitted:
@@ -247,6 +250,11 @@ class DeviceFrame:
         """Gives back what reading an element range has left in memory."""
         for source in self._sources.values():
             source.release(start, stop)
+
+    def forget(self, start: int, stop: int) -> None:
+        """Lets an element range of the inputs out of the system's page cache."""
+        for source in self._sources.values():
+            source.forget(start, stop)
 
 
 def _workspace(layout: DeviceLayout, arena: Arena, lane: Lane) -> Workspace | None:

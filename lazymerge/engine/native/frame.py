@@ -211,6 +211,10 @@ class NativeFrame:
         for source in self._inputs:
             source.release(start, stop)
 
+    def forget(self, start: int, stop: int) -> None:
+        for source in self._inputs:
+            source.forget(start, stop)
+
 
 def _address_of(source: MappedInput) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(source.map))
