@@ -28,6 +28,7 @@ from .stages import (
     TensorTask,
     TorchLayout,
     joined_statistics_bytes,
+    mapped_blocks,
     row_elements,
     stage_layout,
     statistics_bytes,
@@ -217,5 +218,8 @@ def plan_memory(
 
 
 def _span_bytes(reads: Sequence[Read], stage: Reduce | Write, row: int) -> int:
-    elements = min(stage.element_count, SPAN_BLOCKS * elements_per_block("cpu", row))
-    return sum(elements * DTYPES[read.dtype].item_bytes for read in reads)
+    """What a worker maps of a stage's inputs before it gives pages back."""
+    block = elements_per_block("cpu", row)
+    item_bytes = sum(DTYPES[read.dtype].item_bytes for read in reads)
+    blocks = min(SPAN_BLOCKS, mapped_blocks(block * item_bytes))
+    return min(stage.element_count, blocks * block) * item_bytes

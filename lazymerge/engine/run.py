@@ -162,10 +162,10 @@ CACHED_SHARE = 0.5
 def outgrows_cache(plan: Plan) -> bool:
     """Whether inputs and output are too large to stay in the page cache together.
 
-    What has been merged is then let out of it as the run goes on. The system would do so itself, but
-    late, page by page, and while workers wait: two 3B models of 13.7 GB and their merge on a machine
-    with 24 GB took 10.7 and 12.4 s from first block to last, and 5.0 and 2.8 s in this way. Smaller
-    ones stay: the next merge may want them.
+    What has been merged is then let out of it as the run goes on. The system would do so itself,
+    but late, page by page, and while workers wait: two 3B models of 13.7 GB and their merge on a
+    machine with 24 GB took 9.0 to 12.4 s from first block to last, and 2.2 to 2.6 s in this way.
+    Smaller ones stay: the next merge may want them.
     """
     inputs = {
         (node.folder, node.tensor.file, node.tensor.start): node.tensor.size_bytes

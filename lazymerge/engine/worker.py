@@ -9,7 +9,7 @@ from xxhash import xxh3_128
 
 from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
-from ..graph.node import Reduce
+from ..graph.node import Reduce, Write
 from ..graph.operation import reduce_operation
 from ..output.writer import ShardWriter
 from .arena import Arena
@@ -22,7 +22,7 @@ from .pairs import Pairs
 from .readahead import ReadAhead
 from .recent import Recent
 from .scheduler import Job, Scheduler
-from .stages import stage_layout
+from .stages import mapped_blocks, stage_layout
 
 Nonfinite = Callable[[str], None]
 """Told of a tensor that inf or nan was written of."""
@@ -82,46 +82,36 @@ class Worker:
             self._scheduler.stop(error)
 
     def _run(self, job: Job) -> list[Any] | None:
+        """The partial results of a job's blocks; None if everything has been stopped."""
         stage = job.task.stages[job.stage]
         frame = self._frame_for(job)
         self._read_ahead.reached(job.task_index, job.pieces[0][0][0])
         bytes_per_element = sum(
             read.tensor.size_bytes for read in self._graph.reads_of(stage.id)
         ) / max(1, stage.element_count)
-        partials: list[Any] = []
-        if isinstance(stage, Reduce):
-            operation = reduce_operation(stage.operation)
-            pairs = Pairs(operation.joined, len(job.pieces)) if operation.is_joined else None
-            for place, partial in enumerate(frame.run(job.pieces, job.state)):
+        results = _Results(job, stage)
+        stretch = len(job.pieces)
+        if self._execution.read_mode == "mmap":
+            start, stop = job.pieces[0][0]
+            stretch = mapped_blocks(round((stop - start) * bytes_per_element))
+        for first in range(0, len(job.pieces), stretch):
+            pieces = job.pieces[first : first + stretch]
+            for result in frame.run(pieces, job.state):
                 if self._scheduler.is_stopped:
                     return None
-                elements = sum(stop - start for start, stop in job.pieces[place])
-                if pairs is None:
-                    partials.append(partial)
-                else:
-                    pairs.add(place, partial)
-                self._moved(round(elements * bytes_per_element), 0, job.task.write.name)
-            if pairs is not None:
-                partials = [pairs.result]
-        else:
-            item_bytes = DTYPES[stage.dtype].item_bytes
-            offset = job.pieces[0][0][0] * item_bytes
-            checksum = xxh3_128()
-            for data in frame.run(job.pieces, job.state):
-                if self._scheduler.is_stopped:
-                    return None
-                checksum.update(data)
-                if has_nonfinite(data, stage.dtype):
-                    self._nonfinite(stage.name)
-                self._writer.write(stage.name, data, offset)
-                offset += len(data)
-                bytes_read = round(len(data) / item_bytes * bytes_per_element)
-                self._moved(bytes_read, len(data), stage.name)
-            partials = [checksum.digest(), *[None] * (len(job.pieces) - 1)]
-        frame.release(job.pieces[0][0][0], job.pieces[-1][-1][1])
-        if self._forgets and not isinstance(stage, Reduce):
-            frame.forget(job.pieces[0][0][0], job.pieces[-1][-1][1])
-        return partials
+                elements = results.add(result)
+                written = 0
+                if isinstance(stage, Write):
+                    written = len(result)
+                    if has_nonfinite(result, stage.dtype):
+                        self._nonfinite(stage.name)
+                    self._writer.write(stage.name, result, results.written - written)
+                bytes_read = round(elements * bytes_per_element)
+                self._moved(bytes_read, written, job.task.write.name)
+            frame.release(pieces[0][0][0], pieces[-1][-1][1])
+            if self._forgets and isinstance(stage, Write):
+                frame.forget(pieces[0][0][0], pieces[-1][-1][1])
+        return results.partials()
 
     def _frame_for(self, job: Job) -> Frame:
         key = (job.task_index, job.stage)
@@ -145,3 +135,43 @@ class Worker:
             )
             self._frame_of = key
         return self._frame
+
+
+class _Results:
+    """What the blocks of a job have given so far."""
+
+    def __init__(self, job: Job, stage: Reduce | Write) -> None:
+        self._job = job
+        self._count = 0
+        self._partials: list[Any] = []
+        self._pairs: Pairs[Any] | None = None
+        self._checksum = xxh3_128()
+        self._item_bytes = 0
+        self.written = 0
+        """Where the bytes end that have been written, from the tensor's first."""
+        if isinstance(stage, Write):
+            self._item_bytes = DTYPES[stage.dtype].item_bytes
+            self.written = job.pieces[0][0][0] * self._item_bytes
+        else:
+            operation = reduce_operation(stage.operation)
+            if operation.is_joined:
+                self._pairs = Pairs(operation.joined, len(job.pieces))
+
+    def add(self, result: Any) -> int:
+        """Takes what a frame yields; returns the number of elements it is of."""
+        if self._item_bytes:
+            self._checksum.update(result)
+            self.written += len(result)
+            return len(result) // self._item_bytes
+        if self._pairs is None:
+            self._partials.append(result)
+        else:
+            self._pairs.add(self._count, result)
+        self._count += 1
+        return sum(stop - start for start, stop in self._job.pieces[self._count - 1])
+
+    def partials(self) -> list[Any]:
+        """For the scheduler: one per block, or one that they were joined to."""
+        if self._item_bytes:
+            return [self._checksum.digest(), *[None] * (len(self._job.pieces) - 1)]
+        return self._partials if self._pairs is None else [self._pairs.result]

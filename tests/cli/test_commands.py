@@ -365,3 +365,42 @@ def test_help_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+DARE = {
+    "merge_method": "dare_linear",
+    "base_model": "base",
+    "models": [{"model": "one", "parameters": {"weight": 1.0, "density": 0.5}}],
+    "seed": 3,
+}
+
+
+def test_seeds_of_recipe_and_command(lazymerge: Command, place: Path) -> None:
+    write_recipe(place, DARE)
+
+    def checksums(*options: str) -> dict[str, str]:
+        answer = lazymerge("run", "recipe.yml", "-o", "out", "--overwrite", "-q", *options)
+        assert answer.code == 0, answer.err
+        manifest = json.loads((place / "out" / "lazymerge.json").read_text())
+        seeds.append(manifest["recipe"]["seed"])
+        return {name: tensor["checksum"] for name, tensor in manifest["tensors"].items()}
+
+    seeds: list[int] = []
+    first, same, other = checksums(), checksums("--seed", "3"), checksums("--seed", "4")
+    assert seeds == [3, 3, 4]
+    assert first == same != other
+    assert lazymerge("plan", "recipe.yml", "--save", "plan.json").code == 0
+    answer = lazymerge("run", "plan.json", "-o", "again", "--seed", "4")
+    assert (answer.code, "its random numbers are part of it" in answer.err) == (2, True)
+
+
+def test_inf_is_named_and_strict_refuses_it(lazymerge: Command, place: Path) -> None:
+    write_recipe(place, {**TASK_ARITHMETIC, "parameters": {"lambda": 1e39}})
+    answer = lazymerge("run", "recipe.yml", "-o", "out")
+    assert answer.code == 0
+    assert "inf or nan in" in answer.err
+    assert "--strict makes it an error" in answer.err
+    refused = lazymerge("run", "recipe.yml", "-o", "strict", "--strict")
+    assert refused.code == 1
+    assert "holds inf or nan" in refused.err
+    assert not (place / "strict").exists()

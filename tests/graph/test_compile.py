@@ -23,6 +23,7 @@ from lazymerge.graph.compile import (
     natural_order,
 )
 from lazymerge.graph.node import Apply, Read, Reduce
+from lazymerge.graph.random_bits import stream_key
 from lazymerge.graph.verify import verify_graph
 from lazymerge.methods import METHODS
 from lazymerge.recipe import parse_recipe
@@ -455,6 +456,138 @@ def test_the_number_kept_of_a_density() -> None:
         merge = compiled(recipe, {"base": {"x": (size,)}, "a": {"x": (size,)}})
         reduce = merge.graph.reductions_of(merge.graph.writes[0].id)[0]
         assert dict(reduce.parameters)["keep"] == (expected,)
+
+
+def merge_of(method: str, *models: str, base: str | None = "base", **parameters: Any) -> Any:
+    """A recipe of a method whose models have the same parameters; those of the whole merge are
+    given as `top`."""
+    top = parameters.pop("top", {})
+    entries = [{"model": m, **({"parameters": parameters} if parameters else {})} for m in models]
+    recipe: dict[str, Any] = {"merge_method": method, "models": entries}
+    if base is not None:
+        recipe["base_model"] = base
+    return {**recipe, "parameters": top} if top else recipe
+
+
+THINNED = {"weight": 1.0, "density": 0.5}
+BY_VECTOR = {"nuslerp_flatten": False}
+BY_COLUMN = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+NODES: list[tuple[dict[str, Any], dict[str, int]]] = [
+    (merge_of("breadcrumbs", "a", "b", **THINNED), {"magnitude_thresholds": 1, "sparse_sum": 1}),
+    (
+        merge_of("breadcrumbs_ties", "a", "b", **THINNED, top={"rescale": True}),
+        {"magnitude_thresholds": 1, "surviving_norms": 1, "sign_consensus": 1},
+    ),
+    (merge_of("dare_linear", "a", "b", **THINNED), {"random_sum": 1}),
+    (merge_of("dare_ties", "a", "b", **THINNED), {"sign_consensus": 1}),
+    (merge_of("dare_linear", "a", "b", weight=1.0, density=1.0), {"task_vectors": 1}),
+    (merge_of("della_linear", "a", "b", **THINNED), {"ranked_sum": 1}),
+    (merge_of("della", "a", "b", **THINNED), {"ranked_sign_consensus": 1}),
+    (merge_of("sce", "a", "b"), {"selected_energies": 1, "selected_consensus": 1}),
+    (
+        merge_of("sce", "a", "b", top={"select_topk": 0.5}),
+        {
+            "variance": 1,
+            "count_positive": 1,
+            "largest_values": 1,
+            "selected_energies": 1,
+            "selected_consensus": 1,
+        },
+    ),
+    (merge_of("ram", "a", "b"), {"active_mean": 1}),
+    (merge_of("ramplus_tl", "a", "b"), {"active_counts": 1, "active_mean": 1}),
+    (merge_of("nearswap", "a", top={"t": 0.1}), {"bounded_change": 1}),
+    (
+        merge_of("arcee_fusion", "a"),
+        {"row_divergence": 1, "importance": 1, "largest_values": 1, "important_changes": 1},
+    ),
+    (merge_of("karcher", "a", "b", base=None), {"gram": 1, "karcher": 1}),
+    (merge_of("multislerp", "a", "b", base=None, weight=1.0), {"gram": 1, "multislerp": 1}),
+    (merge_of("nuslerp", "a", "b", base=None, weight=1.0), {"gram": 1, "nuslerp": 1}),
+    (
+        merge_of("nuslerp", "a", "b", base=None, weight=1.0, top=BY_VECTOR),
+        {"gram_of_rows": 1, "nuslerp_by_vector": 1},
+    ),
+    (
+        merge_of("nuslerp", "a", "b", weight=1.0, top=BY_COLUMN),
+        {"gram_of_columns": 1, "nuslerp_by_vector_of_changes": 1},
+    ),
+    (merge_of("model_stock", "a", "b"), {"gram_of_changes": 1, "model_stock": 1}),
+    (
+        merge_of("model_stock", "a", "b", top={"filter_wise": True}),
+        {"gram_of_rows": 1, "model_stock_by_row": 1},
+    ),
+]
+
+
+@pytest.mark.parametrize(("recipe", "expected"), NODES)
+def test_nodes_of_the_other_methods(recipe: dict[str, Any], expected: dict[str, int]) -> None:
+    """Of a matrix; each node once, however many there are that use it."""
+    models = {name: {"x": (4, 6)} for name in ("base", "a", "b")}
+    kinds = compiled(recipe, models).graph.count_by_kind()
+    found = {kind.split(" ")[1]: count for kind, count in kinds.items() if " " in kind}
+    assert found == expected
+    assert kinds["Read"] == len(recipe["models"]) + ("base_model" in recipe)
+
+
+def test_one_vector_is_no_matrix_of_one_row() -> None:
+    """What is asked for each row of a vector is asked for all of it."""
+    for shape in ((6,), (1, 6), ()):
+        models = {name: {"x": shape} for name in ("base", "a", "b")}
+        for recipe, expected in (
+            (merge_of("nuslerp", "a", "b", base=None, weight=1.0, top=BY_VECTOR), "gram"),
+            (merge_of("model_stock", "a", "b", top={"filter_wise": True}), "gram_of_changes"),
+        ):
+            assert f"Reduce {expected}" in compiled(recipe, models).graph.count_by_kind()
+
+
+def mixing(merge: CompiledMerge, name: str) -> dict[str, Any]:
+    """Parameters of the node that a tensor is written of."""
+    node = source_of(merge, name)
+    assert isinstance(node, Apply)
+    return dict(node.parameters)
+
+
+def test_random_numbers_go_with_the_models_place_in_the_recipe() -> None:
+    """Whatever other models lack the tensor, wherever the base is listed, and whatever the models
+    are called."""
+    every = {"x": (4, 6), "lm_head.weight": (8, 6)}
+    models = {"base": every, "a": {"x": (4, 6)}, "b": every, "c": every}
+    for method in ("dare_ties", "della_linear"):
+        recipe = merge_of(method, "a", "base", "b", "c", **THINNED)
+        merge = compiled({**recipe, "seed": 7}, models)
+        assert mixing(merge, "x")["keys"] == tuple(stream_key(7, place, "x") for place in range(3))
+        assert mixing(merge, "lm_head.weight")["keys"] == (
+            stream_key(7, 1, "lm_head.weight"),
+            stream_key(7, 2, "lm_head.weight"),
+        )
+        without = compiled(recipe, models)
+        assert mixing(without, "x")["keys"] == tuple(
+            stream_key(0, place, "x") for place in range(3)
+        )
+        assert without.graph.writes[0].id != merge.graph.writes[0].id
+
+
+def test_the_numbers_kept_of_a_band() -> None:
+    """By hand, of 100: those of rank γ·100 to (γ + density)·100 from above survive."""
+    for density, gamma, keep, bounds in (
+        (0.5, 0.1, (60, 10), (True, True)),
+        (0.9, 0.1, (10,), (False, True)),  # nothing below is dropped
+        (0.5, 0.0, (50,), (True, False)),
+        (0.5, 0.7, (50,), (False, True)),  # γ is more than there is to drop
+        (1.0, 0.3, None, (False, False)),
+    ):
+        recipe = merge_of("breadcrumbs", "a", weight=1.0, density=density, gamma=gamma)
+        merge = compiled(recipe, {name: {"x": (10, 10)} for name in ("base", "a")})
+        write = merge.graph.writes[0]
+        reductions = merge.graph.reductions_of(write.id)
+        if keep is None:
+            assert reductions == ()
+            continue
+        parameters = dict(reductions[0].parameters)
+        assert parameters["keep"] == (keep,)
+        assert parameters["keeps_last"] is True
+        assert mixing(merge, "x")["bounds"] == (bounds,)
 
 
 # -------------------------------------------------------------------------- all at once

@@ -3,7 +3,8 @@
 Which elements survive is computed here from the random numbers of graph/random_bits.py (tested on
 their own), a probability, and one comparison: number < p. Numbers are multiples of 2⁻²⁴, and p is
 rounded to the dtype that a method computes in: float32, or float64 if an input is; dare_linear
-always sums in float64. For della p comes from ranks, in two roundings (thinning.py).
+sums in float64 wherever a density lies between 0 and 1. For della p comes from ranks, in two
+roundings (thinning.py).
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def compare(
             dtype = np.float64
         base, *models = (to_float64(tensor) for tensor in family.tensors())
         keep, terms = [], []
-        bad = ~np.isfinite(base)
+        bad, unsure = ~np.isfinite(base), np.zeros(base.shape, bool)
         for place, (model, entry) in enumerate(zip(models, own, strict=True)):
             change = (model.astype(dtype) - base.astype(dtype)).astype(dtype)
             chance = probabilities(change, entry, dtype, ranked=method in DELLA)
@@ -117,7 +118,8 @@ def compare(
                 divisor = np.where(chance > 0, chance, 1).astype(np.float64)
             terms.append(np.where(keep[-1], change / divisor, 0.0) * entry["weight"])
             bad = bad | (keep[-1] & ~np.isfinite(change))
-        good = ~bad & np.isfinite(base)
+            if entry.get("density", 1.0) <= 0:  # nan of a model that is divided by: stays
+                unsure = unsure | np.isnan(change)
         expected = reference(
             method,
             base=base,
@@ -128,6 +130,9 @@ def compare(
             difference_dtype=dtype,
         )
         slack = float_slack(dtype, base, terms, expected, own, parameters)
+        if is_replaced(method, own, parameters):  # x₀ + 1 · (x₁ − x₀) is x₁, whatever x₀ was
+            unsure = unsure | ~np.isfinite(base)
+        good, bad = ~(bad | unsure), bad & ~unsure
         if method in BY_SIGN and not is_exact(method, own, parameters):
             slack = np.where(undecided(terms), np.inf, slack)
         check(merged[f"t{number}"], expected, family, out, slack, good=good, bad=bad)
@@ -142,6 +147,19 @@ def taking_part(
     if method not in BY_SIGN and parameters.get("normalize"):
         return [base, *models]
     return [base, *(m for m, entry in zip(models, own, strict=True) if entry.get("density", 1) > 0)]
+
+
+def is_replaced(method: str, own: list[dict[str, float]], parameters: dict[str, Any]) -> bool:
+    """Whether this is task arithmetic with one model, and 1 as the factor of its change."""
+    if method in BY_SIGN:
+        return False
+    normalize = parameters.get("normalize", False)
+    left = [entry for entry in own if normalize or entry.get("density", 1.0) > 0]
+    if len(left) != 1 or left[0].get("density", 1.0) < 1:
+        return False
+    weight = left[0]["weight"]
+    divisor = weight if normalize and abs(weight) >= 1e-8 else 1.0
+    return parameters.get("lambda", 1.0) * weight / divisor == 1.0
 
 
 def is_exact(method: str, own: list[dict[str, float]], parameters: dict[str, Any]) -> bool:
@@ -321,6 +339,18 @@ def test_the_seed_decides_which(tmp_path: Path, method: str) -> None:
     for seed, expected in ((None, other), (5, first), (0, default)):
         plan = lazymerge.plan(path, memory="4GiB", workers=1, seed=seed)
         assert torch.equal(run(plan, tmp_path / "merged")["t"] != 0, expected)
+
+
+@pytest.mark.parametrize("method", DARE)
+def test_an_element_survives_whose_number_is_below_its_density(tmp_path: Path, method: str) -> None:
+    """Below, not at it: a number is 0 once in 2²⁴ times, and 0 is below every density."""
+    found = numbers(0, 0, "t", (200,))
+    assert ((found >= 0) & (found < 1) & (found * 2**24 % 1 == 0)).all()
+    change = torch.ones(200)
+    for place in (3, 77, 150):
+        for density in (float(found[place]), float(found[place]) + 2.0**-24):
+            merged = kept(tmp_path, method, change, entry=own_of(method, density))["t"]
+            assert merged.tolist() == (found < density).tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)

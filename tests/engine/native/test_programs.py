@@ -64,6 +64,7 @@ from lazymerge.graph.vector import (
     drop_largest,
     exponential,
     find_equal,
+    hold,
     keep_largest,
     logarithm,
     rank_rows,
@@ -345,6 +346,7 @@ READING: dict[str, Callable[[Any, Any], Any]] = {
     "count": lambda filled, empty: count_inside(empty, 0, 1, 9, filled),
     "find": lambda filled, empty: find_equal(empty, 1.0, 1, 0),
     "keep a copy": lambda filled, empty: copy_of(empty),
+    "hold": lambda filled, empty: hold(empty),
     "exponential": lambda filled, empty: exponential(empty, filled, filled),
     "rank": lambda filled, empty: rank_rows(empty, 3),
     "total of rows": lambda filled, empty: row_total(empty, 3),
@@ -438,6 +440,27 @@ def test_ranks_are_there_again_after_each_barrier() -> None:
     total(other)
     with pytest.raises(UndefinedRegisterError):
         total(one)
+
+
+def test_what_is_held_is_there_again_and_what_has_changed_since_is_not() -> None:
+    recorder, (one, other, third) = registers_of(3)
+    hold(one)
+    assert recorder.stores == 1
+    total(one)  # it is not gone meanwhile
+    for _ in range(2):
+        wait_for_rows(third)
+        total(one)
+        with pytest.raises(UndefinedRegisterError):
+            total(other)
+    other.load(1)
+    hold(other)
+    one.mul_(2.0)  # what was held is not what it is now
+    rank_rows(other, 3)
+    total(other)
+    with pytest.raises(UndefinedRegisterError):
+        total(one)
+    with pytest.raises(UndefinedRegisterError):
+        hold(third)
 
 
 # ------------------------------------------------------------------------ random programs

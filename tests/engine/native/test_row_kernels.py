@@ -40,6 +40,7 @@ from lazymerge.graph.vector import (
     dot,
     draw,
     exponential,
+    hold,
     logarithm,
     rank_rows,
     row_dot,
@@ -56,12 +57,7 @@ from processors import processor  # noqa: F401 (a fixture)
 
 from conftest import needs_kernels
 
-pytestmark = [
-    needs_kernels,
-    pytest.mark.usefixtures("processor"),
-    # what warns of nothing is tested in graph/test_vector_functions.py
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered"),
-]
+pytestmark = [needs_kernels, pytest.mark.usefixtures("processor")]
 
 working_dtypes = pytest.mark.parametrize("working", WORKING)
 ROW_LENGTHS = [1, 2, 15, 16, 17, 47, 48, 49, 1023, 1024, 1025, 3000]
@@ -191,8 +187,9 @@ def test_any_numbers_of_rows_are_subtracted_and_divided_by(
 
 
 @rows_of
-def test_the_softmax_of_rows(row: int, random: np.random.Generator) -> None:
-    """Two barriers, after each of which everything begins anew."""
+@pytest.mark.parametrize("holds", [False, True])
+def test_the_softmax_of_rows(row: int, holds: bool, random: np.random.Generator) -> None:
+    """Two barriers, after each of which everything begins anew, unless it is held."""
 
     def run(vectors: Any, inputs: Any) -> Any:
         out, room, more_room = vectors
@@ -206,9 +203,12 @@ def test_the_softmax_of_rows(row: int, random: np.random.Generator) -> None:
         largest = row_max(out, row)
         wait_for_rows(out)
         powers(largest)
+        if holds:
+            hold(out)
         sums = row_total(out, row)
         wait_for_rows(out)
-        powers(largest)
+        if not holds:
+            powers(largest)
         div_rows(out, sums, row)
         return sums, row_total(out, row)
 
@@ -317,6 +317,34 @@ def test_ranks_of_several_vectors_outlive_each_other(
     for rows in row_counts(row):
         plain = torch.from_numpy(np.round(random.standard_normal((2, rows * row)) * 4))
         check(run, 4, list(plain.to(WORKING[working])), working)
+        check(run, 4, [rankable(random, rows * row, working) for _ in "ab"], working)
+
+
+@working_dtypes
+@rows_of
+def test_what_is_held_is_there_after_every_barrier(
+    row: int, working: str, random: np.random.Generator
+) -> None:
+    """Of several vectors, and ranks among them; what is held is what it was then."""
+
+    def run(vectors: Any, inputs: Any) -> Any:
+        out, held, ranks, room = vectors
+        inputs[0].read_into(held)
+        hold(held.mul_(0.5))
+        copied = copy_of(held)
+        inputs[1].read_into(ranks)
+        rank_rows(ranks, row)
+        inputs[0].read_into(room)
+        hold(room)
+        wait_for_rows(out)
+        out.copy_(held).add_(ranks).sub_(room)
+        hold(held.mul_(3.0))
+        wait_for_rows(out)
+        inputs[1].read_into(out)
+        out.add_(held).mul_(room).sub_(ranks)
+        return copied, copy_of(held), copy_of(ranks), copy_of(room)
+
+    for rows in row_counts(row):
         check(run, 4, [rankable(random, rows * row, working) for _ in "ab"], working)
 
 
@@ -527,7 +555,7 @@ def test_nothing_is_fused_across_a_barrier() -> None:
 REGISTERS = 4  # the last two are room
 STEPS = (
     *("totals", "largest", "products", "ranks", "rows", "columns", "by column"),
-    *("draw", "exp", "log", "softmax", "sums", "copy"),
+    *("draw", "exp", "log", "softmax", "sums", "copy", "hold", "hold"),
 )
 steps = st.lists(st.tuples(st.sampled_from(STEPS), st.booleans()), max_size=8)
 
@@ -537,7 +565,7 @@ def program_of(drawn: list[tuple[str, bool]], row: int, tables: Any, start: int)
 
     def run(v: Any, i: Any) -> Any:
         returned: list[Any] = []
-        ranked: set[int] = set()
+        ranked: set[int] = set()  # or held
 
         def load(*numbers: int) -> None:
             for number in numbers:
@@ -582,6 +610,9 @@ def program_of(drawn: list[tuple[str, bool]], row: int, tables: Any, start: int)
                 case "log":
                     logarithm(one.abs_().clamp_min_(1e-300), room, more_room)
                     ranked.discard(mine)
+                case "hold":
+                    hold(one)
+                    ranked.add(mine)
                 case "softmax":
                     sums = row_total(one.abs_(), row)
                     wait_for_rows(one)
