@@ -292,6 +292,7 @@ class SelectedConsensus(ApplyOperation):
                 0.0,
                 1.0,
             ),
+            Parameter("int8_mask", bool, Scope.GLOBAL, "accepted, without effect", False),
         ),
         base=BaseModel.REQUIRED,
         min_models=2,

@@ -74,7 +74,7 @@ METHODS: dict[str, tuple[Callable[[Case], Tensor], frozenset[str]]] = {
     "breadcrumbs_ties": (sparsified.breadcrumbs_ties, _SPARSIFIED | {"gamma"}),
     "della": (sparsified.della, _SPARSIFIED | {"epsilon"}),
     "della_linear": (sparsified.della_linear, _SPARSIFIED | {"epsilon"}),
-    "sce": (task_vectors.sce, frozenset({"select_topk"})),
+    "sce": (task_vectors.sce, frozenset({"select_topk", "int8_mask"})),
     "ram": (task_vectors.ram, frozenset({"epsilon"})),
     "ramplus_tl": (task_vectors.ramplus_tl, frozenset({"r", "alpha", "epsilon"})),
     "nearswap": (task_vectors.nearswap, frozenset({"t"})),
