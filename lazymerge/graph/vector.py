@@ -401,7 +401,7 @@ def _row_sums(values: Numbers, row_elements: int) -> Numbers:
 
 
 def row_max(vector: Vector, row_elements: int) -> Numbers:
-    """The largest element of every row; nan where there is one."""
+    """The largest element of every row; nan where there is one. Of 0 and -0 either is."""
     if isinstance(vector, Recording):
         return cast("Numbers", vector.record_row_max(row_elements))
     import numpy
@@ -426,7 +426,7 @@ def hold(vector: Vector) -> None:
 
 
 def sub_rows(vector: Vector, rows: Numbers, row_elements: int) -> None:
-    """Subtracts from every element its row's number."""
+    """Subtracts from every element its row's number. The vector is float64."""
     if isinstance(vector, Recording):
         vector.record_sub_rows(rows, row_elements)
         return
@@ -436,7 +436,7 @@ def sub_rows(vector: Vector, rows: Numbers, row_elements: int) -> None:
 
 
 def div_rows(vector: Vector, rows: Numbers, row_elements: int) -> None:
-    """Divides every element by its row's number."""
+    """Divides every element by its row's number. The vector is float64."""
     if isinstance(vector, Recording):
         vector.record_div_rows(rows, row_elements)
         return
