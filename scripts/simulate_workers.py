@@ -55,6 +55,7 @@ def seconds_of_work(elements: int) -> float:
     import lazymerge.methods  # noqa: F401  # registers the operations
     import numpy
     from lazymerge.engine.arena import Arena
+    from lazymerge.engine.finite import has_nonfinite
     from lazymerge.engine.native.library import Kernel, StreamedInput, encode_program
     from lazymerge.engine.native.program import record_apply
     from lazymerge.engine.stages import Slot
@@ -90,6 +91,7 @@ def seconds_of_work(elements: int) -> float:
                 os.preadv(file.fileno(), [arena.bytes(slots[place])], place * size)
             kernel.stream(0, elements, elements)
             xxh3_128_digest(output)
+            has_nonfinite(output, "BF16")
             os.pwrite(file.fileno(), output, 3 * size)
             best = min(best, time.perf_counter() - began)
     return best
@@ -127,18 +129,21 @@ def simulate(recipe: Path, workers: int, work_s: float, folder: Path) -> float:
 
     is_cached = readahead._is_cached
     checksum, stream = worker.xxh3_128, library.Kernel.stream
+    nonfinite = worker.has_nonfinite
     plan = lm.plan(recipe, workers=workers, memory="64GiB")
     try:
         library.Kernel.stream = sleep  # type: ignore[method-assign]
         writer.os = Calls()  # type: ignore[attr-defined]
         readahead._is_cached = lambda descriptor, byte: True  # nothing is to be read at all
         worker.xxh3_128 = Checksum  # type: ignore[assignment, misc]
+        worker.has_nonfinite = lambda data, dtype: False
         return lm.run(plan, folder / "out", overwrite=True, fsync=False).seconds
     finally:
         library.Kernel.stream = stream  # type: ignore[method-assign]
         writer.os = os  # type: ignore[attr-defined]
         readahead._is_cached = is_cached
         worker.xxh3_128 = checksum  # type: ignore[misc]
+        worker.has_nonfinite = nonfinite
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -63,7 +63,7 @@ class NodeSlots:
 RUN_BLOCKS = 4
 """Blocks that a worker runs in one call of the native kernels."""
 
-MOST_MAPPED_BYTES = 16 << 20
+MOST_MAPPED_BYTES = 8 << 20
 """Mapped input bytes after which a worker gives pages back, if a block is not more. Workers are
 rarely all at the end of such a stretch together, so longer ones make the prediction of the peak
 loose: six inputs and four workers, at spans of 16 blocks, took 95 MiB less than they might."""
