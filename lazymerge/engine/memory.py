@@ -28,7 +28,6 @@ from .stages import (
     TensorTask,
     TorchLayout,
     joined_statistics_bytes,
-    mapped_blocks,
     row_elements,
     stage_layout,
     statistics_bytes,
@@ -222,5 +221,4 @@ def _span_bytes(reads: Sequence[Read], stage: Reduce | Write, row: int) -> int:
     """What a worker maps of a stage's inputs before it gives pages back."""
     block = elements_per_block("cpu", row)
     item_bytes = sum(DTYPES[read.dtype].item_bytes for read in reads)
-    blocks = min(SPAN_BLOCKS, mapped_blocks(block * item_bytes))
-    return min(stage.element_count, blocks * block) * item_bytes
+    return min(stage.element_count, SPAN_BLOCKS * block) * item_bytes

@@ -63,17 +63,6 @@ class NodeSlots:
 RUN_BLOCKS = 4
 """Blocks that a worker runs in one call of the native kernels."""
 
-MOST_MAPPED_BYTES = 8 << 20
-"""Mapped input bytes after which a worker gives pages back, if a block is not more. Workers are
-rarely all at the end of such a stretch together, so longer ones make the prediction of the peak
-loose: six inputs and four workers, at spans of 16 blocks, took 95 MiB less than they might."""
-
-
-def mapped_blocks(block_bytes: int) -> int:
-    """Blocks that a worker runs before it gives mapped pages back. block_bytes: of all inputs."""
-    fitting = MOST_MAPPED_BYTES // max(1, block_bytes)
-    return max(1, fitting // RUN_BLOCKS * RUN_BLOCKS or fitting)
-
 
 @dataclass(frozen=True, slots=True)
 class RawLayout:

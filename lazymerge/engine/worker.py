@@ -22,7 +22,7 @@ from .pairs import Pairs
 from .readahead import ReadAhead
 from .recent import Recent
 from .scheduler import Job, Scheduler
-from .stages import mapped_blocks, stage_layout
+from .stages import stage_layout
 
 Nonfinite = Callable[[str], None]
 """Told of a tensor that inf or nan was written of."""
@@ -90,27 +90,20 @@ class Worker:
             read.tensor.size_bytes for read in self._graph.reads_of(stage.id)
         ) / max(1, stage.element_count)
         results = _Results(job, stage)
-        stretch = len(job.pieces)
-        if self._execution.read_mode == "mmap":
-            start, stop = job.pieces[0][0]
-            stretch = mapped_blocks(round((stop - start) * bytes_per_element))
-        for first in range(0, len(job.pieces), stretch):
-            pieces = job.pieces[first : first + stretch]
-            for result in frame.run(pieces, job.state):
-                if self._scheduler.is_stopped:
-                    return None
-                elements = results.add(result)
-                written = 0
-                if isinstance(stage, Write):
-                    written = len(result)
-                    if has_nonfinite(result, stage.dtype):
-                        self._nonfinite(stage.name)
-                    self._writer.write(stage.name, result, results.written - written)
-                bytes_read = round(elements * bytes_per_element)
-                self._moved(bytes_read, written, job.task.write.name)
-            frame.release(pieces[0][0][0], pieces[-1][-1][1])
-            if self._forgets and isinstance(stage, Write):
-                frame.forget(pieces[0][0][0], pieces[-1][-1][1])
+        for result in frame.run(job.pieces, job.state):
+            if self._scheduler.is_stopped:
+                return None
+            elements = results.add(result)
+            written = 0
+            if isinstance(stage, Write):
+                written = len(result)
+                if has_nonfinite(result, stage.dtype):
+                    self._nonfinite(stage.name)
+                self._writer.write(stage.name, result, results.written - written)
+            self._moved(round(elements * bytes_per_element), written, job.task.write.name)
+        frame.release(job.pieces[0][0][0], job.pieces[-1][-1][1])
+        if self._forgets and isinstance(stage, Write):
+            frame.forget(job.pieces[0][0][0], job.pieces[-1][-1][1])
         return results.partials()
 
     def _frame_for(self, job: Job) -> Frame:

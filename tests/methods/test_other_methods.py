@@ -134,6 +134,18 @@ def test_sce_weighs_by_energy(tmp_path: Path) -> None:
     np.testing.assert_allclose(merged, [0.9 * 3 + 0.1 * 1, -3.0], rtol=1e-15)
 
 
+def test_sce_divides_by_a_millionth_at_least(tmp_path: Path) -> None:
+    """A model of so little energy does not make its changes alone where others make none."""
+    models = {
+        "base": {"t": torch.zeros(2, dtype=torch.float64)},
+        "a": {"t": torch.tensor([2.0**10, 0.0], dtype=torch.float64)},
+        "b": {"t": torch.tensor([0.0, 2.0**-4], dtype=torch.float64)},
+    }
+    merged = merge(tmp_path, recipe_for("sce", "ab", base="base"), models)["t"]
+    weight = 2.0**-8 / (2.0**20 + 2.0**-8)  # 3.7e-9
+    np.testing.assert_allclose(merged, [2.0**10, 2.0**-4 * weight / 1e-6], rtol=1e-14)
+
+
 def test_sce_of_equal_variances_selects_the_first(tmp_path: Path) -> None:
     """Exactly int(0.25 · 480) of them; elements on which the models agree do not count."""
     same = torch.arange(1000) % 25 >= 12  # 520 of them

@@ -211,7 +211,7 @@ class _Selection(ReduceOperation[tuple[Any, ...], Any]):
         candidates = min(element_count, _quota(wanted, block_count) * block_count)
         # those of all searches as collected, those of one joined; samples are smaller
         values = (wanted + 1) * candidates
-        if not self.is_sampled(parameters):
+        if element_count > _candidates(wanted):
             # a block's before they are thinned out, and what a second bracket is guessed from
             values += 2 * element_count // max(1, block_count) + 6 * NARROWING_SAMPLE
         return values * item_bytes + wanted * block_count * COUNTS_BYTES
