@@ -11,9 +11,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from ..engine import torch_loading
 from ..errors import LazymergeError
 from ..version import __version__
-from . import inspect, methods, plan, run, schema, torch_loading
+from . import inspect, methods, plan, run, schema
 
 EXIT_INTERRUPTED = 130
 

@@ -63,7 +63,7 @@ def run(
     )
 
     if made.memory.libraries == "torch" and made.execution.device == "cpu":
-        from .torch_loading import load_torch
+        from ..engine.torch_loading import load_torch
 
         load_torch()
     from ..engine.run import run_plan

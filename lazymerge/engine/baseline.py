@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..version import __version__
+from .torch_loading import load_torch, loads_whole
 
 Libraries = Literal["numpy", "torch"]
 """What a run loads: the native kernels do with numpy (for safetensors and selections)."""
@@ -38,11 +39,12 @@ FALLBACK_BYTES: dict[Libraries, int] = {"numpy": 80 << 20, "torch": 320 << 20}
 PROGRAM = """
 import contextlib, io, sys
 import rich.live, rich.progress_bar
-import lazymerge.api, lazymerge.engine.run
+import lazymerge.api, lazymerge.engine.run, lazymerge.engine.torch_loading
 from lazymerge.cli.main import app
 from lazymerge.engine.baseline import call_kernels, peak_resident_bytes
 with contextlib.redirect_stdout(io.StringIO()):
     app(["methods"], standalone_mode=False)
+lazymerge.engine.torch_loading.is_own_process = sys.argv[2] == "command"
 call_kernels(sys.argv[1])
 print(peak_resident_bytes())
 """
@@ -115,8 +117,10 @@ def _stored() -> dict[str, int]:
 
 def _key(libraries: Libraries) -> str:
     packages = ("numpy",) if libraries == "numpy" else ("numpy", "torch")
+    whole = ["whole"] if libraries == "torch" and loads_whole() else []
     return " ".join(
         [
+            *whole,
             f"lazymerge {__version__}",
             f"{platform.system()} {platform.machine()}",
             f"python {platform.python_version()} {sys.executable}",
@@ -130,7 +134,7 @@ def _measure(libraries: Libraries) -> int:
     """Starts the process that measures; 0 where that fails."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, libraries],
+            [sys.executable, "-c", PROGRAM, libraries, "program" if loads_whole() else "command"],
             capture_output=True,
             timeout=120,
             check=True,
@@ -148,6 +152,7 @@ def call_kernels(libraries: Libraries) -> None:
 
     numpy.partition(numpy.sort(numpy.arange(10.0, dtype=numpy.float32)), 3)
     if libraries == "torch":
+        load_torch()
         import torch
 
         from ..checkpoint.tensor import DTYPES

@@ -23,7 +23,15 @@ from .inputs import InputFiles, MappedInput, Pieces, open_input
 from .native.frame import NativeFrame
 from .recent import Recent
 from .rounding import round_once
-from .stages import DeviceLayout, NativeLayout, RawLayout, Slot, StageLayout, TorchLayout
+from .stages import (
+    DeviceLayout,
+    NativeLayout,
+    RawLayout,
+    Slot,
+    StageLayout,
+    TorchLayout,
+    stage_window,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,28 +47,22 @@ class _TensorInput:
         read_mode: ReadMode,
         arena: Arena,
         slots: Sequence[Slot],
+        window_elements: int,
     ) -> None:
         import torch
 
         dtype = DTYPES[node.dtype]
-        self.source = open_input(node, files, read_mode, [arena.bytes(slot) for slot in slots])
+        rooms = [arena.bytes(slot) for slot in slots]
+        self.source = open_input(node, files, read_mode, rooms, window_elements)
         self._pieces: Pieces = ()
         self._elements = 0
-        torch_dtype = getattr(torch, dtype.torch_name)
+        self._dtype = getattr(torch, dtype.torch_name)
         self._typed = torch.frombuffer(
             arena.memory,
-            dtype=torch_dtype,
+            dtype=self._dtype,
             count=slots[0].elements // dtype.item_bytes,
             offset=slots[0].offset,
         )
-        self._mapped: Tensor | None = None
-        if isinstance(self.source, MappedInput):
-            self._mapped = torch.frombuffer(
-                self.source.map,
-                dtype=torch_dtype,
-                count=node.tensor.element_count,
-                offset=node.tensor.start,
-            )
 
     def seek(self, pieces: Pieces, elements: int) -> None:
         self.source.seek(pieces)
@@ -68,12 +70,19 @@ class _TensorInput:
         self._elements = elements
 
     def read_into(self, out: Any) -> None:
-        if self._mapped is not None and len(self._pieces) == 1:
-            ((start, stop),) = self._pieces
-            out.copy_(self._mapped[start:stop])
+        if isinstance(self.source, MappedInput) and len(self._pieces) == 1:
+            out.copy_(self._mapped(self.source))
         else:
             self.source.raw()
             out.copy_(self._typed[: self._elements])
+
+    def _mapped(self, source: MappedInput) -> Tensor:
+        import torch
+
+        start = self._pieces[0][0]
+        return torch.frombuffer(
+            source.window, dtype=self._dtype, count=self._elements, offset=source.offset(start)
+        )
 
     def raw(self, slot: int = 0) -> memoryview:
         return self.source.raw(slot)
@@ -89,8 +98,8 @@ class Frame(Protocol):
         or several, in order, valid until the next are asked for.
         """
 
-    def release(self, start: int, stop: int) -> None:
-        """Gives back what reading an element range has left in memory."""
+    def release(self) -> None:
+        """Gives back what reading has left in memory."""
 
     def forget(self, start: int, stop: int) -> None:
         """Lets an element range of the inputs out of the system's page cache."""
@@ -140,8 +149,10 @@ class RawFrame:
         self._source = graph.block_node(stage.source)
         self._prepared = prepared
         slots = [arena.bytes(slot) for slot in layout.raw]
+        window = stage_window(graph, stage, "cpu")
         self._inputs = [
-            open_input(read, files, read_mode, slots) for read in graph.reads_of(stage.source)
+            open_input(read, files, read_mode, slots, window)
+            for read in graph.reads_of(stage.source)
         ]
 
     def run(self, blocks: Sequence[Pieces], state: Any) -> Iterator[Any]:
@@ -156,9 +167,9 @@ class RawFrame:
         operation = apply_operation(self._source.operation)
         return operation.run_raw(self._inputs, self._prepared[self._source.id], start)
 
-    def release(self, start: int, stop: int) -> None:
+    def release(self) -> None:
         for source in self._inputs:
-            source.release(start, stop)
+            source.release()
 
     def forget(self, start: int, stop: int) -> None:
         for source in self._inputs:
@@ -183,6 +194,7 @@ class TorchFrame:
         self._arena = arena
         self._files = files
         self._read_mode = read_mode
+        self._window_elements = stage_window(graph, stage, "cpu")
         self._reads: list[_TensorInput] = []
         self._evaluation = Evaluation(
             graph, stage, layout.nodes, prepared, arena.tensor, self._open_read
@@ -193,7 +205,14 @@ class TorchFrame:
         self._output = layout.encoded or layout.result
 
     def _open_read(self, node: Read) -> _TensorInput:
-        read = _TensorInput(node, self._files, self._read_mode, self._arena, self._layout.raw)
+        read = _TensorInput(
+            node,
+            self._files,
+            self._read_mode,
+            self._arena,
+            self._layout.raw,
+            self._window_elements,
+        )
         self._reads.append(read)
         return read
 
@@ -232,9 +251,9 @@ class TorchFrame:
         else:
             encoded.copy_(result)
 
-    def release(self, start: int, stop: int) -> None:
+    def release(self) -> None:
         for read in self._reads:
-            read.source.release(start, stop)
+            read.source.release()
 
     def forget(self, start: int, stop: int) -> None:
         for read in self._reads:

@@ -1,13 +1,16 @@
 """Reading byte ranges of input files, mapped or by pread.
 
-`mapped` lets kernels decode straight from the page cache; pages are released when a span of
-blocks is done. `pread` copies into the worker's arena first: one more copy within the cache, no
-page faults, and a file that shrinks under the run is an error instead of a bus error. Which one
-is faster depends on the system; both give the same bytes. Measurements: docs/performance.md.
+`mmap` lets kernels decode straight from the page cache: every worker maps a window of a few blocks
+of each input, one after the other. A fault maps what lies around it, up to 2 MiB of a large folio,
+but never beyond the mapping, so what is resident is bounded to the page. `pread` copies into the
+worker's arena first: one more copy within the cache, no page tables, and a file that shrinks under
+the run is always an error and never a bus error. Which one is faster depends on the system; both
+give the same bytes. Measurements: docs/performance.md.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
@@ -19,21 +22,15 @@ from ..errors import LazymergeError
 from ..graph.node import Read
 from .execution import ReadMode
 
-FOLIO_BYTES = 2 << 20
-"""The most that one page fault maps: a large folio of the page cache, aligned to its size. Pages
-before a span's start that came with its first fault would otherwise stay for good: ties of 1.1B
-models held 34 MiB more."""
-
 Pieces = Sequence[tuple[int, int]]
 """Element ranges (start, stop_exclusive) of one tensor that together make a block."""
 
 
 class InputFiles:
-    """The input files of a run, each opened and mapped at most once. Safe to share by threads."""
+    """The input files of a run, each opened at most once. Safe to share by threads."""
 
     def __init__(self) -> None:
         self._descriptors: dict[str, int] = {}
-        self._maps: dict[str, mmap.mmap] = {}
         self._lock = threading.Lock()
 
     def descriptor(self, path: str) -> int:
@@ -46,20 +43,8 @@ class InputFiles:
                     raise LazymergeError(f"cannot open {path}: {error.strerror}") from error
             return self._descriptors[path]
 
-    def mapping(self, path: str) -> mmap.mmap:
-        """The whole file, mapped copy-on-write and never written to: torch insists on writable
-        buffers, and this way nothing can reach the file."""
-        descriptor = self.descriptor(path)
-        with self._lock:
-            if path not in self._maps:
-                self._maps[path] = mmap.mmap(
-                    descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                )
-            return self._maps[path]
-
     def close(self) -> None:
-        """Closes all files. Maps that tensors still refer to go with those tensors."""
-        self._maps.clear()
+        """Closes all files."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -126,7 +111,7 @@ class PreadInput:
         """Decoding is what frames do."""
         raise TypeError("undecoded bytes")
 
-    def release(self, start: int, stop: int) -> None:
+    def release(self) -> None:
         """Nothing to release: the arena is reused."""
 
     def forget(self, start: int, stop: int) -> None:
@@ -138,53 +123,102 @@ class PreadInput:
 
 
 class MappedInput:
-    """One input tensor, as it lies in the mapped file.
+    """One input tensor, a window of it mapped at a time.
 
-    A block of several pieces, a sample, is copied by pread all the same: touching pages here and
-    there would map many around each (fault-around, large folios) all over the tensor.
+    A block of several pieces, a sample, is copied by pread all the same: they lie all over the
+    tensor.
     """
 
-    def __init__(self, node: Read, files: InputFiles, slots: Sequence[memoryview] = ()) -> None:
-        """slots: room for a block each, where samples are taken."""
+    def __init__(
+        self,
+        node: Read,
+        files: InputFiles,
+        slots: Sequence[memoryview] = (),
+        window_elements: int = 0,
+    ) -> None:
+        """slots: room for a block each, where samples are taken.
+
+        window_elements: what is mapped at a time, unless more is asked for at once.
+        """
         self.path = f"{node.folder}/{node.tensor.file}"
-        self.map = files.mapping(self.path)
         self.tensor = node.tensor
-        self.pieces: Pieces = ()
+        self.window: mmap.mmap | None = None
+        self._descriptor = files.descriptor(self.path)
+        self._window_elements = window_elements
+        self._window_start = self._window_stop = 0
+        self._window_byte = 0
+        self._pieces: Pieces = ()
         self._item_bytes = DTYPES[node.dtype].item_bytes
-        self._view = memoryview(self.map)
         self._copied = PreadInput(node, files, slots)
-        if len(self.map) < node.tensor.stop_exclusive:
-            raise LazymergeError(f"{self.path} is shorter than its header promises")
 
     def seek(self, pieces: Pieces) -> None:
         """Moves to a block made of these pieces."""
-        self.pieces = pieces
+        self._pieces = pieces
+        if len(pieces) == 1:
+            self.cover(*pieces[0])
 
-    def byte_offset(self, element: int) -> int:
-        """Where an element lies in the map."""
+    def cover(self, start: int, stop: int) -> None:
+        """Has an element range mapped, and nothing that lies before it.
+
+        Raises:
+            LazymergeError: the file is shorter than it was, or cannot be mapped or read.
+        """
+        if self._window_start <= start and stop <= self._window_stop:
+            return
+        self.release()
+        stop = max(stop, min(start + self._window_elements, self.tensor.element_count))
+        first = self._byte(start) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        try:
+            # Private, so that nothing reaches the file: torch insists on writable buffers.
+            self.window = mmap.mmap(
+                self._descriptor,
+                self._byte(stop) - first,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=first,
+            )
+        except (OSError, ValueError) as error:  # ValueError: the file ends before
+            self.release()
+            raise self._unreadable(error, self._byte(stop)) from error
+        self._window_start, self._window_stop, self._window_byte = start, stop, first
+
+    def _unreadable(self, error: Exception, end: int) -> LazymergeError:
+        if os.fstat(self._descriptor).st_size < end:
+            return LazymergeError(
+                f"{self.path} is shorter than its header promises: it was changed or truncated "
+                "while it was being read"
+            )
+        return LazymergeError(f"reading {self.path}, mapped: {error}")
+
+    def _byte(self, element: int) -> int:
         return self.tensor.start + element * self._item_bytes
 
+    def offset(self, element: int) -> int:
+        """Where an element that is mapped lies in the window, in bytes."""
+        return self._byte(element) - self._window_byte
+
+    @property
+    def address(self) -> int:
+        """Where the file's first byte would lie in memory if it were all mapped like the window."""
+        assert self.window is not None
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.window)) - self._window_byte
+
     def raw(self, slot: int = 0) -> memoryview:
-        """The block's bytes, in the map; of a sample, in the slot."""
-        if len(self.pieces) > 1:
-            self._copied.seek(self.pieces)
+        """The block's bytes, in the window; of a sample, in the slot."""
+        if len(self._pieces) > 1:
+            self._copied.seek(self._pieces)
             return self._copied.raw(slot)
-        ((start, stop),) = self.pieces
-        return self._view[self.byte_offset(start) : self.byte_offset(stop)]
+        ((start, stop),) = self._pieces
+        return memoryview(self.window)[self.offset(start) : self.offset(stop)]  # type: ignore[arg-type]
 
     def read_into(self, out: Any) -> None:
         """Decoding is what frames do."""
         raise TypeError("undecoded bytes")
 
-    def release(self, start: int, stop: int) -> None:
-        """Gives the pages of an element range back, and those that faults have mapped around it.
-
-        Pages that another worker is about to read are mapped again when it does.
-        """
-        first = self.byte_offset(start) // FOLIO_BYTES * FOLIO_BYTES
-        last = min(len(self.map), -(-self.byte_offset(stop) // FOLIO_BYTES) * FOLIO_BYTES)
-        if last > first:
-            self.map.madvise(mmap.MADV_DONTNEED, first, last - first)
+    def release(self) -> None:
+        """Gives the window back; its memory goes when nothing refers to it any more."""
+        self.window = None
+        self._window_start = self._window_stop = 0
 
     def forget(self, start: int, stop: int) -> None:
         """Lets an element range out of the system's page cache, once it is no longer mapped."""
@@ -192,9 +226,16 @@ class MappedInput:
 
 
 def open_input(
-    node: Read, files: InputFiles, read_mode: ReadMode, slots: Sequence[memoryview]
+    node: Read,
+    files: InputFiles,
+    read_mode: ReadMode,
+    slots: Sequence[memoryview],
+    window_elements: int,
 ) -> PreadInput | MappedInput:
-    """An input tensor in the given mode. slots: room for a block each."""
+    """An input tensor in the given mode.
+
+    slots: room for a block each. window_elements: what is mapped of it at a time.
+    """
     if read_mode == "mmap":
-        return MappedInput(node, files, slots)
+        return MappedInput(node, files, slots, window_elements)
     return PreadInput(node, files, slots)

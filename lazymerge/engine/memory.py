@@ -15,20 +15,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..checkpoint.tensor import DTYPES
 from ..errors import DoesNotFitError
 from ..graph.graph import Graph
-from ..graph.node import Read, Reduce, Write
 from ..sizes import format_memory
 from .baseline import Libraries, reserved_bytes, resident_bytes
-from .blocks import elements_per_block
 from .execution import Execution
-from .scheduler import SPAN_BLOCKS
 from .stages import (
     TensorTask,
     TorchLayout,
     joined_statistics_bytes,
-    row_elements,
+    mapped_bytes,
     stage_layout,
     statistics_bytes,
     temporary_bytes,
@@ -39,9 +35,6 @@ MIB = 1 << 20
 NODE_BYTES = 1500
 """Per node of the graph: planning merges of 2 to 6 models of 2,973 tensors took 0.9 to 1.1 kB each,
 headers included."""
-
-MAPPED_SLACK_BYTES = 8 * MIB
-"""Mapped pages beyond the spans being read: a fault maps what lies around it (large folios)."""
 
 DEFAULT_LIMIT_BYTES = 2 << 30
 """Unless half of what is available is less."""
@@ -73,7 +66,7 @@ class MemoryPlan:
     arena_bytes: buffers of one worker.
     statistics_bytes: partial results of reductions in progress, and what users' own methods
         allocate.
-    mapped_bytes: pages of mapped inputs left resident.
+    mapped_bytes: pages of inputs that are mapped at a time.
     hungriest: output tensor whose stage needs the largest arena.
     smallest_limit_bytes: the limit with which one worker would do.
     vram: what it occupies of an accelerator, where one computes.
@@ -169,12 +162,11 @@ def plan_memory(
         return plan_device_memory(graph, tasks, limit_bytes, workers, execution, held_bytes)
     arena_bytes, hungriest = 0, ""
     statistics: list[int] = [0]
-    span_bytes = joined_bytes = temporary = 0
+    window_bytes = joined_bytes = temporary = 0
     libraries: Libraries = "numpy"
     for task in tasks:
         statistics.append(statistics_bytes(graph, task))
         for stage in task.stages:
-            reads = graph.reads_of(stage.id)
             if not stage.element_count:
                 continue
             layout = stage_layout(graph, stage, execution)
@@ -182,7 +174,7 @@ def plan_memory(
                 arena_bytes, hungriest = layout.size_bytes, task.write.name
             if isinstance(layout, TorchLayout):
                 libraries = "torch"
-            span_bytes = max(span_bytes, _span_bytes(reads, stage, row_elements(graph, stage)))
+            window_bytes = max(window_bytes, mapped_bytes(graph, stage))
             joined_bytes = max(joined_bytes, joined_statistics_bytes(graph, stage))
             temporary = max(temporary, temporary_bytes(graph, stage))
     statistics.sort(reverse=True)
@@ -198,7 +190,7 @@ def plan_memory(
             arena_bytes=arena_bytes,
             # no more tensors are open than workers
             statistics_bytes=sum(statistics[:count]) + count * (joined_bytes + temporary),
-            mapped_bytes=count * span_bytes + MAPPED_SLACK_BYTES if is_mapped else 0,
+            mapped_bytes=count * window_bytes if is_mapped else 0,
             hungriest=hungriest,
             smallest_limit_bytes=smallest,
         )
@@ -215,10 +207,3 @@ def plan_memory(
         f"{format_memory(plan(1, 0).statistics_bytes)} of statistics; "
         f"the smallest limit that works is --memory {smallest // MIB}MiB"
     )
-
-
-def _span_bytes(reads: Sequence[Read], stage: Reduce | Write, row: int) -> int:
-    """What a worker maps of a stage's inputs before it gives pages back."""
-    block = elements_per_block("cpu", row)
-    item_bytes = sum(DTYPES[read.dtype].item_bytes for read in reads)
-    return min(stage.element_count, SPAN_BLOCKS * block) * item_bytes

@@ -17,6 +17,7 @@ Stages have one of four kinds of layout, the first that fits:
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -32,7 +33,13 @@ from ..graph.operation import (
     apply_operation,
     reduce_operation,
 )
-from .blocks import DeviceClass, block_count, block_length, elements_per_block
+from .blocks import (
+    DeviceClass,
+    block_count,
+    block_length,
+    elements_per_block,
+    window_elements,
+)
 from .execution import Execution
 from .native import library
 
@@ -275,6 +282,20 @@ def row_elements(graph: Graph, stage: Reduce | Write) -> int:
     if any(operation.is_by_rows for operation in operations):
         return max(1, stage.shape[-1]) if stage.shape else 1
     return 1
+
+
+def stage_window(graph: Graph, stage: Reduce | Write, device: DeviceClass) -> int:
+    """The most elements of each of a stage's inputs that are mapped at a time."""
+    return window_elements(stage.element_count, device, row_elements(graph, stage))
+
+
+def mapped_bytes(graph: Graph, stage: Reduce | Write, device: DeviceClass = "cpu") -> int:
+    """What the windows of a stage's inputs occupy in one worker, to the page."""
+    elements = stage_window(graph, stage, device)
+    return sum(
+        elements * DTYPES[read.dtype].item_bytes + 2 * mmap.ALLOCATIONGRANULARITY
+        for read in graph.reads_of(stage.id)
+    )
 
 
 def temporary_bytes(graph: Graph, stage: Reduce | Write, device: DeviceClass = "cpu") -> int:

@@ -101,7 +101,8 @@ class Worker:
                     self._nonfinite(stage.name)
                 self._writer.write(stage.name, result, results.written - written)
             self._moved(round(elements * bytes_per_element), written, job.task.write.name)
-        frame.release(job.pieces[0][0][0], job.pieces[-1][-1][1])
+            del result  # it may be part of a mapped window
+        frame.release()
         if self._forgets and isinstance(stage, Write):
             frame.forget(job.pieces[0][0][0], job.pieces[-1][-1][1])
         return results.partials()

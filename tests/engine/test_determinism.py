@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from lazymerge.checkpoint import open_checkpoint
-from lazymerge.engine import memory, scheduler
+from lazymerge.engine import scheduler
 from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
 from lazymerge.engine.run import run_plan
 from lazymerge.output.manifest import MANIFEST_NAME
@@ -59,7 +59,6 @@ def test_bytes_do_not_depend_on_who_computes_what_when(
     expected_manifests: dict[int, str] = {}
     for span, mode, workers in product((16, 1, 2), ("pread", "mmap"), (1, 2, 3, 5)):
         monkeypatch.setattr(scheduler, "SPAN_BLOCKS", span)
-        monkeypatch.setattr(memory, "SPAN_BLOCKS", span)
         plan = make_plan(recipe, Resources(LARGE, workers, mode))
         assert plan.memory.workers == workers
         output = tmp_path / f"{span}-{mode}-{workers}" / "merged"
@@ -149,8 +148,7 @@ def test_every_method_under_every_pair_of_settings(
     small_models: list[Path], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What scripts/check_determinism.py does with all combinations and larger models."""
-    for module in (scheduler, memory):
-        monkeypatch.setattr(module, "SPAN_BLOCKS", 1)  # four spans of the largest tensor
+    monkeypatch.setattr(scheduler, "SPAN_BLOCKS", 1)  # four spans of the largest tensor
     orders = set()
 
     def run(plan: Plan, output: Path) -> None:

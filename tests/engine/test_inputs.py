@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -15,10 +16,10 @@ import pytest
 import torch
 from lazymerge.checkpoint import DTYPES
 from lazymerge.checkpoint.tensor import TensorInfo
+from lazymerge.engine import inputs
 from lazymerge.engine.arena import Arena
 from lazymerge.engine.frame import _TensorInput
 from lazymerge.engine.inputs import (
-    FOLIO_BYTES,
     InputFiles,
     MappedInput,
     PreadInput,
@@ -77,8 +78,8 @@ def test_both_ways_give_the_same_bytes(
     slot = Slot(64, "U8", BLOCK * item_bytes)
     memory = Arena(64 + BLOCK * item_bytes)
     decoders = [
-        _TensorInput(node, files, "pread", memory, [slot]),
-        _TensorInput(node, files, "mmap", memory, [slot]),
+        _TensorInput(node, files, "pread", memory, [slot], 2 * BLOCK),
+        _TensorInput(node, files, "mmap", memory, [slot], 2 * BLOCK),
     ]
     for pieces in [*PIECES, *reversed(PIECES)]:
         count = sum(stop - first for first, stop in pieces)
@@ -181,50 +182,80 @@ class TestMapped:
     ) -> None:
         path = tmp_path / "f"
         path.write_bytes(bytes(3999))
+        source = MappedInput(node_for(path, "F32", 0, 1000), files)
         with pytest.raises(LazymergeError, match="f is shorter than its header promises"):
-            MappedInput(node_for(path, "F32", 0, 1000), files)
+            source.seek([(0, 1000)])
 
-    def test_release_gives_pages_back_and_keeps_the_data(
+    def test_a_file_that_is_cut_while_it_is_read(self, tmp_path: Path, files: InputFiles) -> None:
+        path = tmp_path / "f"
+        path.write_bytes(bytes(40_000))
+        source = MappedInput(node_for(path, "F32", 0, 10_000), files)
+        source.seek([(0, 100)])
+        os.truncate(path, 20_000)
+        source.seek([(4000, 5000)])
+        with pytest.raises(LazymergeError, match="changed or truncated while"):
+            source.seek([(5000, 6000)])
+
+    def test_a_file_that_cannot_be_mapped(
+        self, tmp_path: Path, files: InputFiles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(errno.ENODEV, "No such device")
+
+        path = tmp_path / "f"
+        path.write_bytes(bytes(4000))
+        source = MappedInput(node_for(path, "F32", 0, 1000), files)
+        monkeypatch.setattr(inputs.mmap, "mmap", refuse)
+        with pytest.raises(LazymergeError, match=r"f, mapped: .*No such device"):
+            source.seek([(0, 1000)])
+
+    @pytest.mark.parametrize("window", [1, 1000, 4096, 5000, 40_000])
+    def test_windows_of_any_length(
+        self, tmp_path: Path, random: np.random.Generator, files: InputFiles, window: int
+    ) -> None:
+        path = tmp_path / "f"
+        path.write_bytes(random.bytes(9 + 40_000))
+        source = MappedInput(node_for(path, "F32", 9, 10_000), files, window_elements=window)
+        data = path.read_bytes()[9:]
+        for start in range(0, 10_000, 777):
+            stop = min(start + 777, 10_000)
+            source.seek([(start, stop)])
+            assert source.raw() == data[start * 4 : stop * 4]
+            assert source.window is not None
+            most = max(window, 777) * 4 + 2 * mmap.ALLOCATIONGRANULARITY
+            assert len(source.window) <= most
+            first = ctypes.string_at(source.address + 9 + start * 4, 4)
+            assert first == data[start * 4 : start * 4 + 4]
+        source.seek([(3, 5)])  # and back
+        assert source.raw() == data[12:20]
+
+    def test_no_more_is_resident_than_the_window(
         self, tmp_path: Path, random: np.random.Generator, files: InputFiles
     ) -> None:
-        size = 32 << 20
-        path = tmp_path / "f"
-        path.write_bytes(random.bytes(size + 1001))
-        node = node_for(path, "U8", 1001, size)
-        source = MappedInput(node, files)
-        source.seek([(0, size)])
-        before = mapped_resident_bytes()
-        read = bytes(source.raw())
-        assert mapped_resident_bytes() - before > size * 3 // 4
-        source.release(0, size)
-        assert mapped_resident_bytes() - before < size // 4
-        assert source.raw() == read == path.read_bytes()[1001:]
-
-    @pytest.mark.parametrize(("start", "stop"), [(0, 1), (5, 9000), (4096, 4096), (0, 5000)])
-    def test_release_of_any_range_harms_nothing(
-        self, tmp_path: Path, random: np.random.Generator, files: InputFiles, start: int, stop: int
-    ) -> None:
-        path = tmp_path / "f"
-        path.write_bytes(random.bytes(3 * mmap.PAGESIZE))
-        source = MappedInput(node_for(path, "U8", 9, 9000), files)
-        source.seek([(0, 9000)])
-        source.release(start, stop)
-        assert source.raw() == path.read_bytes()[9:9009]
-
-    def test_release_takes_what_faults_have_mapped_around(
-        self, tmp_path: Path, random: np.random.Generator, files: InputFiles
-    ) -> None:
-        """A range that is no multiple of anything leaves nothing behind, nor do its ends."""
-        size = 8 * FOLIO_BYTES
+        """Faults map what lies around them, but nothing beyond a mapping."""
+        size = 16 << 20
         path = tmp_path / "f"
         path.write_bytes(random.bytes(size))
-        source = MappedInput(node_for(path, "U8", 0, size), files)
+        source = MappedInput(node_for(path, "U8", 0, size), files, window_elements=500_000)
         before = mapped_resident_bytes()
-        for start in range(100, size - 1_000_003, 1_000_003):
-            source.seek([(start, start + 1_000_003)])
+        for start in range(100, size - 100_003, 100_003):
+            source.seek([(start, start + 100_003)])
             bytes(source.raw())
-            source.release(start, start + 1_000_003)
-            assert mapped_resident_bytes() - before < FOLIO_BYTES
+            assert mapped_resident_bytes() - before < 500_000 + (64 << 10)
+        source.release()
+        assert mapped_resident_bytes() - before < 64 << 10
+
+    def test_what_refers_to_a_window_keeps_it(
+        self, tmp_path: Path, random: np.random.Generator, files: InputFiles
+    ) -> None:
+        path = tmp_path / "f"
+        path.write_bytes(random.bytes(40_000))
+        source = MappedInput(node_for(path, "U8", 0, 40_000), files)
+        source.seek([(0, 10_000)])
+        kept = source.raw()
+        source.seek([(20_000, 30_000)])
+        source.release()
+        assert kept == path.read_bytes()[:10_000]
 
 
 def mapped_resident_bytes() -> int:
@@ -235,15 +266,13 @@ def mapped_resident_bytes() -> int:
 
 
 class TestFiles:
-    def test_each_is_opened_and_mapped_once(self, tmp_path: Path) -> None:
+    def test_each_is_opened_once(self, tmp_path: Path) -> None:
         path = tmp_path / "f"
         path.write_bytes(b"12345")
         before = len(os.listdir("/proc/self/fd"))
         files = InputFiles()
         assert files.descriptor(str(path)) == files.descriptor(str(path))
-        assert files.mapping(str(path)) is files.mapping(str(path))
         files.close()
-        # mmap keeps a descriptor of its own until the map goes
         assert len(os.listdir("/proc/self/fd")) == before
 
     def test_an_absent_file_is_named(self, tmp_path: Path, files: InputFiles) -> None:

@@ -26,7 +26,7 @@ from ..arena import Arena
 from ..evaluation import Evaluation
 from ..execution import ReadMode
 from ..inputs import InputFiles, MappedInput, Pieces, open_input
-from ..stages import SIDES, DeviceLayout, Slot
+from ..stages import SIDES, DeviceLayout, Slot, stage_window
 from .interface import Event, Outcome, Queue
 from .rounding import round_once_on_device
 from .vector import DeviceVector, Workspace
@@ -70,8 +70,9 @@ class _Source:
         lane: Lane,
         staged: Sequence[Slot],
         raw: Sequence[Slot],
+        window_elements: int,
     ) -> None:
-        """staged, raw: a slot for each side."""
+        """staged, raw: a slot for each side. window_elements: what is mapped at a time."""
         import torch
 
         dtype = DTYPES[node.dtype]
@@ -80,7 +81,7 @@ class _Source:
         self._staged = [arena.tensor(slot) for slot in staged]
         self._raw = [lane.tensor(slot) for slot in raw]
         self._typed = [tensor.view(getattr(torch, dtype.torch_name)) for tensor in self._raw]
-        self._file = open_input(node, files, read_mode, self._rooms)
+        self._file = open_input(node, files, read_mode, self._rooms, window_elements)
         self._current = self._typed[0]
 
     def stage(self, pieces: Pieces, side: int) -> None:
@@ -105,8 +106,8 @@ class _Source:
     def raw(self, slot: int = 0) -> memoryview:
         raise TypeError("undecoded bytes are not brought back from a device")
 
-    def release(self, start: int, stop: int) -> None:
-        self._file.release(start, stop)
+    def release(self) -> None:
+        self._file.release()
 
     def forget(self, start: int, stop: int) -> None:
         self._file.forget(start, stop)
@@ -140,13 +141,16 @@ class DeviceFrame:
         self._lane = lane
         self._workspace = _workspace(layout, arena, lane)
         self._sources: dict[str, _Source] = {}
+        window = stage_window(graph, stage, "cuda")
         for number, node_id in enumerate(layout.inputs):
             node = graph.block_node(node_id)
             assert isinstance(node, Read)
             staged, raw = (
                 [side[number] for side in sides] for sides in (layout.staged, layout.raw)
             )
-            self._sources[node_id] = _Source(node, files, read_mode, arena, lane, staged, raw)
+            self._sources[node_id] = _Source(
+                node, files, read_mode, arena, lane, staged, raw, window
+            )
         self._evaluation = Evaluation(
             graph,
             stage,
@@ -246,10 +250,10 @@ class DeviceFrame:
         data: memoryview = next(self.run([((start, stop),)]))
         return data
 
-    def release(self, start: int, stop: int) -> None:
+    def release(self) -> None:
         """Gives back what reading an element range has left in memory."""
         for source in self._sources.values():
-            source.release(start, stop)
+            source.release()
 
     def forget(self, start: int, stop: int) -> None:
         """Lets an element range of the inputs out of the system's page cache."""

@@ -14,19 +14,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...checkpoint.tensor import DTYPES
 from ...errors import DoesNotFitError
 from ...graph.graph import Graph
 from ...sizes import format_memory
-from ..blocks import elements_per_block
 from ..execution import Execution
 from ..memory import MIB, MemoryPlan, VramPlan, available_memory_bytes
-from ..scheduler import SPAN_BLOCKS
 from ..stages import (
     DeviceLayout,
     TensorTask,
     joined_statistics_bytes,
-    row_elements,
+    mapped_bytes,
     stage_layout,
     statistics_bytes,
     temporary_bytes,
@@ -90,7 +87,7 @@ def plan_device_memory(
     """
     host_bytes, hungriest = 0, ""
     device_bytes, device_hungriest = 0, ""
-    span_bytes = joined_bytes = 0
+    window_bytes = joined_bytes = 0
     statistics = [0]
     for task in tasks:
         statistics.append(statistics_bytes(graph, task, execution.device))
@@ -106,10 +103,7 @@ def plan_device_memory(
             joined += temporary_bytes(graph, stage, execution.device)
             joined_bytes = max(joined_bytes, joined)
             if execution.read_mode == "mmap":
-                block = elements_per_block(execution.device, row_elements(graph, stage))
-                elements = min(stage.element_count, SPAN_BLOCKS * block)
-                widths = [DTYPES[read.dtype].item_bytes for read in graph.reads_of(stage.id)]
-                span_bytes = max(span_bytes, elements * sum(widths))
+                window_bytes = max(window_bytes, mapped_bytes(graph, stage, execution.device))
     statistics.sort(reverse=True)
     device_bytes = -(-device_bytes // ALIGNMENT) * ALIGNMENT
     reserved = max(RESERVED_BYTES, held_bytes) + len(graph) * NODE_BYTES
@@ -128,7 +122,7 @@ def plan_device_memory(
             workers=count,
             arena_bytes=host_bytes,
             statistics_bytes=sum(statistics[:count]) + count * joined_bytes,
-            mapped_bytes=count * span_bytes,
+            mapped_bytes=count * window_bytes,
             hungriest=hungriest,
             smallest_limit_bytes=0,
             vram=VramPlan(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from ..arena import Arena
 from ..execution import ReadMode
 from ..inputs import InputFiles, MappedInput, Pieces, PreadInput, open_input
 from ..recent import Recent
-from ..stages import NativeLayout, Slot
+from ..stages import NativeLayout, Slot, stage_window
 from .library import COUNTERS, LANES, Kernel, StreamedInput, encode_program
 from .program import Outcome, Program, decoding, operands, record_apply, record_reduce
 
@@ -49,14 +48,15 @@ class NativeFrame:
         self._graph = graph
         self._prepared = prepared
         self._block_elements = layout.block_elements
+        window = stage_window(graph, stage, "cpu")
         self._inputs: list[PreadInput | MappedInput] = []
         self._streamed: list[StreamedInput] = []
         for number, read in enumerate(reads):
             slots = [arena.bytes(layout.raw[number])] if layout.raw else []
-            source = open_input(read, files, read_mode, slots)
+            source = open_input(read, files, read_mode, slots, window)
             self._inputs.append(source)
             if isinstance(source, MappedInput):
-                descriptor, address = -1, _address_of(source)
+                descriptor, address = -1, 0  # where its window lies is said before each call
             else:
                 descriptor, address = source.descriptor, arena.address(layout.raw[number])
             self._streamed.append(StreamedInput(read.dtype, descriptor, read.tensor.start, address))
@@ -122,6 +122,10 @@ class NativeFrame:
         return partial
 
     def _stream(self, kernel: Kernel, start: int, stop: int) -> None:
+        for number, source in enumerate(self._inputs):
+            if isinstance(source, MappedInput):
+                source.cover(start, stop)
+                kernel.room[number] = source.address
         failed = kernel.stream(start, stop - start, self._block_elements)
         if failed is None:
             return
@@ -206,15 +210,11 @@ class NativeFrame:
         dtype = numpy.float64 if slot.dtype == "F64" else numpy.float32
         return numpy.frombuffer(self._arena.memory, dtype, elements, slot.offset)
 
-    def release(self, start: int, stop: int) -> None:
-        """Gives back what reading an element range has left in memory."""
+    def release(self) -> None:
+        """Gives back what reading has left in memory."""
         for source in self._inputs:
-            source.release(start, stop)
+            source.release()
 
     def forget(self, start: int, stop: int) -> None:
         for source in self._inputs:
             source.forget(start, stop)
-
-
-def _address_of(source: MappedInput) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(source.map))

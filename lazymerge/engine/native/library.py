@@ -238,7 +238,7 @@ class Kernel:
         self._dtypes = (ctypes.c_int32 * count)(*(DTYPE_NUMBERS[i.dtype] for i in inputs))
         self._item_bytes = (ctypes.c_int32 * count)(*(DTYPES[i.dtype].item_bytes for i in inputs))
         self._descriptors = (ctypes.c_int32 * count)(*(i.descriptor for i in inputs))
-        self._room = (ctypes.c_void_p * count)(*(i.address for i in inputs))
+        self.room = (ctypes.c_void_p * count)(*(i.address for i in inputs))
         self._first_bytes = [i.first_byte for i in inputs]
         self._widths = [DTYPES[i.dtype].item_bytes for i in inputs]
         self._offsets = (ctypes.c_int64 * count)()
@@ -274,7 +274,7 @@ class Kernel:
             descriptors=ctypes.addressof(self._descriptors),
             offsets=ctypes.addressof(self._offsets),
             item_bytes=ctypes.addressof(self._item_bytes),
-            room=ctypes.addressof(self._room),
+            room=ctypes.addressof(self.room),
             input_count=len(inputs),
             lane_count=program.lanes,
             counter_count=program.counters,

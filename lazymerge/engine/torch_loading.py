@@ -24,9 +24,14 @@ is_own_process = False
 """Set by the console script: nobody else's code shares the process."""
 
 
+def loads_whole() -> bool:
+    """Whether torch is, or will be, loaded with all that belongs to it."""
+    return not is_own_process or bool(os.environ.get(WHOLE_TORCH_VARIABLE))
+
+
 def load_torch() -> None:
     """Imports torch without its meta-device rules, if it is not imported yet."""
-    if not is_own_process or "torch" in sys.modules or os.environ.get(WHOLE_TORCH_VARIABLE):
+    if loads_whole() or "torch" in sys.modules:
         return
     sys.modules[PUT_OFF] = ModuleType(PUT_OFF)
     gc.disable()  # 0.11 s of looking for garbage among objects that stay

@@ -7,8 +7,8 @@ import sys
 
 PROGRAM = """
 import os, sys
-from lazymerge.cli import torch_loading
-from lazymerge.cli.torch_loading import PUT_OFF, load_torch
+from lazymerge.engine import torch_loading
+from lazymerge.engine.torch_loading import PUT_OFF, load_torch
 load_torch()
 assert "torch" not in sys.modules, "only where the process is the command's own"
 torch_loading.is_own_process = True
