@@ -17,7 +17,7 @@ from .errors import DoesNotFitError, InputError, LazymergeError, RecipeError
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import plan, run
+    from .api import plan, plan_of_unfinished, resume, run, status, verify
     from .engine.plan import Plan
     from .engine.run import RunReport
     from .methods.plugins import load_plugin
@@ -32,13 +32,17 @@ __all__ = [
     "__version__",
     "load_plugin",
     "plan",
+    "plan_of_unfinished",
+    "resume",
     "run",
+    "status",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Loads the rest of the interface when it is first used."""
-    if name in ("plan", "run"):
+    if name in ("plan", "plan_of_unfinished", "resume", "run", "status", "verify"):
         from . import api
 
         return getattr(api, name)

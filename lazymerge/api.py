@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .engine import unfinished
 from .engine.blocks import DeviceClass
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
 from .engine.plan import (
@@ -14,7 +15,9 @@ from .engine.plan import (
     plan_recipe_file,
 )
 from .engine.run import Observer, RunReport, run_plan
+from .engine.verification import Checked, Verification, verify_output
 from .errors import InputError
+from .output.status import OutputStatus, output_status
 from .sizes import parse_size
 
 
@@ -82,22 +85,100 @@ def run(
     fsync: bool = True,
     observer: Observer | None = None,
     strict: bool = False,
+    recheck: bool = False,
+    hash_inputs: bool = False,
 ) -> RunReport:
-    """Runs a plan into a folder.
+    """Runs a plan into a folder, or goes on with what an earlier run of it has left there.
 
-    output: a folder that is empty or does not exist.
+    output: a folder that is empty, does not exist, or holds an unfinished output of the same plan.
     overwrite: replace what an earlier merge has left there.
     fsync: wait until the data is on disk before files get their final names.
     observer: is told how the run proceeds, from the workers' threads.
     strict: inf or nan in the output is an error; without it the report names the tensors.
+    recheck: read what an earlier run has finished before believing it.
+    hash_inputs: read all inputs once before, so that any change of them is noticed.
 
     Raises:
         InputError: the folder cannot be used, or integer tensors differ between models.
         DoesNotFitError: the disk is full.
         LazymergeError: reading or writing fails.
 
-    Whatever it raises, the files it has made are removed.
+    Whatever it raises, tensors that are complete stay, for another run to go on with; if there are
+    none, the files it has made are removed.
     """
     return run_plan(
-        plan, output, overwrite=overwrite, fsync=fsync, observer=observer, strict=strict
+        plan,
+        output,
+        overwrite=overwrite,
+        fsync=fsync,
+        observer=observer,
+        strict=strict,
+        recheck=recheck,
+        hash_inputs=hash_inputs,
+    )
+
+
+def plan_of_unfinished(
+    output: Path | str,
+    *,
+    memory: int | str | None = None,
+    workers: int | None = None,
+    read_mode: ReadMode = DEFAULT_READ_MODE,
+    vram: int | str | None = None,
+) -> Plan:
+    """The plan that an unfinished output was begun by; `run` it into the same folder to go on.
+
+    Raises:
+        InputError: there is nothing unfinished, or recipe, inputs or version have changed since.
+        DoesNotFitError: the memory does not suffice.
+    """
+    return unfinished.plan_of_unfinished(
+        output,
+        Resources(
+            limit_bytes=parse_size(memory) if isinstance(memory, str) else memory,
+            vram_limit_bytes=parse_size(vram) if isinstance(vram, str) else vram,
+            workers=workers,
+            read_mode=read_mode,
+        ),
+    )
+
+
+def resume(
+    output: Path | str, *, memory: int | str | None = None, observer: Observer | None = None
+) -> RunReport:
+    """Goes on with an unfinished output. As `plan_of_unfinished`, then `run`."""
+    return run(plan_of_unfinished(output, memory=memory), output, observer=observer)
+
+
+def status(output: Path | str) -> OutputStatus:
+    """How far an output is.
+
+    Raises:
+        InputError: it is no output of lazymerge.
+    """
+    return output_status(output)
+
+
+def verify(
+    output: Path | str,
+    *,
+    recompute: int = 0,
+    seed: int | None = None,
+    memory: int | str | None = None,
+    workers: int | None = None,
+    checked: Checked | None = None,
+) -> Verification:
+    """Compares a complete output with its manifest and, for some tensors, with its inputs.
+
+    recompute: how many tensors to merge again. seed: which ones.
+    checked: is told after every tensor: its bytes, its name.
+
+    Raises:
+        InputError: it is no complete output, or its inputs are not what they were.
+    """
+    resources = Resources(
+        limit_bytes=parse_size(memory) if isinstance(memory, str) else memory, workers=workers
+    )
+    return verify_output(
+        output, recompute=recompute, seed=seed, resources=resources, checked=checked
     )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -14,7 +15,7 @@ import typer
 from ..engine import torch_loading
 from ..errors import LazymergeError
 from ..version import __version__
-from . import inspect, methods, plan, run, schema
+from . import inspect, methods, plan, resume, run, schema, status, verify
 
 EXIT_INTERRUPTED = 130
 
@@ -32,6 +33,9 @@ app = typer.Typer(
 )
 app.command()(plan.plan)
 app.command()(run.run)
+app.command()(resume.resume)
+app.command()(status.status)
+app.command()(verify.verify)
 app.command()(inspect.inspect)
 app.command()(methods.methods)
 app.command()(schema.schema)
@@ -55,8 +59,15 @@ def _options(
     pass
 
 
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def main() -> NoReturn:
     """Runs the command line and exits."""
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: stop in good order; a second one, at once
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), _interrupt)
     try:
         code = app(standalone_mode=False)
         if code == EXIT_INTERRUPTED:  # what newer versions of typer make of Ctrl-C

@@ -29,6 +29,7 @@ class DeviceChoice(str, Enum):
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML) or saved plan (JSON).")
 ]
+OutputArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder.")]
 MemoryOption = Annotated[
     str | None,
     typer.Option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.baseline import peak_resident_bytes
 from ..engine.plan import Plan
-from ..engine.run import Observer
+from ..engine.run import Observer, RunReport
 from ..sizes import format_bytes, format_memory, format_seconds
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ RATE_WINDOW_SECONDS = 5.0
 class Progress:
     """Counts what the workers report."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, console: Console | None) -> None:
+        """console: for notes; None: there are none."""
         self.plan = plan
+        self._console = console
         self.total_bytes = plan.bytes_read + sum(
             tensor.size_bytes for shard in plan.shards for tensor in shard.tensors
         )
@@ -47,6 +49,19 @@ class Progress:
     def finished(self, tensor: str) -> None:
         with self._lock:
             self.tensors += 1
+
+    def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
+        self.done_bytes = bytes_read + bytes_written
+        self.tensors = tensors
+        self._history = deque([(time.monotonic(), self.done_bytes)])
+        self.noted(
+            f"{tensors} of {len(self.plan.tensors)} tensors are there already "
+            f"({format_bytes(bytes_written)} of {format_bytes(self.plan.bytes_written)})"
+        )
+
+    def noted(self, message: str) -> None:
+        if self._console is not None:
+            self._console.print(message, soft_wrap=True)
 
     @property
     def fraction(self) -> float:
@@ -102,7 +117,7 @@ class Progress:
 @contextmanager
 def progress_display(plan: Plan, console: Console, *, quiet: bool) -> Iterator[Observer]:
     """Shows a run's progress while the block runs, and yields the observer to feed."""
-    progress = Progress(plan)
+    progress = Progress(plan, None if quiet else console)
     if quiet:
         yield progress
         return
@@ -134,15 +149,19 @@ def progress_display(plan: Plan, console: Console, *, quiet: bool) -> Iterator[O
         thread.join()
 
 
-def done_line(plan: Plan, seconds: float, moved_bytes: int, measured_bytes: int) -> RenderableType:
+def done_line(plan: Plan, report: RunReport) -> RenderableType:
     """What is said when all is done."""
     from rich.text import Text
 
+    moved = report.bytes_read + report.bytes_written
+    made = len(plan.tensors) - report.resumed_tensors
+    earlier = f" ({report.resumed_tensors} were there)" if report.resumed_tensors else ""
     return Text.assemble(
         ("done", "green"),
-        f" in {format_seconds(seconds)}: {len(plan.tensors)} tensors, "
-        f"{format_bytes(plan.bytes_written)} written, {format_bytes(moved_bytes / seconds)}/s, "
-        f"peak memory {format_memory(measured_bytes)} "
+        f" in {format_seconds(report.seconds)}: {made} tensors{earlier}, "
+        f"{format_bytes(report.bytes_written)} written, "
+        f"{format_bytes(moved / report.seconds)}/s, "
+        f"peak memory {format_memory(report.measured_bytes)} "
         f"(projected {format_memory(plan.memory.projected_bytes)}, "
         f"limit {format_memory(plan.memory.limit_bytes)})",
     )

@@ -115,7 +115,8 @@ def walk_plan(plan: Plan) -> Walk:
         (sampled if walked.is_sample else full)[name] += walked.elements * sum(widths)
         for pieces in job.pieces:
             elements = sum(stop - start for start, stop in pieces)
-            if not fits(layout, elements, widths):
+            is_copied = plan.execution.read_mode != "mmap" or len(pieces) > 1
+            if not fits(layout, elements, widths, is_copied=is_copied):
                 raise IllegalPlanError(f"{name}: a block of {elements} elements in {layout}")
             if isinstance(stage, Write):
                 ((start, stop),) = pieces
@@ -129,8 +130,13 @@ def walk_plan(plan: Plan) -> Walk:
     return Walk(tuple(jobs), tuple(finished), full, sampled, written, arena_bytes)
 
 
-def fits(layout: StageLayout, elements: int, widths: Sequence[int]) -> bool:
-    """Whether a block has room in the buffers of a stage. widths: bytes per element of inputs."""
+def fits(
+    layout: StageLayout, elements: int, widths: Sequence[int], *, is_copied: bool = True
+) -> bool:
+    """Whether a block has room in the buffers of a stage.
+
+    widths: bytes per element of inputs. is_copied: they are not decoded where they are mapped.
+    """
     if isinstance(layout, DeviceLayout):
         blocks = list(layout.block_slots)
         raw = [
@@ -140,7 +146,7 @@ def fits(layout: StageLayout, elements: int, widths: Sequence[int]) -> bool:
         ]
     elif isinstance(layout, NativeLayout):
         blocks = [slot for slot in (*layout.stores, layout.output) if slot is not None]
-        raw = list(zip(layout.raw, widths, strict=True)) if layout.raw else []
+        raw = list(zip(layout.raw, widths, strict=True)) if layout.raw and is_copied else []
     else:
         blocks = [slot for slot in layout_slots(layout) if slot not in layout.raw]
         raw = [(slot, max(widths)) for slot in layout.raw]

@@ -357,15 +357,18 @@ def make_plan(
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     truncate_embeddings: bool = False,
+    paths: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plans a merge from the headers of its models.
+
+    paths: where models are whose references say so from another folder.
 
     Raises:
         InputError: a model cannot be opened, or tensors cannot be merged.
         DoesNotFitError: the memory does not suffice.
     """
     resources = resources or Resources()
-    checkpoints = _open_all(recipe)
+    checkpoints = _open_all(recipe, paths or {})
     compiled = compile_recipe(recipe, checkpoints, truncate_embeddings=truncate_embeddings)
     verify_graph(compiled.graph)
     tasks = tensor_tasks(compiled.graph)
@@ -387,7 +390,11 @@ def make_plan(
         memory=_memory(compiled.graph, tasks, resources),
         config=_output_config(source, compiled),
         sidecar_folder=source.folder,
-        sidecars=sidecar_files(source.folder) if Path(source.reference).is_dir() else (),
+        sidecars=(
+            sidecar_files(source.folder)
+            if Path((paths or {}).get(source.reference, source.reference)).is_dir()
+            else ()
+        ),
         execution=resources.execution,
     )
 
@@ -599,7 +606,7 @@ def _check_sidecars(output: Mapping[str, Any], source: Checkpoint, path: str) ->
         )
 
 
-def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
+def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]:
     """Opens every model of a recipe; the errors of all of them are raised at once."""
     references = [] if recipe.base_model is None else [recipe.base_model]
     references += [entry.model for entry in recipe.models]
@@ -607,7 +614,8 @@ def _open_all(recipe: Recipe) -> dict[str, Checkpoint]:
     problems: list[str] = []
     for reference in dict.fromkeys(references):
         try:
-            checkpoints[reference] = open_checkpoint(reference)
+            opened = open_checkpoint(paths.get(reference, reference))
+            checkpoints[reference] = replace(opened, reference=reference)
         except InputError as error:
             problems.append(str(error))
     if problems:

@@ -1,29 +1,51 @@
-"""Running a plan: prepare the output, let the workers stream, finish or clean up."""
+"""Running a plan: prepare the output, or what is there of it, let the workers stream, finish.
+
+    lock ► recover ► create missing shards ► workers ─► journal ─► rename shards ► small files
+         ► manifest ► remove .lazymerge
+
+A run may end at any point, in any way, and another one goes on from there.
+"""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from importlib.metadata import version as installed_version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from xxhash import xxh3_128_hexdigest
 
+from ..checkpoint.tensor import DTYPES
 from ..errors import InputError, LazymergeError
 from ..graph.node import Read, Write
 from ..methods import METHODS
 from ..output.card import model_card
-from ..output.folder import check_disk, check_output_folder, clear_output_folder
+from ..output.folder import (
+    check_disk,
+    check_output_folder,
+    clear_output_folder,
+    is_unfinished,
+)
+from ..output.journal import JOURNAL_PATH, Journal, read_journal
 from ..output.layout import INDEX_NAME, index_json
-from ..output.manifest import CHECKSUM, MANIFEST_NAME, write_manifest, write_text
+from ..output.lock import OutputLock
+from ..output.manifest import (
+    CHECKSUM,
+    MANIFEST_NAME,
+    MERGE_PATH,
+    read_document,
+    write_document,
+    write_text,
+)
+from ..output.recovery import NOTHING, Recovery, recover
 from ..output.sidecars import copy_sidecars
 from ..output.writer import ShardWriter, sync_folder, write_error
 from ..version import __version__
+from . import torch_loading
 from .baseline import peak_resident_bytes, resident_bytes, store_baseline
 from .blocks import elements_per_block
 from .device.frame import Lane
@@ -35,15 +57,22 @@ from .plan import Plan, read_folders
 from .readahead import ReadAhead
 from .recent import Recent
 from .scheduler import SPAN_BLOCKS, Scheduler
-from .stages import row_elements
+from .stages import bytes_read, row_elements
+from .unfinished import beginning_of_manifest, check_hashes, check_is_same_merge
+from .unfinished import hash_inputs as hashes_of
 from .worker import Worker
 
 WAKE_SECONDS = 0.1
 """How often the waiting main thread looks up, so that Ctrl-C is answered."""
 
+PATIENCE_SECONDS = 1.0
+"""How long an interrupted command waits for the blocks in flight; a block of 2^18 elements takes a
+millisecond, a function of the user's over a whole tensor may take a minute. Its process then ends
+all the same, within two seconds of the signal."""
+
 
 class Observer(Protocol):
-    """Is told how a run proceeds; called from the workers' threads."""
+    """Is told how a run proceeds; `moved` and `finished` are called from the workers' threads."""
 
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
         """A block was done."""
@@ -51,12 +80,24 @@ class Observer(Protocol):
     def finished(self, tensor: str) -> None:
         """An output tensor is complete."""
 
+    def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
+        """An earlier run has done this much; called before all else, if at all."""
+
+    def noted(self, message: str) -> None:
+        """Something that a person should know."""
+
 
 class _Silent:
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
         pass
 
     def finished(self, tensor: str) -> None:
+        pass
+
+    def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
+        pass
+
+    def noted(self, message: str) -> None:
         pass
 
 
@@ -68,6 +109,7 @@ class RunReport:
     seconds: from the first block to the last byte synced; planning and start-up not included.
     bytes_read: of inputs, all passes.
     bytes_written: of tensors.
+    resumed_tensors: tensors that an earlier run had finished; none of their bytes is counted.
     measured_bytes: the process's peak resident set.
     measured_vram_bytes: the most that was allocated on an accelerator; device: its name.
     nonfinite: names of the output tensors that hold inf or nan, in the order of the output.
@@ -81,6 +123,7 @@ class RunReport:
     measured_vram_bytes: int | None = None
     device: str | None = None
     nonfinite: tuple[str, ...] = ()
+    resumed_tensors: int = 0
 
 
 def run_plan(
@@ -92,23 +135,29 @@ def run_plan(
     observer: Observer | None = None,
     device: Device | None = None,
     strict: bool = False,
+    recheck: bool = False,
+    hash_inputs: bool = False,
 ) -> RunReport:
-    """Runs a plan into a folder.
+    """Runs a plan into a folder, or goes on with what an earlier run of the same plan has left.
 
     overwrite: replace what an earlier merge has left in the folder.
     fsync: wait until the data is on disk before giving files their final names.
     strict: inf or nan in the output is an error.
     device: the accelerator, for plans that are made for one; by default a GPU is looked for.
+    recheck: read what an earlier run has written before believing it.
+    hash_inputs: read all inputs once before, so that any change of them is noticed.
 
     Raises:
-        InputError: an input has changed since it was planned, the folder cannot be used,
-            integer tensors differ between models, or there is no such device as planned for.
+        InputError: an input has changed since it was planned, the folder cannot be used, holds
+            something else or is being written by another process, integer tensors differ between
+            models, or there is no such device as planned for.
         DoesNotFitError: the disk is full, or this process already holds so much that the merge
             does not fit beside it.
         LazymergeError: reading or writing fails.
         KeyboardInterrupt: interrupted.
 
-    Whatever it raises, the files it has made are removed.
+    Whatever it raises, tensors that are complete stay, for another run to go on with; if there are
+    none, or an input is at fault, the files it has made are removed.
     """
     if plan.execution.device == "cpu" and device is not None:
         raise ValueError("this merge is planned for the processor")
@@ -124,35 +173,217 @@ def run_plan(
                 observer=observer,
                 device=found,
                 strict=strict,
+                recheck=recheck,
+                hash_inputs=hash_inputs,
             )
     folder = Path(output)
     check_inputs(plan)
     plan = plan.in_this_process(resident_bytes())
     if device is not None:
         plan = fit_to_device(plan, device)
-    check_output_folder(folder, read_folders(plan), overwrite=overwrite)
-    check_disk(folder, plan.bytes_written, overwrite=overwrite)
+    observer = observer or _Silent()
+    if not overwrite and _is_complete(plan, folder):
+        observer.noted(
+            f"{folder} holds this merge, complete; lazymerge verify reads it again, --overwrite "
+            "makes it again"
+        )
+        return _nothing_to_do(plan, folder)
+    _check_output(plan, folder, overwrite=overwrite)
     made = [f for f in (folder.absolute(), *folder.absolute().parents) if not f.exists()]
-    clear_output_folder(folder)
-    writer = ShardWriter(folder, plan.shards, fsync=fsync)
+    lock = OutputLock(folder)
     try:
-        writer.create()
-        return _run(
+        if lock.taken_over is not None:
+            observer.noted(f"{lock.taken_over} was writing {folder} and ended before it was done")
+        resumes = _check_output(plan, folder, overwrite=overwrite)  # now that nobody else writes
+        prepared = _prepare(
             plan,
             folder,
-            writer,
+            resumes=resumes,
+            overwrite=overwrite,
             fsync=fsync,
-            observer=observer or _Silent(),
-            device=device,
-            strict=strict,
+            observer=observer,
+            recheck=recheck,
+            hash_inputs=hash_inputs,
         )
-    except BaseException:
-        writer.discard()
-        clear_output_folder(folder)
-        with suppress(OSError):  # what holds somebody else's files stays
+        try:
+            report = _run(
+                plan,
+                folder,
+                prepared,
+                lock,
+                fsync=fsync,
+                observer=observer,
+                device=device,
+                strict=strict,
+            )
+        except BaseException as error:
+            prepared.writer.close()
+            prepared.journal.close()
+            if _is_to_be_removed(prepared, error):
+                prepared.writer.discard()
+                clear_output_folder(folder)
+            raise
+    finally:
+        lock.release()
+        with suppress(OSError):  # what holds anything stays
             for made_folder in made:
                 made_folder.rmdir()
+    return report
+
+
+def _is_to_be_removed(prepared: _Prepared, error: BaseException) -> bool:
+    """Whether nobody could go on with what a run leaves: nothing is done; or an input is at fault,
+    and when that has been put right it is another merge."""
+    if isinstance(error, _AbandonedError):
+        return False  # a worker may still be writing
+    is_anything_done = prepared.recovery.finished or prepared.checksums
+    return isinstance(error, InputError) or not is_anything_done
+
+
+def _is_complete(plan: Plan, folder: Path) -> bool:
+    """Whether a folder's manifest is that of this plan, and its files are as long as they must."""
+    try:
+        if read_document(folder / MANIFEST_NAME).get("fingerprint") != plan.fingerprint:
+            return False
+        sizes = [(folder / shard.file).stat().st_size for shard in plan.shards]
+    except (InputError, OSError):
+        return False
+    return sizes == [shard.size_bytes for shard in plan.shards]
+
+
+def _nothing_to_do(plan: Plan, folder: Path) -> RunReport:
+    return RunReport(
+        output=str(folder.absolute()),
+        seconds=0.0,
+        bytes_read=0,
+        bytes_written=0,
+        measured_bytes=peak_resident_bytes(),
+        resumed_tensors=len(plan.tensors),
+    )
+
+
+def _check_output(plan: Plan, folder: Path, *, overwrite: bool) -> bool:
+    """Whether there is an unfinished output to go on with.
+
+    Raises:
+        InputError: the folder cannot be used.
+    """
+    resumes = not overwrite and is_unfinished(folder)
+    if resumes:
+        check_is_same_merge(plan, folder)
+    check_output_folder(folder, read_folders(plan), overwrite=overwrite, resumes=resumes)
+    return resumes
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """An output that is ready to be written.
+
+    checksums: of the tensors that this run has finished.
+    beginning: the first half of the manifest.
+    """
+
+    recovery: Recovery
+    writer: ShardWriter
+    journal: Journal
+    beginning: dict[str, Any]
+    checksums: dict[str, str] = field(default_factory=dict)
+
+
+def _prepare(
+    plan: Plan,
+    folder: Path,
+    *,
+    resumes: bool,
+    overwrite: bool,
+    fsync: bool,
+    observer: Observer,
+    recheck: bool,
+    hash_inputs: bool,
+) -> _Prepared:
+    recovery, length = NOTHING, 0
+    if resumes:
+        beginning = read_document(folder / MERGE_PATH)
+        if hash_inputs or "input_checksums" in beginning:
+            check_hashes(beginning.get("input_checksums"), hashes_of(plan.checkpoints))
+        try:
+            journal = read_journal(folder)
+        except OSError as error:
+            raise LazymergeError(f"cannot read {folder / JOURNAL_PATH}: {error}") from error
+        if journal.fingerprint == plan.fingerprint:
+            length = journal.length
+            believed = journal.finished
+        else:  # not even its first line is whole
+            believed = {}
+        recovery = recover(
+            folder, plan.shards, believed, span_bytes(plan).__getitem__, recheck=recheck
+        )
+        _tell(plan, recovery, observer)
+    else:
+        check_disk(folder, plan.bytes_written, overwrite=overwrite)
+        beginning = beginning_of_manifest(plan)
+        if hash_inputs:
+            beginning["input_checksums"] = hashes_of(plan.checkpoints)
+        clear_output_folder(folder)
+    writer = ShardWriter(
+        folder,
+        plan.shards,
+        fsync=fsync,
+        begun=recovery.begun,
+        complete=recovery.complete,
+        finished=recovery.finished,
+    )
+    try:
+        if not resumes:
+            try:
+                write_document(folder / MERGE_PATH, beginning, fsync=fsync)
+            except OSError as error:
+                raise write_error(folder / MERGE_PATH, error) from error
+        journal_file = Journal(folder, plan.fingerprint, length, fsync=fsync)
+        try:
+            writer.create()
+            if fsync:
+                sync_folder(folder)
+        except BaseException:
+            journal_file.close()
+            raise
+    except BaseException:
+        writer.close()
+        if not recovery.finished:
+            writer.discard()
+            clear_output_folder(folder)
         raise
+    return _Prepared(recovery, writer, journal_file, beginning)
+
+
+def _tell(plan: Plan, recovery: Recovery, observer: Observer) -> None:
+    tasks = [task for task in plan.tasks if task.write.name in recovery.finished]
+    observer.resumed(
+        sum(bytes_read(plan.graph, task) for task in tasks),
+        sum(record.stop_exclusive - record.start for record in recovery.finished.values()),
+        len(recovery.finished),
+    )
+    if recovery.checked:
+        observer.noted(f"{recovery.checked} tensors of an earlier run were read and are whole")
+    if recovery.lost:
+        observer.noted(
+            f"{recovery.lost} tensors that an earlier run had finished are not whole; they are "
+            "made again"
+        )
+
+
+def span_bytes(plan: Plan) -> dict[str, int]:
+    """Length of every output tensor's spans, by name."""
+    return {
+        write.name: span_elements(plan, write) * DTYPES[write.dtype].item_bytes
+        for write in plan.graph.writes
+    }
+
+
+def span_elements(plan: Plan, write: Write) -> int:
+    """Elements of an output tensor's spans, which its checksum is made of."""
+    row = row_elements(plan.graph, write)
+    return SPAN_BLOCKS * elements_per_block(plan.execution.device, row)
 
 
 CACHED_SHARE = 0.5
@@ -201,7 +432,8 @@ def check_inputs(plan: Plan) -> None:
 def _run(
     plan: Plan,
     folder: Path,
-    writer: ShardWriter,
+    prepared: _Prepared,
+    output_lock: OutputLock,
     *,
     fsync: bool,
     observer: Observer,
@@ -209,15 +441,25 @@ def _run(
     strict: bool,
 ) -> RunReport:
     began = time.perf_counter()
-    checksums: dict[str, str] = {}
+    writer, before = prepared.writer, prepared.recovery.finished
+    tasks = [task for task in plan.tasks if task.write.name not in before]
+    places = {
+        tensor.name: (shard.file, (tensor.start, tensor.stop_exclusive))
+        for shard in plan.shards
+        for tensor in shard.tensors
+    }
     totals = [0, 0]
     lock = threading.Lock()
 
     def finished(write: Write, digests: Sequence[bytes]) -> None:
         checksum = xxh3_128_hexdigest(b"".join(digest for digest in digests if digest))
-        writer.finish_tensor(write.name)
+        file, place = places[write.name]
+        prepared.journal.finished(
+            write.name, file, place, checksum, is_nonfinite=write.name in nonfinite
+        )
         with lock:
-            checksums[write.name] = checksum
+            prepared.checksums[write.name] = checksum
+        writer.finish_tensor(write.name)
         observer.finished(write.name)
 
     def moved(bytes_read: int, bytes_written: int, tensor: str) -> None:
@@ -226,20 +468,19 @@ def _run(
             totals[1] += bytes_written
         observer.moved(bytes_read, bytes_written, tensor)
 
-    nonfinite: dict[str, None] = {}
+    nonfinite = {name: None for name, record in before.items() if record.is_nonfinite}
+    if strict and nonfinite:
+        raise LazymergeError(_nonfinite_error(next(iter(nonfinite))))
 
     def found_nonfinite(tensor: str) -> None:
         if strict:
-            raise LazymergeError(
-                f"tensor {tensor} of the merge holds inf or nan; look for it in the inputs "
-                "(or for a parameter that makes it), or leave --strict out"
-            )
+            raise LazymergeError(_nonfinite_error(tensor))
         with lock:
             nonfinite[tensor] = None
 
     scheduler = Scheduler(
         plan.graph,
-        plan.tasks,
+        tasks,
         finished,
         plan.execution.device,
         most_open=plan.memory.workers,
@@ -247,7 +488,7 @@ def _run(
     files = InputFiles()
     recent = Recent(8 * plan.memory.workers)
     forgets = outgrows_cache(plan)
-    read_ahead = ReadAhead(plan.graph, plan.tasks, files, plan.execution.device)
+    read_ahead = ReadAhead(plan.graph, tasks, files, plan.execution.device)
     try:
         with _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext():
             workers = [
@@ -270,12 +511,14 @@ def _run(
             if device is not None:
                 for worker in workers:
                     device.pin(worker.arena)
-            _work(scheduler, workers)
+            _work(scheduler, workers, output_lock.touch)
     finally:
         files.close()
     writer.close()
     try:
-        write_beside_weights(plan, folder)
+        write_beside_weights(plan, folder, fsync=fsync)
+        if fsync:
+            sync_folder(folder)
     except OSError as error:
         raise write_error(Path(error.filename or folder), error) from error
     report = RunReport(
@@ -287,15 +530,27 @@ def _run(
         measured_vram_bytes=None if device is None else device.peak_bytes(),
         device=None if device is None else device.name,
         nonfinite=tuple(w.name for w in plan.graph.writes if w.name in nonfinite),
+        resumed_tensors=len(before),
     )
     try:
-        write_manifest(folder, _manifest(plan, checksums, report))
+        write_document(folder / MANIFEST_NAME, _manifest(plan, prepared, report), fsync=fsync)
         if fsync:
             sync_folder(folder)
     except OSError as error:
         raise write_error(folder / MANIFEST_NAME, error) from error
+    prepared.journal.close()
+    for path in (JOURNAL_PATH, MERGE_PATH):
+        with suppress(OSError):  # the manifest is there: the output is complete
+            (folder / path).unlink()
     store_baseline(plan.memory.libraries)
     return report
+
+
+def _nonfinite_error(tensor: str) -> str:
+    return (
+        f"tensor {tensor} of the merge holds inf or nan; look for it in the inputs "
+        "(or for a parameter that makes it), or leave --strict out"
+    )
 
 
 def _lanes(plan: Plan, device: Device | None) -> Sequence[Lane | None]:
@@ -318,12 +573,20 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _work(scheduler: Scheduler, workers: Sequence[Worker]) -> None:
+class _AbandonedError(KeyboardInterrupt):
+    """Interrupted, and a worker did not stop in time: it may still be writing."""
+
+
+def _work(
+    scheduler: Scheduler, workers: Sequence[Worker], wake: Callable[[], None] = lambda: None
+) -> None:
     """Runs all workers to the end; an error or an interruption stops them first.
 
+    wake: is called every WAKE_SECONDS.
+
     Waits for events and not by Thread.join: a join that Ctrl-C interrupts may take a thread that
-    still runs for one that has ended, and a worker must not
-    write on while the output is being removed.
+    still runs for one that has ended, and a worker must not write on while the output is being
+    removed.
     """
 
     def work(worker: Worker, ended: threading.Event) -> None:
@@ -344,11 +607,16 @@ def _work(scheduler: Scheduler, workers: Sequence[Worker]) -> None:
             started += 1
         for ended in ends:
             while not ended.wait(WAKE_SECONDS):
-                pass
-    except BaseException:
+                wake()
+    except BaseException as error:
         scheduler.stop()
+        deadline = time.monotonic() + PATIENCE_SECONDS
         for ended in ends[:started]:
-            ended.wait()
+            if torch_loading.is_own_process and isinstance(error, KeyboardInterrupt):
+                if not ended.wait(max(0.0, deadline - time.monotonic())):
+                    raise _AbandonedError from error
+            else:
+                ended.wait()
         raise
     for thread in threads:
         thread.join()
@@ -356,14 +624,14 @@ def _work(scheduler: Scheduler, workers: Sequence[Worker]) -> None:
         raise scheduler.error
 
 
-def write_beside_weights(plan: Plan, folder: Path) -> None:
+def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> None:
     """Writes index, config, tokenizer files and model card."""
     if len(plan.shards) > 1:
-        write_text(folder / INDEX_NAME, index_json(plan.shards))
+        write_text(folder / INDEX_NAME, index_json(plan.shards), fsync=fsync)
     if plan.config is not None:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
-        write_text(folder / "config.json", text)
-    copy_sidecars(plan.sidecar_folder, plan.sidecars, folder)
+        write_text(folder / "config.json", text, fsync=fsync)
+    copy_sidecars(plan.sidecar_folder, plan.sidecars, folder, fsync=fsync)
     signature = METHODS[plan.recipe.merge_method].signature
     card = model_card(
         folder.absolute().name,
@@ -375,32 +643,27 @@ def write_beside_weights(plan: Plan, folder: Path) -> None:
         plan.recipe.base_model,
         __version__,
     )
-    write_text(folder / "README.md", card)
+    write_text(folder / "README.md", card, fsync=fsync)
 
 
-def _manifest(plan: Plan, checksums: dict[str, str], report: RunReport) -> dict[str, Any]:
-    device = plan.execution.device
-    spans = {
-        write.name: SPAN_BLOCKS * elements_per_block(device, row_elements(plan.graph, write))
-        for write in plan.graph.writes
-    }
+def _manifest(plan: Plan, prepared: _Prepared, report: RunReport) -> dict[str, Any]:
+    before = prepared.recovery.finished
+    checksums = {name: record.checksum for name, record in before.items()} | prepared.checksums
+    writes = {write.name: write for write in plan.graph.writes}
     return {
-        "lazymerge": __version__,
-        "torch": installed_version("torch"),
-        "fingerprint": plan.fingerprint,
-        "recipe": plan.recipe_dict(),
-        "models": plan.models_dict(),
+        **{key: value for key, value in prepared.beginning.items() if key != "format"},
         "memory": {
             **plan.memory.as_dict(),
             "measured_bytes": report.measured_bytes,
             "measured_vram_bytes": report.measured_vram_bytes,
         },
         "nonfinite": list(report.nonfinite),
-        "device": {"class": plan.execution.device, "name": report.device},
+        "device_name": report.device,
         "run": {
             "seconds": round(report.seconds, 3),
             "bytes_read": report.bytes_read,
             "bytes_written": report.bytes_written,
+            "resumed_tensors": report.resumed_tensors,
         },
         "checksum": CHECKSUM,
         "tensors": {
@@ -408,7 +671,7 @@ def _manifest(plan: Plan, checksums: dict[str, str], report: RunReport) -> dict[
                 "file": shard.file,
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
-                "span_elements": spans[tensor.name],
+                "span_elements": span_elements(plan, writes[tensor.name]),
                 "checksum": checksums[tensor.name],
             }
             for shard in plan.shards

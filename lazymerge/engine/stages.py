@@ -428,15 +428,18 @@ class _Native(_Layout):
         # columns run along the first dimension
         columns = prod(stage.shape[1:])
         lists += [self.slot("F64", columns) for cost in costs for _ in range(cost.column_lists)]
+        read_elements = self.elements
+        if is_mapped:
+            read_elements = min(self.elements, _sample_elements(stage))
         is_ranking = any(cost.is_ranking for cost in costs)
         store_count = sum(cost.stores for cost in costs)
         return NativeLayout(
             inputs=tuple(read.id for read in reads),
-            raw=()
-            if is_mapped and is_write
-            else tuple(
-                self.slot("U8", self.elements * DTYPES[read.dtype].item_bytes) for read in reads
-            ),
+            raw=tuple(
+                self.slot("U8", read_elements * DTYPES[read.dtype].item_bytes) for read in reads
+            )
+            if read_elements
+            else (),
             registers=registers,
             register_count=register_count,
             stores=tuple(self.slot(working_dtype) for _ in range(store_count)),
@@ -448,6 +451,14 @@ class _Native(_Layout):
             rounds_once=isinstance(stage, Write) and rounds_from_float64(self.graph, stage),
             size_bytes=self.size_bytes,
         )
+
+
+def _sample_elements(stage: Reduce | Write) -> int:
+    if isinstance(stage, Write):
+        return 0
+    operation = reduce_operation(stage.operation)
+    sample = operation.sample(dict(stage.parameters), stage.element_count)
+    return 0 if sample is None else sample.runs * sample.run_elements
 
 
 class _Torch(_Layout):

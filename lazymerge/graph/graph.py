@@ -8,7 +8,7 @@ is imported only then: that takes 0.2 s, and neither planning nor running needs 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from .node import Apply, BlockNode, Node, Read, Reduce, Write
@@ -120,7 +120,11 @@ class Graph:
 
     def without_unused(self) -> Graph:
         """The graph without the nodes that lead to no output, in the same order."""
-        used = {write.id for write in self._writes}
+        return self.only([write.id for write in self._writes])
+
+    def only(self, writes: Collection[str]) -> Graph:
+        """What some of the outputs need, in the same order. writes: ids of Write nodes."""
+        used = set(writes)
         for node in reversed(list(self)):
             if node.id in used:
                 used.update(node_inputs(node))

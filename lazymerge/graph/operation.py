@@ -193,6 +193,10 @@ class ReduceOperation(ABC, Generic[Partial, Result]):
     def expected_passes(self, parameters: Parameters) -> int:
         """Full passes over the inputs in the usual case."""
 
+    def sample(self, parameters: Parameters, element_count: int) -> Sample | None:
+        """What passes over a tensor begin by looking at, if not at all of it."""
+        return None
+
     @abstractmethod
     def first_pass(
         self,

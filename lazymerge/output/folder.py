@@ -6,12 +6,15 @@ import fnmatch
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import DoesNotFitError, InputError
 from ..sizes import format_bytes
+from .journal import JOURNAL_PATH
 from .layout import INDEX_NAME
-from .manifest import MANIFEST_NAME
+from .lock import LOCK_PATH
+from .manifest import MANIFEST_NAME, MERGE_PATH
 from .sidecars import COPIED
 from .writer import PARTIAL_SUFFIX
 
@@ -27,10 +30,20 @@ OWN_FILES = (
 """What --overwrite may remove from an earlier output, under these names or as partial files.
 Anything else is somebody's and stays."""
 
-OWN_FOLDERS = {".lazymerge": ("plan.json",), "1_Pooling": ("config.json",)}
+OWN_FOLDER = ".lazymerge"
+"""What a run keeps in the output while it is not complete."""
+
+OWN_FOLDERS = {
+    OWN_FOLDER: (
+        "plan.json",
+        *(Path(path).name for path in (JOURNAL_PATH, LOCK_PATH, MERGE_PATH)),
+        Path(MERGE_PATH).name + PARTIAL_SUFFIX,
+    ),
+    "1_Pooling": ("config.json",),
+}
 """Folders in an output, and the files in them, that --overwrite may remove."""
 
-PLAN_PATH = ".lazymerge/plan.json"
+PLAN_PATH = f"{OWN_FOLDER}/plan.json"
 """Where `lazymerge plan -o OUT` leaves the plan; a folder that holds nothing else is empty."""
 
 FILESYSTEM_SLACK_BYTES = 16 << 20
@@ -52,10 +65,18 @@ def is_own(entry: Path) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in OWN_FILES)
 
 
-def check_output_folder(output: Path, inputs: Sequence[str], *, overwrite: bool) -> None:
+def is_unfinished(output: Path) -> bool:
+    """Whether a run has begun to write here and is not complete."""
+    return (output / MERGE_PATH).is_file() and not (output / MANIFEST_NAME).is_file()
+
+
+def check_output_folder(
+    output: Path, inputs: Sequence[str], *, overwrite: bool, resumes: bool = False
+) -> None:
     """Checks that a run may write here; changes nothing.
 
     inputs: folders of the models, absolute.
+    resumes: it may hold what an unfinished run has left.
 
     Raises:
         InputError: it is a model's folder, no folder at all, or not empty.
@@ -78,13 +99,18 @@ def check_output_folder(output: Path, inputs: Sequence[str], *, overwrite: bool)
         raise InputError(f"the output {output} exists and is not a folder; choose another name")
     if not os.access(output, os.W_OK | os.X_OK):
         raise InputError(f"the output folder {output} is not writable")
+    own = output / OWN_FOLDER
+    if own.is_symlink() or (own.exists() and not own.is_dir()):
+        raise InputError(f"{own} is no folder, and lazymerge did not make it; remove it")
+    if resumes:
+        return
     entries = sorted(output.iterdir())
     present = [entry.name for entry in entries]
     foreign = [entry.name for entry in entries if not is_own(entry)]
-    if present == [".lazymerge"] and not foreign:
+    if present == [OWN_FOLDER] and not foreign and not is_unfinished(output):
         return
     is_earlier = any(
-        name in (MANIFEST_NAME, ".lazymerge") or name.endswith(PARTIAL_SUFFIX) for name in present
+        name in (MANIFEST_NAME, OWN_FOLDER) or name.endswith(PARTIAL_SUFFIX) for name in present
     )
     if present and not overwrite:
         raise InputError(
@@ -134,15 +160,24 @@ def free_disk_bytes(output: Path) -> int:
 
 
 def clear_output_folder(output: Path) -> None:
-    """Creates the folder if need be, and removes what an earlier merge has left in it."""
+    """Creates the folder if need be, and removes what an earlier merge has left in it.
+
+    The lock stays. What says that an earlier output is complete goes first and what says that it is
+    not last, so that a crash in between leaves neither for the other.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    for entry in [*output.iterdir()]:
+    (output / MANIFEST_NAME).unlink(missing_ok=True)
+    entries = sorted(output.iterdir(), key=lambda entry: entry.name == OWN_FOLDER)
+    for entry in entries:
         if not is_own(entry):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            for child in [*entry.iterdir()]:
-                child.unlink()
-            entry.rmdir()
+            children = sorted(entry.iterdir(), key=lambda child: child == output / MERGE_PATH)
+            for child in children:
+                if child != output / LOCK_PATH:
+                    child.unlink()
+            with suppress(OSError):  # it holds the lock
+                entry.rmdir()
         else:
             entry.unlink()
 

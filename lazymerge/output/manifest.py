@@ -6,26 +6,56 @@ It is the last file a run writes: a folder that has it is complete.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.json_file import read_json_mapping
+from ..errors import InputError
+
 MANIFEST_NAME = "lazymerge.json"
 MANIFEST_FORMAT = 1
+
+MERGE_PATH = ".lazymerge/merge.json"
+"""What an output is being made from, while it is not complete: the manifest's first half."""
 
 CHECKSUM = "xxh3_128 of the xxh3_128 digests of the tensor's spans"
 """How a tensor's checksum is formed: spans, runs of as many elements as the manifest says, may be
 finished in any order."""
 
 
-def write_manifest(output: Path, contents: Mapping[str, Any]) -> None:
-    """Writes the manifest under its final name in one step."""
+def write_document(path: Path, contents: Mapping[str, Any], *, fsync: bool) -> None:
+    """Writes a manifest, or the beginning of one, in one step."""
     document = {"format": MANIFEST_FORMAT, **contents}
-    write_text(output / MANIFEST_NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n", fsync=fsync)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file so that it has either its old contents or all of the new."""
+MAX_DOCUMENT_BYTES = 500_000_000
+"""Of a manifest: some 200 bytes for every tensor."""
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Reads what write_document wrote.
+
+    Raises:
+        InputError: it is absent, or not what a run writes.
+    """
+    document, _ = read_json_mapping(path, MAX_DOCUMENT_BYTES)
+    if document.get("format") != MANIFEST_FORMAT:
+        raise InputError(f"{path} was not written by this version of lazymerge")
+    return document
+
+
+def write_text(path: Path, text: str, *, fsync: bool) -> None:
+    """Writes a small file so that it has either its old contents or all of the new.
+
+    fsync: whatever happens to the machine: the contents are on disk before they get the name.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        if fsync:
+            stream.flush()
+            os.fsync(stream.fileno())
     partial.rename(path)

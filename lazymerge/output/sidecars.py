@@ -7,6 +7,7 @@ interpreted but config.json, no code file is ever copied, and no link is followe
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,9 +59,15 @@ def sidecar_files(folder: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def copy_sidecars(folder: str, files: Sequence[str], output: Path) -> None:
-    """Copies files' contents (never links) from a model's folder into the output."""
+def copy_sidecars(folder: str, files: Sequence[str], output: Path, *, fsync: bool) -> None:
+    """Copies files' contents (never links) from a model's folder into the output.
+
+    fsync: waits until they are on disk.
+    """
     for name in files:
         target = output / name
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(Path(folder) / name, target)
+        if fsync:
+            with target.open("rb") as stream:
+                os.fsync(stream.fileno())

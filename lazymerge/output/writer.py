@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..errors import DoesNotFitError, LazymergeError
@@ -21,7 +21,21 @@ PARTIAL_SUFFIX = ".partial"
 class ShardWriter:
     """All shards of one output. Methods may be called from several threads at once."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], *, fsync: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        *,
+        fsync: bool = True,
+        begun: Collection[str] = (),
+        complete: Collection[str] = (),
+        finished: Collection[str] = (),
+    ) -> None:
+        """begun: shards that are there under their partial names, to go on with.
+
+        complete: shards that are there under their final names.
+        finished: names of the tensors that need not be written.
+        """
         self._folder = folder
         self._fsync = fsync
         self._shards = {tensor.name: shard for shard in shards for tensor in shard.tensors}
@@ -29,26 +43,39 @@ class ShardWriter:
             tensor.name: tensor for shard in shards for tensor in shard.tensors
         }
         self._all_shards = tuple(shards)
-        self._missing = {shard.file: len(shard.tensors) for shard in shards}
+        self._begun, self._complete = begun, complete
+        self._missing = {
+            shard.file: sum(tensor.name not in finished for tensor in shard.tensors)
+            for shard in shards
+        }
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def create(self) -> None:
-        """Creates and preallocates every shard and writes its header.
+        """Creates and preallocates every shard that is not there and writes its header; gives their
+        final names to those that lack nothing.
 
         Raises:
             DoesNotFitError: the disk is full.
             LazymergeError: a file exists already, or cannot be created.
         """
         for shard in self._all_shards:
+            if shard.file in self._complete:
+                continue
             path = self._partial(shard)
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-                self._descriptors[shard.file] = descriptor
-                _preallocate(descriptor, shard.size_bytes)
+                if shard.file in self._begun:
+                    self._descriptors[shard.file] = open_shard(path)
+                else:
+                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                    self._descriptors[shard.file] = os.open(path, flags, 0o666)
+                _preallocate(self._descriptors[shard.file], shard.size_bytes)
             except OSError as error:
                 raise write_error(path, error, shard.size_bytes) from error
-            self._write_at(shard, memoryview(shard_header(shard)), 0)
+            if shard.file not in self._begun:
+                self._write_at(shard, memoryview(shard_header(shard)), 0)
+            if not self._missing[shard.file]:
+                self._finish_shard(shard)
 
     def write(self, tensor: str, data: memoryview, offset: int) -> None:
         """Writes part of a tensor.
@@ -65,12 +92,16 @@ class ShardWriter:
             self._missing[shard.file] -= 1
             if self._missing[shard.file]:
                 return
+        self._finish_shard(shard)
+
+    def _finish_shard(self, shard: Shard) -> None:
+        with self._lock:
             descriptor = self._descriptors.pop(shard.file)
         path = self._partial(shard)
         try:
             try:
                 if self._fsync:
-                    os.fsync(descriptor)
+                    _sync(descriptor, path)
             finally:
                 os.close(descriptor)
             path.rename(self._folder / shard.file)
@@ -105,6 +136,15 @@ class ShardWriter:
             raise write_error(self._partial(shard), error, len(data) - done) from error
 
 
+def open_shard(path: Path) -> int:
+    """A descriptor of a shard that is there, for reading and writing.
+
+    Raises:
+        OSError: it cannot be opened, or is a link.
+    """
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames within a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -112,6 +152,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int, path: Path) -> None:
+    """Waits until a file is on disk. If that fails, nobody knows what of it is there, and the
+    system may say otherwise when asked again: the file goes, so that no later run believes it."""
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _preallocate(descriptor: int, size_bytes: int) -> None:

@@ -59,7 +59,16 @@ def test_every_command_explains_itself(lazymerge: Command) -> None:
     listed = lazymerge("--help")
     assert (listed.code, listed.err) == (0, "")
     names = [command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert sorted(names) == ["inspect", "methods", "plan", "run", "schema"]
+    assert sorted(names) == [
+        "inspect",
+        "methods",
+        "plan",
+        "resume",
+        "run",
+        "schema",
+        "status",
+        "verify",
+    ]
     for name in names:
         assert name in listed.out
         assert lazymerge(name, "-h").out == lazymerge(name, "--help").out != ""

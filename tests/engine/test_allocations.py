@@ -66,7 +66,7 @@ def small_numpy_buffers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(scheduler: Scheduler, workers: Sequence[Worker]) -> None:
+    def work(scheduler: Scheduler, workers: Sequence[Worker], wake: Any) -> None:
         (worker,) = workers
         worker.run()
         if scheduler.error is not None:
@@ -179,10 +179,10 @@ def peak_of_work(plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch) -> i
     peaks = []
     inline = run_module._work
 
-    def work(scheduler: Scheduler, workers: Sequence[Worker]) -> None:
+    def work(scheduler: Scheduler, workers: Sequence[Worker], wake: Any) -> None:
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        inline(scheduler, workers)
+        inline(scheduler, workers, wake)
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
 
     with monkeypatch.context() as patch:

@@ -215,8 +215,12 @@ class LargestElement(ReduceOperation[float, float]):
     def expected_passes(self, parameters: Parameters) -> int:
         return 1
 
+    def sample(self, parameters: Parameters, element_count: int) -> Sample | None:
+        return Sample(3, 10) if parameters["is_sampled"] else None
+
     def first_pass(self, parameters: Parameters, *_: Any) -> Pass:
-        return Pass("some", sample=Sample(3, 10)) if parameters["is_sampled"] else Pass("all")
+        sample = self.sample(parameters, 0)
+        return Pass("all" if sample is None else "some", sample=sample)
 
     def run(
         self,

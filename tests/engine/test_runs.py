@@ -24,6 +24,7 @@ from lazymerge.engine.plan import Plan, Resources, make_plan
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.stages import RUN_BLOCKS
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
+from lazymerge.output.folder import is_unfinished
 from merge_cases import RECIPES, write_models
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
@@ -80,6 +81,21 @@ class Recorder:
     def finished(self, tensor: str) -> None:
         with self._lock:
             self.completed[tensor] += 1
+
+
+def assert_can_be_resumed(plan: Plan, tmp_path: Path, out: Path, *, kept: bool) -> None:
+    """Nothing is left of a run in which no tensor was finished; else another run makes the rest.
+
+    kept: something must be.
+    """
+    if not out.exists():
+        assert not kept
+        assert_nothing_is_left(tmp_path)
+        return
+    assert is_unfinished(out)
+    report = run_plan(plan, out, fsync=False)
+    assert 0 < report.resumed_tensors <= len(NAMES)
+    assert digests_in(out) == digests_of_tensors(plan, tmp_path / "anew")
 
 
 def assert_nothing_is_left(tmp_path: Path) -> None:
@@ -273,7 +289,7 @@ def test_ctrl_c(plan: Plan, tmp_path: Path) -> None:
         run_plan(plan, tmp_path / "deeper" / "out", observer=observer)
     # blocks begun are ended, no others begun
     assert 7 <= observer.blocks < len(NAMES) * moves_per_tensor(plan)
-    assert_nothing_is_left(tmp_path)
+    assert_can_be_resumed(plan, tmp_path, tmp_path / "deeper" / "out", kept=False)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -294,7 +310,7 @@ def test_an_error_in_a_worker_is_raised_whenever_it_comes(
             tmp_path / "deeper" / "out",
             observer=Recorder(fail),
         )
-    assert_nothing_is_left(tmp_path)
+    assert_can_be_resumed(plan, tmp_path, tmp_path / "deeper" / "out", kept=share > 0)
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
@@ -377,10 +393,11 @@ def test_a_write_that_fails(
             raise OSError(number, os.strerror(number))
         return real(*arguments)
 
-    monkeypatch.setattr(os, "pwrite", fail)
-    with pytest.raises(kind, match=message):
-        run_plan(plan, tmp_path / "out")
-    assert_nothing_is_left(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        with pytest.raises(kind, match=message):
+            run_plan(plan, tmp_path / "out")
+    assert_can_be_resumed(plan, tmp_path, tmp_path / "out", kept=True)
 
 
 def test_what_does_not_fit_beside_what_the_process_holds(
@@ -400,10 +417,17 @@ def test_what_does_not_fit_beside_what_the_process_holds(
 
 
 def test_a_tokenizer_file_that_has_gone(plan: Plan, tmp_path: Path) -> None:
-    (tmp_path / "base" / "tokenizer.json").unlink()
+    """All tensors are done by then; when it is there again the rest takes no time."""
+    tokenizer = tmp_path / "base" / "tokenizer.json"
+    content = tokenizer.read_bytes()
+    tokenizer.unlink()
     with pytest.raises(LazymergeError, match=r"base/tokenizer\.json: No such file"):
         run_plan(plan, tmp_path / "out")
-    assert_nothing_is_left(tmp_path)
+    tokenizer.write_bytes(content)
+    report = run_plan(plan, tmp_path / "out")
+    assert (report.resumed_tensors, report.bytes_written) == (len(NAMES), 0)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == content
+    assert digests_in(tmp_path / "out") == digests_of_tensors(plan, tmp_path / "anew")
 
 
 def test_what_others_put_there_meanwhile_stays(plan: Plan, tmp_path: Path) -> None:
@@ -433,10 +457,12 @@ def test_an_earlier_output_is_replaced_only_when_asked(plan: Plan, tmp_path: Pat
     out = tmp_path / "out"
     run_plan(plan, out, fsync=False)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    with pytest.raises(InputError, match="is not empty"):
-        run_plan(plan, out)
+    assert run_plan(plan, out).bytes_written == 0  # it is complete
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     single = make_plan(plan.recipe, RESOURCES)
+    with pytest.raises(InputError, match="is not empty"):
+        run_plan(single, out)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     run_plan(single, out, fsync=False, overwrite=True)
     assert [path.name for path in sorted(out.glob("*.safetensors*"))] == ["model.safetensors"]
 
@@ -481,5 +507,9 @@ def test_what_outgrows_the_page_cache_is_let_out_of_it(
 
 def digests_of_tensors(plan: Plan, output: Path) -> list[str]:
     run_module.run_plan(plan, output, fsync=False)
+    return digests_in(output)
+
+
+def digests_in(output: Path) -> list[str]:
     manifest = json.loads((output / "lazymerge.json").read_text())
     return [tensor["checksum"] for tensor in manifest["tensors"].values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from lazymerge.errors import InputError
 from lazymerge.output.card import model_card
-from lazymerge.output.manifest import MANIFEST_NAME, write_manifest, write_text
+from lazymerge.output.manifest import MANIFEST_NAME, read_document, write_document, write_text
 
 
 def card(recipe: str = "a: 1\n", models: tuple[str, ...] = ("org/base", "./local")) -> str:
@@ -71,29 +73,36 @@ def test_a_recipe_cannot_leave_its_fence(parts: list[str]) -> None:
 
 
 def test_manifest(tmp_path: Path) -> None:
-    write_manifest(tmp_path, {"tensors": {"é": 1}})
+    write_document(tmp_path / MANIFEST_NAME, {"tensors": {"é": 1}}, fsync=True)
     assert json.loads((tmp_path / MANIFEST_NAME).read_text("utf-8")) == {
         "format": 1,
         "tensors": {"é": 1},
     }
+    assert read_document(tmp_path / MANIFEST_NAME)["tensors"] == {"é": 1}
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]
+
+
+def test_a_manifest_of_another_format(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_text('{"format": 2}')
+    with pytest.raises(InputError, match="was not written by this version"):
+        read_document(tmp_path / MANIFEST_NAME)
 
 
 def test_text_is_replaced_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "config.json"
-    write_text(path, "old")
+    write_text(path, "old", fsync=True)
 
-    def torn(self: Path, text: str, **options: Any) -> int:
-        self.write_bytes(text[:1].encode())
+    def torn(descriptor: int) -> None:
+        os.truncate(descriptor, 1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", torn)
+    monkeypatch.setattr(os, "fsync", torn)
     with pytest.raises(KeyboardInterrupt):
-        write_text(path, "new")
+        write_text(path, "new", fsync=True)
     assert path.read_bytes() == b"old"
     monkeypatch.undo()
-    write_text(path, "new")
+    write_text(path, "new", fsync=False)
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]

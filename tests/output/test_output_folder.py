@@ -175,7 +175,7 @@ class TestUnusable:
 
     def test_dot_lazymerge_that_is_a_file(self, tmp_path: Path) -> None:
         fill(tmp_path, ".lazymerge")
-        with pytest.raises(InputError, match="is not empty"):
+        with pytest.raises(InputError, match=r"\.lazymerge is no folder, and lazymerge did not"):
             check_output_folder(tmp_path, [], overwrite=False)
 
     @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_what_is_copied(tmp_path: Path) -> None:
     assert list(found) == DATA
     out = tmp_path / "out"
     out.mkdir()
-    copy_sidecars(str(model), found, out)
+    copy_sidecars(str(model), found, out, fsync=True)
     copied = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
     assert copied == DATA
     assert all((out / name).read_text() == f"content of {name}" for name in DATA)
@@ -67,14 +67,14 @@ def test_what_is_copied(tmp_path: Path) -> None:
 def test_nothing_is_executable_whatever_it_was(tmp_path: Path) -> None:
     model = fill(tmp_path / "model", ["tokenizer.json"])
     (model / "tokenizer.json").chmod(0o777)
-    copy_sidecars(str(model), sidecar_files(str(model)), tmp_path)
+    copy_sidecars(str(model), sidecar_files(str(model)), tmp_path, fsync=True)
     assert not (tmp_path / "tokenizer.json").stat().st_mode & 0o111
 
 
 def test_links_within_the_model_are_copied_as_content(tmp_path: Path) -> None:
     model = fill(tmp_path / "model", ["real"])
     (model / "vocab.txt").symlink_to("real")
-    copy_sidecars(str(model), sidecar_files(str(model)), tmp_path)
+    copy_sidecars(str(model), sidecar_files(str(model)), tmp_path, fsync=True)
     assert not (tmp_path / "vocab.txt").is_symlink()
     assert (tmp_path / "vocab.txt").read_text() == "content of real"
 
@@ -86,7 +86,7 @@ def test_links_of_a_hub_cache_are_copied_as_content(tmp_path: Path) -> None:
     assert sidecar_files(str(model)) == ("tokenizer.json", "vocab.txt")
     out = tmp_path / "out"
     out.mkdir()
-    copy_sidecars(str(model), ["tokenizer.json"], out)
+    copy_sidecars(str(model), ["tokenizer.json"], out, fsync=True)
     assert (out / "tokenizer.json").read_text() == "content of blobs/123"
 
 

@@ -219,6 +219,13 @@ class _Selection(ReduceOperation[tuple[Any, ...], Any]):
     def expected_passes(self, parameters: Parameters) -> int:
         return 1 if self.is_sampled(parameters) else 2
 
+    def sample(self, parameters: Parameters, element_count: int) -> Sample | None:
+        wanted = sum(self.wanted(parameters))
+        if element_count <= _candidates(wanted) or not self.is_sampled(parameters):
+            return None
+        runs = SAMPLE_RUNS_LARGE if element_count > 1 << 24 else SAMPLE_RUNS
+        return Sample(runs, SAMPLE_RUN_ELEMENTS)
+
     def first_pass(
         self,
         parameters: Parameters,
@@ -232,10 +239,8 @@ class _Selection(ReduceOperation[tuple[Any, ...], Any]):
         quota = _quota(wanted, block_count)
         if not any(entries):
             return Done(self.result(parameters, [() for _ in entries]))
-        if element_count <= _candidates(wanted) or not self.is_sampled(parameters):
-            return Pass(State(entries, quota))
-        runs = SAMPLE_RUNS_LARGE if element_count > 1 << 24 else SAMPLE_RUNS
-        return Pass(State(entries, quota, is_sample=True), sample=Sample(runs, SAMPLE_RUN_ELEMENTS))
+        sample = self.sample(parameters, element_count)
+        return Pass(State(entries, quota, is_sample=sample is not None), sample=sample)
 
     def run(
         self,

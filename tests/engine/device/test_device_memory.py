@@ -201,7 +201,7 @@ def test_plan_and_manifest_tell(small: Path, tmp_path: Path) -> None:
     assert document["memory"]["vram"]["limit_bytes"] == 1 << 30
     report, _ = run_on(HostDevice(VRAM), plan, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "lazymerge.json").read_text())
-    assert manifest["device"] == {"class": "cuda", "name": "processor"}
+    assert (manifest["device"], manifest["device_name"]) == ("cuda", "processor")
     vram = manifest["memory"]["vram"]
     measured = manifest["memory"]["measured_vram_bytes"]
     assert measured == report.measured_vram_bytes

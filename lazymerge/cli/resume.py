@@ -1,0 +1,60 @@
+"""lazymerge resume: go on with an unfinished output."""
+
+from __future__ import annotations
+
+from .options import (
+    JsonOption,
+    MemoryOption,
+    OutputArgument,
+    PluginOption,
+    ReadModeChoice,
+    ReadModeOption,
+    VramOption,
+    WorkersOption,
+    load_plugins,
+)
+from .running import NoSyncOption, QuietOption, RecheckOption, StrictOption, run_and_report
+
+
+def resume(
+    output: OutputArgument,
+    memory: MemoryOption = None,
+    workers: WorkersOption = None,
+    read_mode: ReadModeOption = ReadModeChoice.pread,
+    vram: VramOption = None,
+    plugin: PluginOption = None,
+    no_fsync: NoSyncOption = False,
+    strict: StrictOption = False,
+    recheck: RecheckOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on with a merge that was interrupted; recipe and options are those it was begun with.
+
+    Memory, workers and the like may be others: the bytes do not depend on them.
+    """
+    from .. import api
+    from ..output.folder import is_unfinished
+    from ..output.manifest import MANIFEST_NAME
+    from .console import messages
+    from .status import status
+
+    if (output / MANIFEST_NAME).is_file() and not is_unfinished(output):
+        if as_json:
+            status(output, as_json=True)
+        elif not quiet:
+            messages().print(f"{output} is complete; lazymerge verify reads it again")
+        return
+    load_plugins(plugin)
+    made = api.plan_of_unfinished(
+        output, memory=memory, workers=workers, read_mode=read_mode.value, vram=vram
+    )
+    run_and_report(
+        made,
+        output,
+        no_fsync=no_fsync,
+        strict=strict,
+        recheck=recheck,
+        quiet=quiet,
+        as_json=as_json,
+    )

@@ -1,0 +1,252 @@
+"""Unfinished outputs: what they were being made from, and the same plan made again.
+
+    OUT/.lazymerge/merge.json     recipe, options, inputs and fingerprint; the manifest's first half
+
+To go on, the recipe is planned anew from the inputs as they are now. If that gives the fingerprint
+that stands there, it is the same merge and every byte will be what it would have been; if not, the
+first thing that differs is named.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128
+
+from ..checkpoint import Checkpoint
+from ..errors import InputError, LazymergeError
+from ..output.folder import is_unfinished
+from ..output.manifest import MANIFEST_NAME, MERGE_PATH, read_document
+from ..recipe import parse_recipe
+from ..version import __version__
+from .plan import Plan, Resources, make_plan, signatures
+
+HASHED_AT_ONCE_BYTES = 1 << 20
+
+
+def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
+    """What is known of an output before its first byte."""
+    return {
+        "lazymerge": __version__,
+        "torch": installed_version("torch"),
+        "fingerprint": plan.fingerprint,
+        "recipe": plan.recipe_dict(),
+        "models": [
+            {**model, "path": os.path.abspath(model["reference"])} for model in plan.models_dict()
+        ],
+        "device": plan.execution.device,
+        "output": {
+            "tensors": len(plan.tensors),
+            "bytes": sum(tensor.size_bytes for s in plan.shards for tensor in s.tensors),
+            "largest_shard_bytes": max(s.size_bytes - s.header_bytes for s in plan.shards),
+        },
+    }
+
+
+def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -> Plan:
+    """The plan that an output was made by, or was being made by.
+
+    document: as beginning_of_manifest gives it. where: the file that it stands in.
+
+    Raises:
+        InputError: the document is damaged, an input cannot be opened, or the plan is not the same
+            as then; what differs is named.
+        DoesNotFitError: the memory does not suffice.
+    """
+    try:
+        saved = document["recipe"]
+        paths = {model["reference"]: model["path"] for model in document["models"]}
+        text, path, seed = saved["text"], saved["path"], saved["seed"]
+        device, version = document["device"], document["lazymerge"]
+        largest, fingerprint = document["output"]["largest_shard_bytes"], document["fingerprint"]
+        strings = [text, path, device, version, fingerprint, *paths, *paths.values()]
+        if not all(isinstance(value, str) for value in strings):
+            raise TypeError("text expected")
+        if not all(isinstance(value, int) for value in (seed, largest)):
+            raise TypeError("number expected")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{where} is damaged ({error!r})") from error
+    if version != __version__:
+        raise InputError(
+            f"{where} was written by lazymerge {version}, this is {__version__}: another version "
+            "may compute other bytes"
+        )
+    if resources.device not in (None, device):
+        raise InputError(
+            f"it is made with --device {device}, and the last bits depend on that; "
+            f"leave --device {resources.device} out"
+        )
+    recipe = replace(parse_recipe(text, path, signatures()), seed=seed)
+    plan = make_plan(
+        recipe,
+        replace(resources, device=device),
+        max_shard_bytes=largest,
+        truncate_embeddings=True,  # changes nothing where rows agree, and else it was given
+        paths=paths,
+    )
+    if plan.fingerprint != fingerprint:
+        raise InputError(difference(document, plan))
+    return plan
+
+
+def plan_of_unfinished(output: Path | str, resources: Resources | None = None) -> Plan:
+    """The plan of an unfinished output, to be run into it again.
+
+    Raises:
+        InputError: there is nothing unfinished, or something has changed since it was begun; the
+            message names it.
+        DoesNotFitError: the memory does not suffice.
+    """
+    folder = Path(output)
+    if not is_unfinished(folder):
+        state = (
+            "is complete; lazymerge verify checks it"
+            if (folder / MANIFEST_NAME).is_file()
+            else f"holds no unfinished merge (there is no {MERGE_PATH} in it)"
+        )
+        raise InputError(f"{output} {state}")
+    document = read_document(folder / MERGE_PATH)
+    try:
+        return plan_again(document, folder / MERGE_PATH, resources or Resources())
+    except InputError as error:
+        raise InputError(f"{output} cannot be resumed: {error}\n{_anew(document, folder)}") from (
+            error
+        )
+
+
+def check_is_same_merge(plan: Plan, output: Path) -> None:
+    """Checks that an unfinished output was begun by the same plan.
+
+    Raises:
+        InputError: it was not; the message names the difference.
+    """
+    document = read_document(output / MERGE_PATH)
+    if document.get("fingerprint") != plan.fingerprint:
+        raise InputError(
+            f"{output} holds an unfinished merge, and not of this plan: "
+            f"{difference(document, plan)}\n"
+            "give --overwrite to throw it away and begin anew, or choose another folder"
+        )
+
+
+def _anew(document: Mapping[str, Any], output: Path) -> str:
+    recipe = document.get("recipe")
+    path = recipe.get("path") if isinstance(recipe, dict) else None
+    name = shlex.quote(path) if isinstance(path, str) else "RECIPE"
+    return f"to begin anew: lazymerge run {name} -o {shlex.quote(str(output))} --overwrite"
+
+
+def difference(document: Mapping[str, Any], plan: Plan) -> str:
+    """The first thing in which a plan differs from what an output was begun with."""
+    then: Any = document
+    now = beginning_of_manifest(plan)
+    try:
+        if then["lazymerge"] != now["lazymerge"]:
+            return f"it was begun by lazymerge {then['lazymerge']}, this is {now['lazymerge']}"
+        if then["recipe"]["text"] != now["recipe"]["text"]:
+            return _recipe_difference(then["recipe"], now["recipe"])
+        if then["recipe"]["seed"] != now["recipe"]["seed"]:
+            return f"its seed was {then['recipe']['seed']}, now it is {now['recipe']['seed']}"
+        if then["device"] != now["device"]:
+            return f"it was begun with --device {then['device']}, not {now['device']}"
+        found = _model_difference(then["models"], now["models"])
+        if found is not None:
+            return found
+        if then["output"] != now["output"]:
+            return (
+                f"its output was {then['output']['tensors']} tensors of "
+                f"{then['output']['bytes']:,} bytes in shards of at most "
+                f"{then['output']['largest_shard_bytes']:,}, now it is {now['output']['tensors']} "
+                f"of {now['output']['bytes']:,} in at most {now['output']['largest_shard_bytes']:,}"
+            )
+    except (AttributeError, KeyError, TypeError) as error:
+        return f"its {MERGE_PATH} is damaged ({error!r})"
+    return "the operations differ, though the recipe does not: has a plugin changed?"
+
+
+def _recipe_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    before, after = then["text"].splitlines(), now["text"].splitlines()
+    number = next(
+        (n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+        min(len(before), len(after)),
+    )
+    lines = [
+        repr(lines[number].strip()) if number < len(lines) else "nothing"
+        for lines in (before, after)
+    ]
+    return f"the recipe has changed: line {number + 1} was {lines[0]}, now it is {lines[1]}"
+
+
+def _model_difference(then: list[Any], now: list[Any]) -> str | None:
+    before = {model["reference"]: model for model in then}
+    for model in now:
+        reference = model["reference"]
+        if reference not in before:
+            return f"model {reference} was not part of it"
+        earlier = before[reference]
+        if earlier["folder"] != model["folder"]:
+            return f"model {reference} was at {earlier['folder']}, it is at {model['folder']}"
+        files = {file["path"]: file for file in earlier["files"]}
+        for file in model["files"]:
+            known = files.get(file["path"])
+            if known is None:
+                return f"model {reference} has a file {file['path']} that it had not"
+            for key, word in (
+                ("size_bytes", "size"),
+                ("header_digest", "header"),
+                ("modified_ns", "time of modification"),
+            ):
+                if known[key] != file[key]:
+                    return (
+                        f"{Path(model['folder'], file['path'])} has changed: "
+                        f"its {word} is not what it was"
+                    )
+        if len(files) != len(model["files"]):
+            return f"model {reference} lacks files that it had"
+    return None
+
+
+def hash_inputs(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """The xxh3_128 of every input file's whole content, by path.
+
+    Raises:
+        LazymergeError: one cannot be read.
+    """
+    hashes: dict[str, str] = {}
+    buffer = memoryview(bytearray(HASHED_AT_ONCE_BYTES))
+    for checkpoint in checkpoints.values():
+        for file in checkpoint.files:
+            path = os.path.join(checkpoint.folder, file.path)
+            if path in hashes:
+                continue
+            content = xxh3_128()
+            try:
+                with open(path, "rb", buffering=0) as stream:
+                    while count := stream.readinto(buffer):
+                        content.update(buffer[:count])
+            except OSError as error:
+                raise LazymergeError(f"reading {path}: {error.strerror}") from error
+            hashes[path] = content.hexdigest()
+    return hashes
+
+
+def check_hashes(then: object, now: Mapping[str, str]) -> None:
+    """Checks that files have the contents that they had.
+
+    Raises:
+        InputError: one has not.
+    """
+    if not isinstance(then, dict):
+        return
+    for path, content in now.items():
+        if path in then and then[path] != content:
+            raise InputError(
+                f"{path} has changed since the merge was begun: its content is not what it was, "
+                "though size and time of modification are; give --overwrite to begin anew"
+            )

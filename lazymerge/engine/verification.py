@@ -1,0 +1,189 @@
+"""Checking a complete output: its bytes against its manifest, and against its inputs.
+
+verify                  every tensor is read and its checksum formed anew
+verify --recompute N    N tensors, drawn at random, are merged again from the inputs
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ..checkpoint import read_header
+from ..checkpoint.tensor import DTYPES, TensorInfo
+from ..errors import InputError
+from ..output.checksum import tensor_checksum
+from ..output.layout import OutputTensor, lay_out
+from ..output.manifest import CHECKSUM, MANIFEST_NAME, read_document
+from .plan import Plan, Resources
+from .run import run_plan
+from .unfinished import plan_again
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What came of a check.
+
+    tensors, bytes: that were read.
+    problems: one line each; none if all is as the manifest says.
+    recomputed: names of the tensors that were merged again.
+    seed: that they were drawn by.
+    """
+
+    tensors: int
+    bytes: int
+    problems: tuple[str, ...]
+    recomputed: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+Checked = Callable[[int, str], None]
+"""Told after every tensor: its bytes, its name."""
+
+
+def verify_output(
+    output: Path | str,
+    *,
+    recompute: int = 0,
+    seed: int | None = None,
+    resources: Resources | None = None,
+    checked: Checked | None = None,
+) -> Verification:
+    """Reads a complete output and compares it with its manifest.
+
+    recompute: how many tensors to merge again from the inputs; more than there are: all.
+    seed: which ones; None: drawn anew.
+
+    Raises:
+        InputError: it is no complete output, its manifest is damaged, or (to recompute) its inputs
+            are not what they were.
+        DoesNotFitError: there is no room for what is merged again.
+        LazymergeError: a file cannot be read.
+    """
+    folder = Path(output)
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise InputError(
+            f"{output} has no {MANIFEST_NAME}: it is no complete output of lazymerge "
+            "(lazymerge status tells how far one is)"
+        )
+    manifest = read_document(path)
+    try:
+        entries = {name: _entry(entry) for name, entry in manifest["tensors"].items()}
+        if manifest["checksum"] != CHECKSUM:
+            raise ValueError("its checksums are of another kind")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error!r})") from error
+    problems: list[str] = []
+    size = 0
+    for file in sorted({entry.file for entry in entries.values()}):
+        of_file = {name: entry for name, entry in entries.items() if entry.file == file}
+        size += _check_file(folder / file, of_file, problems, checked or (lambda *_: None))
+    drawn: tuple[str, ...] = ()
+    if recompute > 0:
+        seed = Random().getrandbits(32) if seed is None else seed
+        names = sorted(entries)
+        drawn = tuple(Random(seed).sample(names, min(recompute, len(names))))
+        problems += _recompute(manifest, path, drawn, entries, resources or Resources())
+    return Verification(len(entries), size, tuple(problems), drawn, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    span_elements: int
+    checksum: str
+
+
+def _entry(entry: Any) -> _Entry:
+    file, dtype, checksum = entry["file"], entry["dtype"], entry["checksum"]
+    shape, span = entry["shape"], entry["span_elements"]
+    if not all(isinstance(text, str) for text in (file, dtype, checksum)) or dtype not in DTYPES:
+        raise TypeError(f"{entry!r}")
+    if file != os.path.basename(file) or not file:
+        raise ValueError(f"file {file!r}")
+    if not all(isinstance(number, int) for number in (*shape, span)) or span <= 0:
+        raise TypeError(f"{entry!r}")
+    return _Entry(file, dtype, tuple(shape), span, checksum)
+
+
+def _check_file(
+    path: Path, entries: dict[str, _Entry], problems: list[str], checked: Checked
+) -> int:
+    """Compares one shard's tensors; returns the bytes read."""
+    try:
+        found = {tensor.name: tensor for tensor in read_header(path).tensors}
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (InputError, OSError) as error:
+        problems.append(str(error))
+        return 0
+    problems += [
+        f"{path}: tensor {name} is not in the manifest" for name in found if name not in entries
+    ]
+    size = 0
+    try:
+        for name, entry in entries.items():
+            problem = _check_tensor(descriptor, found.get(name), entry)
+            if problem:
+                problems.append(f"{path}: tensor {name} {problem}")
+            elif name in found:
+                size += found[name].size_bytes
+                checked(found[name].size_bytes, name)
+    finally:
+        os.close(descriptor)
+    return size
+
+
+def _check_tensor(descriptor: int, found: TensorInfo | None, entry: _Entry) -> str | None:
+    if found is None:
+        return "is missing"
+    if (found.dtype, found.shape) != (entry.dtype, entry.shape):
+        return (
+            f"is {found.dtype} of shape {list(found.shape)}, "
+            f"the manifest says {entry.dtype} of shape {list(entry.shape)}"
+        )
+    span_bytes = entry.span_elements * DTYPES[entry.dtype].item_bytes
+    try:
+        checksum = tensor_checksum(descriptor, found.start, found.stop_exclusive, span_bytes)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if checksum == entry.checksum else "has other bytes than were written"
+
+
+def _recompute(
+    manifest: dict[str, Any],
+    where: Path,
+    names: Collection[str],
+    entries: dict[str, _Entry],
+    resources: Resources,
+) -> list[str]:
+    plan = part_of_plan(plan_again(manifest, where, resources), names)
+    with tempfile.TemporaryDirectory(prefix="lazymerge-verify-") as folder:
+        run_plan(plan, folder, fsync=False)
+        again = read_document(Path(folder) / MANIFEST_NAME)["tensors"]
+    return [
+        f"tensor {name} comes out otherwise when it is merged again"
+        for name in names
+        if again[name]["checksum"] != entries[name].checksum
+    ]
+
+
+def part_of_plan(plan: Plan, names: Collection[str]) -> Plan:
+    """The same merge, of some of its tensors only."""
+    graph = plan.graph.only([write.id for write in plan.graph.writes if write.name in names])
+    outputs = [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes]
+    return replace(
+        plan,
+        graph=graph,
+        tensors=tuple(tensor for tensor in plan.tensors if tensor.name in names),
+        shards=lay_out(outputs, max(1, sum(tensor.size_bytes for tensor in outputs))),
+        config=None,
+        sidecars=(),
+    )

@@ -1,0 +1,256 @@
+"""What a run has finished, written down as it goes, so that another run can go on from there.
+
+    OUT/.lazymerge/journal
+    3f0c… {"format": 1, "fingerprint": "…"}                       the merge that it belongs to
+    a81d… {"boot": "…", "pid": 4711, "host": "…", "at": …}        a process begins or goes on
+    77e2… {"tensor": "…", "file": "…", "bytes": [8, 4104], "checksum": "…", "at": …}
+    …
+
+Every line begins with a checksum of its own (xxh3_64 of the rest). Reading stops at the first line
+that is torn, altered or not understood; what follows counts for nothing. A line is written when all
+bytes of its tensor have been handed to the system, so a process may be killed anywhere. After a
+power failure lines can be there and data not: lines of another boot are believed only when the
+tensor's bytes give the checksum (recovery.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_64_hexdigest
+
+from .writer import sync_folder, write_error
+
+JOURNAL_PATH = ".lazymerge/journal"
+JOURNAL_FORMAT = 1
+
+
+MAX_LINE_BYTES = 1 << 20
+"""No tensor has a longer name; what has no line end for so long is no journal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A process that worked on an output.
+
+    boot: of its machine; empty where the system does not tell.
+    at: when it began, in seconds since 1970.
+    """
+
+    boot: str
+    pid: int
+    host: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A tensor that is complete.
+
+    file: its shard's final name. start, stop_exclusive: its byte range in that file.
+    checksum: as the manifest defines it.
+    is_nonfinite: it holds inf or nan.
+    at: when it was complete, in seconds since 1970.
+    session: of the process that wrote it.
+    """
+
+    name: str
+    file: str
+    start: int
+    stop_exclusive: int
+    checksum: str
+    is_nonfinite: bool
+    at: float
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class JournalContents:
+    """What can be believed of a journal's text, if not of the data.
+
+    fingerprint: of the merge; empty if not even that can be read.
+    length: bytes up to the first line that cannot be believed.
+    """
+
+    fingerprint: str
+    sessions: tuple[Session, ...]
+    finished: dict[str, Finished]
+    length: int
+
+
+def read_journal(folder: Path) -> JournalContents:
+    """Reads an output's journal as far as it is whole; an absent one is empty.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    fingerprint = ""
+    sessions: list[Session] = []
+    finished: dict[str, Finished] = {}
+    length = 0
+    for record, end in _records(folder / JOURNAL_PATH):
+        try:
+            if not fingerprint:
+                if record["format"] != JOURNAL_FORMAT:
+                    break
+                fingerprint = _text(record["fingerprint"])
+            elif "tensor" in record:
+                tensor = _finished(record, sessions[-1])
+                finished[tensor.name] = tensor
+            else:
+                sessions.append(_session(record))
+        except (IndexError, KeyError, TypeError, ValueError):
+            break
+        length = end
+    return JournalContents(fingerprint, tuple(sessions), finished, length)
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Records and the byte after each, up to the first that is not whole."""
+    end = 0
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return
+    with stream:
+        while line := stream.readline(MAX_LINE_BYTES):
+            checksum, _, text = line.removesuffix(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or checksum.decode("ascii", "replace") != _checksum(text):
+                return
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError):
+                return
+            if not isinstance(record, dict):
+                return
+            end += len(line)
+            yield record, end
+
+
+def _checksum(text: bytes) -> str:
+    return xxh3_64_hexdigest(text)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e18:
+        raise TypeError
+    return value
+
+
+def _session(record: dict[str, Any]) -> Session:
+    boot = record["boot"]
+    if not isinstance(boot, str):
+        raise TypeError
+    return Session(boot, int(_number(record["pid"])), _text(record["host"]), _number(record["at"]))
+
+
+def _finished(record: dict[str, Any], session: Session) -> Finished:
+    start, stop = (int(_number(place)) for place in record["bytes"])
+    return Finished(
+        name=_text(record["tensor"]),
+        file=_text(record["file"]),
+        start=start,
+        stop_exclusive=stop,
+        checksum=_text(record["checksum"]),
+        is_nonfinite=record.get("nonfinite") is True,
+        at=_number(record["at"]),
+        session=session,
+    )
+
+
+class Journal:
+    """A journal that is being written. `finished` may be called from several threads."""
+
+    def __init__(self, folder: Path, fingerprint: str, length: int, *, fsync: bool) -> None:
+        """Opens an output's journal, or makes it.
+
+        length: bytes of it that are to stay (JournalContents); 0 to begin anew.
+        fsync: it is on disk when this returns.
+
+        Raises:
+            LazymergeError: it cannot be written.
+        """
+        self._path = folder / JOURNAL_PATH
+        self._lock = threading.Lock()
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(self._path, flags, 0o666)
+            os.ftruncate(self._descriptor, length)
+        except OSError as error:
+            raise write_error(self._path, error) from error
+        if not length:
+            self._append({"format": JOURNAL_FORMAT, "fingerprint": fingerprint})
+        session = this_session()
+        self._append(
+            {"boot": session.boot, "pid": session.pid, "host": session.host, "at": session.at}
+        )
+        if fsync:
+            try:
+                os.fsync(self._descriptor)
+                sync_folder(self._path.parent)
+            except OSError as error:
+                raise write_error(self._path, error) from error
+
+    def finished(
+        self, name: str, file: str, place: tuple[int, int], checksum: str, *, is_nonfinite: bool
+    ) -> None:
+        """Writes down that a tensor is complete, all its bytes written.
+
+        place: its byte range in the file.
+
+        Raises:
+            LazymergeError: it cannot be written.
+        """
+        record: dict[str, Any] = {
+            "tensor": name,
+            "file": file,
+            "bytes": list(place),
+            "checksum": checksum,
+            "at": round(time.time(), 3),
+        }
+        if is_nonfinite:
+            record["nonfinite"] = True
+        self._append(record)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        text = json.dumps(record).encode()
+        line = memoryview(f"{_checksum(text)} ".encode() + text + b"\n")
+        with self._lock:
+            try:
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+            except OSError as error:
+                raise write_error(self._path, error, len(line)) from error
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def this_session() -> Session:
+    """This process, as a session that begins now."""
+    return Session(boot_id(), os.getpid(), socket.gethostname() or "?", round(time.time(), 3))
+
+
+def boot_id() -> str:
+    """What is the same until this machine is started again; empty where the system does not tell.
+
+    Source: Linux, random(4).
+    """
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""

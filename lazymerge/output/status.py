@@ -1,0 +1,121 @@
+"""How far an output is, from what its folder says; the process that writes it is not asked."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import InputError
+from .folder import is_unfinished
+from .journal import JournalContents, read_journal
+from .lock import Owner, lock_owner
+from .manifest import MANIFEST_NAME, MERGE_PATH, read_document
+
+State = Literal["complete", "running", "unfinished"]
+
+RATE_SECONDS = 60.0
+"""The rate is that of what was finished in the last minute of work."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputStatus:
+    """What can be said of an output.
+
+    recipe: path of its recipe. fingerprint: of its plan.
+    tensors, bytes: finished. total_tensors, total_bytes: of the whole output.
+    owner: the process at work on it.
+    sessions: how many processes have worked on it.
+    began: when the first of them began, in seconds since 1970; None where nothing says so.
+    last: when the last tensor was finished.
+    bytes_per_second: written, lately; None where there is too little to tell.
+    seconds_left: at that rate, while a process is at work.
+    """
+
+    state: State
+    recipe: str
+    fingerprint: str
+    tensors: int
+    total_tensors: int
+    bytes: int
+    total_bytes: int
+    owner: Owner | None = None
+    sessions: int = 0
+    began: float | None = None
+    last: float | None = None
+    bytes_per_second: float | None = None
+    seconds_left: float | None = None
+
+
+def output_status(output: Path | str) -> OutputStatus:
+    """Looks at an output.
+
+    Raises:
+        InputError: it is no output of lazymerge, or its documents are damaged.
+    """
+    folder = Path(output)
+    unfinished = is_unfinished(folder)
+    path = folder / (MERGE_PATH if unfinished else MANIFEST_NAME)
+    if not path.is_file():
+        raise InputError(f"{output} is no output of lazymerge: it has no {MANIFEST_NAME}")
+    document = read_document(path)
+    try:
+        facts = _facts(document)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error!r})") from error
+    if not unfinished:
+        return OutputStatus(
+            state="complete",
+            tensors=facts["total_tensors"],
+            bytes=facts["total_bytes"],
+            **facts,
+        )
+    try:
+        journal = read_journal(folder)
+    except OSError as error:
+        raise InputError(f"cannot read the journal of {output}: {error.strerror}") from error
+    owner = lock_owner(folder)
+    done = sum(record.stop_exclusive - record.start for record in journal.finished.values())
+    rate = _rate(journal, time.time() if owner else None)
+    left = max(0, facts["total_bytes"] - done)
+    return OutputStatus(
+        state="running" if owner else "unfinished",
+        tensors=len(journal.finished),
+        bytes=done,
+        owner=owner,
+        sessions=len(journal.sessions),
+        began=journal.sessions[0].at if journal.sessions else None,
+        last=max((record.at for record in journal.finished.values()), default=None),
+        bytes_per_second=rate,
+        seconds_left=left / rate if owner and rate else None,
+        **facts,
+    )
+
+
+def _facts(document: dict[str, Any]) -> dict[str, Any]:
+    facts = {
+        "recipe": document["recipe"]["path"],
+        "fingerprint": document["fingerprint"],
+        "total_tensors": document["output"]["tensors"],
+        "total_bytes": document["output"]["bytes"],
+    }
+    for value, kind in zip(facts.values(), (str, str, int, int), strict=True):
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} is no {kind.__name__}")
+    return facts
+
+
+def _rate(journal: JournalContents, now: float | None) -> float | None:
+    """Bytes per second of the last session, in its last minute; now: while it goes on."""
+    if not journal.sessions:
+        return None
+    session = journal.sessions[-1]
+    records = [record for record in journal.finished.values() if record.session == session]
+    if not records:
+        return None
+    last = max(record.at for record in records)
+    until = last if now is None else max(last, now)
+    since = max(session.at, until - RATE_SECONDS)
+    done = sum(record.stop_exclusive - record.start for record in records if record.at >= since)
+    return done / (until - since) if done and until > since else None
