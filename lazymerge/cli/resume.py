@@ -34,12 +34,14 @@ def resume(
     Memory, workers and the like may be others: the bytes do not depend on them.
     """
     from .. import api
+    from ..engine.run import tidy_up
     from ..output.folder import is_unfinished
     from ..output.manifest import MANIFEST_NAME
     from .console import messages
     from .status import status
 
     if (output / MANIFEST_NAME).is_file() and not is_unfinished(output):
+        tidy_up(output)
         if as_json:
             status(output, as_json=True)
         elif not quiet:

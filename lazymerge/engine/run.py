@@ -25,6 +25,7 @@ from ..graph.node import Read, Write
 from ..methods import METHODS
 from ..output.card import model_card
 from ..output.folder import (
+    OWN_FOLDER,
     check_disk,
     check_output_folder,
     clear_output_folder,
@@ -187,6 +188,7 @@ def run_plan(
             f"{folder} holds this merge, complete; lazymerge verify reads it again, --overwrite "
             "makes it again"
         )
+        tidy_up(folder)
         return _nothing_to_do(plan, folder)
     _check_output(plan, folder, overwrite=overwrite)
     made = [f for f in (folder.absolute(), *folder.absolute().parents) if not f.exists()]
@@ -204,6 +206,7 @@ def run_plan(
             observer=observer,
             recheck=recheck,
             hash_inputs=hash_inputs,
+            made=made,
         )
         try:
             report = _run(
@@ -238,6 +241,22 @@ def _is_to_be_removed(prepared: _Prepared, error: BaseException) -> bool:
         return False  # a worker may still be writing
     is_anything_done = prepared.recovery.finished or prepared.checksums
     return isinstance(error, InputError) or not is_anything_done
+
+
+def tidy_up(folder: Path) -> None:
+    """Removes what a run that was killed after its manifest was written has left."""
+    if not (folder / OWN_FOLDER).is_dir() or (folder / OWN_FOLDER).is_symlink():
+        return
+    with suppress(LazymergeError):  # the one that is still at it will do so
+        lock = OutputLock(folder)
+        _remove_beginnings(folder)
+        lock.release()
+
+
+def _remove_beginnings(folder: Path) -> None:
+    for path in (JOURNAL_PATH, MERGE_PATH):
+        with suppress(OSError):  # the manifest is there: the output is complete
+            (folder / path).unlink()
 
 
 def _is_complete(plan: Plan, folder: Path) -> bool:
@@ -300,7 +319,9 @@ def _prepare(
     observer: Observer,
     recheck: bool,
     hash_inputs: bool,
+    made: Sequence[Path],
 ) -> _Prepared:
+    """made: folders that were not there before."""
     recovery, length = NOTHING, 0
     if resumes:
         beginning = read_document(folder / MERGE_PATH)
@@ -343,7 +364,8 @@ def _prepare(
         try:
             writer.create()
             if fsync:
-                sync_folder(folder)
+                for made_or_filled in (folder, *(new.parent for new in made)):
+                    sync_folder(made_or_filled)
         except BaseException:
             journal_file.close()
             raise
@@ -539,9 +561,7 @@ def _run(
     except OSError as error:
         raise write_error(folder / MANIFEST_NAME, error) from error
     prepared.journal.close()
-    for path in (JOURNAL_PATH, MERGE_PATH):
-        with suppress(OSError):  # the manifest is there: the output is complete
-            (folder / path).unlink()
+    _remove_beginnings(folder)
     store_baseline(plan.memory.libraries)
     return report
 

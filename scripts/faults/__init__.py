@@ -1,0 +1,1 @@
+"""Injecting faults into real runs: kills, failing calls, power failures."""
