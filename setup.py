@@ -7,7 +7,7 @@ setup(
     ext_modules=[
         Extension(
             "lazymerge.engine.native._kernels",
-            sources=["lazymerge/engine/native/kernels.c"],
+            sources=["lazymerge/engine/native/kernels.c", "lazymerge/engine/native/bus_error.c"],
             depends=["lazymerge/engine/native/loops.h", "lazymerge/engine/native/ranks.h"],
             extra_compile_args=[
                 "-O3",

@@ -77,9 +77,11 @@ def main() -> NoReturn:
         code = error.exit_code
     except LazymergeError as error:
         _say(str(error))
+        _advise(error)
         code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
         _say("interrupted")
+        _advise(error)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has gone; say no more, not even while closing stdout
@@ -108,6 +110,12 @@ def command() -> NoReturn:
     except BrokenPipeError:
         code = 1
     os._exit(code if isinstance(code, int) else 1)
+
+
+def _advise(error: BaseException) -> None:
+    advice = getattr(error, "advice", None)
+    if advice:
+        _say(advice)
 
 
 def _say(message: str) -> None:

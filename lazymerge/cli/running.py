@@ -112,7 +112,8 @@ def _report(made: Plan, report: RunReport) -> None:
 
 @contextmanager
 def says_how_to_resume(output: Path, *, quiet: bool) -> Iterator[None]:
-    """Whatever ends the block early: says how to go on, if there is something to go on with."""
+    """Whatever ends the block early is given advice on how to go on, if there is something to go
+    on with; main says it after what went wrong."""
     try:
         yield
     except BaseException as error:
@@ -121,12 +122,9 @@ def says_how_to_resume(output: Path, *, quiet: bool) -> Iterator[None]:
         from ..output.lock import LockedError
 
         if not quiet and not isinstance(error, LockedError) and is_unfinished(output):
-            from .console import messages
-
             done = len(read_journal(output).finished)
-            messages().print(
+            error.advice = (  # type: ignore[attr-defined]
                 f"{done} finished {'tensor is' if done == 1 else 'tensors are'} kept; "
-                f"go on with: lazymerge resume {shlex.quote(str(output))}",
-                soft_wrap=True,
+                f"go on with: lazymerge resume {shlex.quote(str(output))}"
             )
         raise

@@ -21,6 +21,7 @@ from ..checkpoint.tensor import DTYPES
 from ..errors import LazymergeError
 from ..graph.node import Read
 from .execution import ReadMode
+from .native.bus_error import watch_for_bus_errors
 
 Pieces = Sequence[tuple[int, int]]
 """Element ranges (start, stop_exclusive) of one tensor that together make a block."""
@@ -29,8 +30,9 @@ Pieces = Sequence[tuple[int, int]]
 class InputFiles:
     """The input files of a run, each opened at most once. Safe to share by threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_mode: ReadMode = "pread") -> None:
         self._descriptors: dict[str, int] = {}
+        self._is_mapped = read_mode == "mmap"
         self._lock = threading.Lock()
 
     def descriptor(self, path: str) -> int:
@@ -41,6 +43,8 @@ class InputFiles:
                     self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
                     raise LazymergeError(f"cannot open {path}: {error.strerror}") from error
+                if self._is_mapped:
+                    watch_for_bus_errors(self._descriptors[path], path)
             return self._descriptors[path]
 
     def close(self) -> None:

@@ -54,6 +54,7 @@ from .device.interface import Device
 from .device.memory import fit_to_device, open_lanes
 from .inputs import InputFiles
 from .memory import available_memory_bytes
+from .native.bus_error import explained_bus_errors
 from .plan import Plan, read_folders
 from .readahead import ReadAhead
 from .recent import Recent
@@ -507,12 +508,16 @@ def _run(
         plan.execution.device,
         most_open=plan.memory.workers,
     )
-    files = InputFiles()
+    files = InputFiles(plan.execution.read_mode)
+    is_mapped = plan.execution.read_mode == "mmap"
     recent = Recent(8 * plan.memory.workers)
     forgets = outgrows_cache(plan)
     read_ahead = ReadAhead(plan.graph, tasks, files, plan.execution.device)
     try:
-        with _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext():
+        with (
+            _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext(),
+            explained_bus_errors(folder) if is_mapped else nullcontext(),
+        ):
             workers = [
                 Worker(
                     plan.graph,

@@ -82,6 +82,9 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
             f"it is made with --device {device}, and the last bits depend on that; "
             f"leave --device {resources.device} out"
         )
+    changed = _first_changed_file(document["models"])
+    if changed is not None:
+        raise InputError(changed)
     recipe = replace(parse_recipe(text, path, signatures()), seed=seed)
     plan = make_plan(
         recipe,
@@ -209,6 +212,25 @@ def _model_difference(then: list[Any], now: list[Any]) -> str | None:
                     )
         if len(files) != len(model["files"]):
             return f"model {reference} lacks files that it had"
+    return None
+
+
+def _first_changed_file(models: list[Any]) -> str | None:
+    """What has changed of the models' files, as far as a look at the folders shows."""
+    try:
+        for model in models:
+            for file in model["files"]:
+                path = Path(model["folder"], file["path"])
+                try:
+                    now = path.stat()
+                except OSError as error:
+                    return f"{path} cannot be read any more: {error.strerror}"
+                if now.st_size != file["size_bytes"]:
+                    return f"{path} has changed: its size is not what it was"
+                if now.st_mtime_ns != file["modified_ns"]:
+                    return f"{path} has changed: its time of modification is not what it was"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"what stands there of the models is damaged ({error!r})"
     return None
 
 

@@ -1,0 +1,376 @@
+"""Going on with unfinished outputs: the same bytes as without the interruption, or a refusal that
+names what has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lazymerge
+import pytest
+import torch
+import yaml
+from lazymerge.engine import run as run_module
+from lazymerge.engine import torch_loading
+from lazymerge.engine.plan import Plan, Resources
+from lazymerge.engine.run import run_plan
+from lazymerge.engine.scheduler import Scheduler
+from lazymerge.engine.unfinished import plan_of_unfinished
+from lazymerge.errors import InputError, LazymergeError
+from lazymerge.output.folder import is_unfinished
+from lazymerge.output.journal import JOURNAL_PATH, read_journal
+from lazymerge.output.lock import LockedError, OutputLock
+from lazymerge.output.manifest import MANIFEST_NAME, MERGE_PATH, read_document
+from safetensors.torch import load_file, save_file
+
+from conftest import write_checkpoint
+
+NAMES = [f"model.layers.{number}.w" for number in range(6)]
+
+
+class Stop(Exception):
+    """What ends a run early here."""
+
+
+class Stopper:
+    """Ends a run when so many tensors are finished; keeps what it is told."""
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+        self.tensors: list[str] = []
+        self.notes: list[str] = []
+        self.before: tuple[int, int, int] | None = None
+
+    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
+        pass
+
+    def finished(self, tensor: str) -> None:
+        self.tensors.append(tensor)
+        if len(self.tensors) == self._after:
+            raise Stop
+
+    def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
+        self.before = (bytes_read, bytes_written, tensors)
+
+    def noted(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Three models of six tensors, merged by dare_ties (random masks, two passes)."""
+    generator = torch.Generator().manual_seed(3)
+    for model in ("base", "a", "b"):
+        tensors = {name: torch.randn(50, 40, generator=generator) for name in NAMES}
+        write_checkpoint(tmp_path / model, tensors, {"model_type": "llama"})
+    path = tmp_path / "recipe.yml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "merge_method": "dare_ties",
+                "base_model": str(tmp_path / "base"),
+                "models": [
+                    {"model": str(tmp_path / m), "parameters": {"weight": 0.5, "density": 0.6}}
+                    for m in ("a", "b")
+                ],
+            }
+        )
+    )
+    return path
+
+
+def planned(recipe: Path, **options: Any) -> Plan:
+    return lazymerge.plan(recipe, workers=1, max_shard_size=20_000, **options)
+
+
+def begin(recipe: Path, out: Path, after: int = 3, **options: Any) -> Plan:
+    """A run that ends when so many tensors are finished."""
+    plan = planned(recipe)
+    with pytest.raises(Stop):
+        run_plan(plan, out, observer=Stopper(after), **options)
+    assert is_unfinished(out)
+    return plan
+
+
+def checksums(out: Path) -> dict[str, str]:
+    document = json.loads((out / MANIFEST_NAME).read_text())
+    return {name: tensor["checksum"] for name, tensor in document["tensors"].items()}
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("recheck", [False, True])
+def test_the_rest_is_made_and_nothing_twice(
+    recipe: Path, tmp_path: Path, after: int, recheck: bool
+) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out, after)
+    observer = Stopper(99)
+    report = run_plan(plan, out, observer=observer, recheck=recheck)
+    assert report.resumed_tensors == after
+    assert observer.tensors == NAMES[after:]
+    assert observer.before is not None
+    assert observer.before[1:] == (after * 50 * 40 * 4, after)
+    assert len(observer.notes) == recheck
+    run_plan(plan, tmp_path / "whole")
+    assert checksums(out) == checksums(tmp_path / "whole")
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+    for shard in plan.shards:
+        assert (out / shard.file).read_bytes() == (tmp_path / "whole" / shard.file).read_bytes()
+
+
+def test_with_other_memory_workers_and_way_of_reading(recipe: Path, tmp_path: Path) -> None:
+    begin(recipe, tmp_path / "out")
+    plan = plan_of_unfinished(tmp_path / "out", Resources(2 << 30, workers=3, read_mode="mmap"))
+    run_plan(plan, tmp_path / "out")
+    run_plan(plan, tmp_path / "whole")
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
+
+
+def test_from_another_folder(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe that names its models relative to where it was run."""
+    monkeypatch.chdir(tmp_path)
+    recipe.write_text(recipe.read_text().replace(f"{tmp_path}/", ""))
+    begin(Path("recipe.yml"), Path("out"))
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    report = lazymerge.resume("../out")
+    assert report.resumed_tensors == 3
+    monkeypatch.chdir(tmp_path)
+    run_plan(planned(Path("recipe.yml")), "whole")
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
+
+
+def test_data_that_is_lost_is_noticed_after_a_restart(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out)
+    monkeypatch.setattr("lazymerge.output.recovery.boot_id", lambda: "another")
+    shard = plan.shards[0]
+    path = out / shard.file
+    with path.open("r+b") as stream:
+        stream.seek(shard.tensors[0].start)
+        stream.write(bytes(1000))
+    observer = Stopper(99)
+    assert run_plan(plan, out, observer=observer).resumed_tensors == 2
+    assert observer.notes == [
+        "2 tensors of an earlier run were read and are whole",
+        "1 tensors that an earlier run had finished are not whole; they are made again",
+    ]
+    run_plan(plan, tmp_path / "whole")
+    assert checksums(out) == checksums(tmp_path / "whole")
+
+
+def change_a_line(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("weight: 0.5", "weight: 0.25", 1))
+
+
+def add_a_line(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "dtype: float16\n")
+
+
+def change_a_model(recipe: Path) -> None:
+    tensors = {name: torch.zeros(50, 40) for name in NAMES}
+    write_checkpoint(recipe.parent / "a", tensors)
+
+
+def touch_a_model(recipe: Path) -> None:
+    os.utime(recipe.parent / "a" / "model.safetensors", (1, 1))
+
+
+def change_a_header(recipe: Path) -> None:
+    path = recipe.parent / "b" / "model.safetensors"
+    save_file(load_file(path), path, metadata={"made by": "somebody"})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (change_a_line, r"line \d+ was '.*weight: 0\.5', now it is '.*weight: 0\.25'"),
+        (add_a_line, r"line \d+ was nothing, now it is 'dtype: float16'"),
+        (touch_a_model, r"a/model\.safetensors has changed: its time of modification is not"),
+        (change_a_model, r"a/model\.safetensors has changed: its time of modification is not"),
+        (change_a_header, r"b/model\.safetensors has changed: its size is not"),
+    ],
+)
+def test_what_has_changed_is_named(
+    recipe: Path, tmp_path: Path, change: Callable[[Path], None], named: str
+) -> None:
+    out = tmp_path / "out"
+    begin(recipe, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    change(recipe)
+    if change not in (change_a_line, add_a_line):  # the recipe is not read again
+        with pytest.raises(InputError, match=f"cannot be resumed: .*{named}.*\n.*--overwrite"):
+            lazymerge.resume(out)
+    with pytest.raises(InputError, match=f"not of this plan: .*{named}.*\n.*--overwrite"):
+        run_plan(planned(recipe), out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    run_plan(planned(recipe), out, overwrite=True)
+    assert not is_unfinished(out)
+
+
+def test_another_seed_shard_size_and_device(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begin(recipe, out)
+    with pytest.raises(InputError, match="its seed was 0, now it is 5"):
+        run_plan(planned(recipe, seed=5), out)
+    with pytest.raises(InputError, match=r"in shards of at most 16,000, now it is .* 48,000"):
+        run_plan(lazymerge.plan(recipe), out)
+    with pytest.raises(InputError, match="leave --device cuda out"):
+        plan_of_unfinished(out, Resources(device="cuda"))
+
+
+def test_another_version(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    begin(recipe, out)
+    document = json.loads((out / MERGE_PATH).read_text())
+    (out / MERGE_PATH).write_text(json.dumps({**document, "lazymerge": "0.0.1"}))
+    with pytest.raises(InputError, match=r"was written by lazymerge 0\.0\.1, this is"):
+        lazymerge.resume(out)
+    document["fingerprint"] = "f" * 32
+    (out / MERGE_PATH).write_text(json.dumps(document))
+    with pytest.raises(InputError, match="has a plugin changed"):
+        lazymerge.resume(out)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 1, "recipe": 3}', '{"format": 7}']
+)
+def test_a_damaged_beginning(recipe: Path, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out)
+    (out / MERGE_PATH).write_text(text)
+    for attempt in (lambda: lazymerge.resume(out), lambda: run_plan(plan, out)):
+        with pytest.raises(InputError, match=r"merge\.json"):
+            attempt()
+    run_plan(plan, out, overwrite=True)
+
+
+def test_a_journal_that_is_gone_costs_time_and_nothing_else(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out)
+    (out / JOURNAL_PATH).unlink()
+    assert run_plan(plan, out).resumed_tensors == 0
+    run_plan(plan, tmp_path / "whole")
+    assert checksums(out) == checksums(tmp_path / "whole")
+
+
+def test_content_that_changed_behind_size_and_time(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out, hash_inputs=True)
+    path = tmp_path / "a" / "model.safetensors"
+    assert path.name in str(read_document(out / MERGE_PATH)["input_checksums"])
+    times = path.stat()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(InputError, match=r"a/model\.safetensors has changed .*its content"):
+        run_plan(plan, out)
+    path.write_bytes(whole)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    run_plan(plan, out)
+    assert str(path) in json.loads((out / MANIFEST_NAME).read_text())["input_checksums"]
+
+
+def test_inf_of_an_earlier_run_is_told(recipe: Path, tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(50, 40) for name in NAMES}
+    tensors[NAMES[0]] += torch.inf
+    write_checkpoint(tmp_path / "a", tensors)
+    plan = begin(recipe, tmp_path / "out")
+    with pytest.raises(LazymergeError, match=f"{NAMES[0]} of the merge holds inf or nan"):
+        run_plan(plan, tmp_path / "out", strict=True)
+    assert run_plan(plan, tmp_path / "out").nonfinite == (NAMES[0],)
+
+
+def test_while_another_process_is_at_it(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out)
+    lock = OutputLock(out)
+    for overwrite in (False, True):
+        with pytest.raises(LockedError, match=f"process {os.getpid()} on"):
+            run_plan(plan, out, overwrite=overwrite)
+    lock.release()
+    run_plan(plan, out)
+
+
+def test_an_output_that_is_complete_stays(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = planned(recipe)
+    run_plan(plan, out)
+    observer = Stopper(99)
+    report = run_plan(plan, out, observer=observer)
+    assert (report.bytes_written, report.resumed_tensors) == (0, 6)
+    assert "complete" in observer.notes[0]
+    with pytest.raises(InputError, match="is complete; lazymerge verify checks it"):
+        plan_of_unfinished(out)
+    with pytest.raises(InputError, match="holds no unfinished merge"):
+        plan_of_unfinished(tmp_path)
+
+
+def test_an_output_without_one_of_its_files_is_not_complete(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = planned(recipe)
+    run_plan(plan, out)
+    (out / plan.shards[1].file).unlink()
+    with pytest.raises(InputError, match="is not empty"):
+        run_plan(plan, out)
+
+
+def test_an_input_at_fault_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
+    """When it has been put right, it is another merge."""
+    for model in ("base", "a", "b"):
+        tensors: dict[str, torch.Tensor] = {name: torch.zeros(50, 40) for name in NAMES}
+        tensors["z.positions"] = torch.tensor([1, 2 if model == "a" else 3])
+        write_checkpoint(tmp_path / model, tensors)
+    with pytest.raises(InputError, match=r"z\.positions"):
+        run_plan(planned(recipe), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dot_lazymerge_that_leads_elsewhere(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out)
+    shutil.move(out / ".lazymerge", tmp_path / "elsewhere")
+    (out / ".lazymerge").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"\.lazymerge is no folder"):
+        run_plan(plan, out)
+
+
+def test_a_worker_that_does_not_stop_is_not_waited_for(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the command's own process, which ends anyway. What it is writing is kept."""
+    monkeypatch.setattr(torch_loading, "is_own_process", True)
+    monkeypatch.setattr(run_module, "PATIENCE_SECONDS", 0.2)
+    stopped: list[float] = []
+    real = Scheduler.stop
+
+    def stop(self: Scheduler, error: BaseException | None = None) -> None:
+        stopped.append(time.monotonic())
+        real(self, error)
+
+    class Slow(Stopper):
+        def finished(self, tensor: str) -> None:
+            if stopped:
+                return
+            os.kill(os.getpid(), 2)
+            time.sleep(1.5)
+
+    monkeypatch.setattr(Scheduler, "stop", stop)
+    plan = planned(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan, tmp_path / "out", observer=Slow(99))
+    assert time.monotonic() - stopped[0] < 1.0
+    assert len(read_journal(tmp_path / "out").finished) == 1
+    time.sleep(1.5)  # it ends its tensor
+    monkeypatch.undo()
+    run_plan(replace(plan), tmp_path / "out")

@@ -1,0 +1,155 @@
+"""One process at a time on an output; the lock of one that is gone is nobody's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lazymerge.output import lock as lock_module
+from lazymerge.output.journal import boot_id
+from lazymerge.output.lock import ALIVE_SECONDS, LOCK_PATH, LockedError, OutputLock, lock_owner
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lazymerge.output.lock import OutputLock
+lock = OutputLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Any:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_another_process_is_refused_and_told_whose_it_is(tmp_path: Path, holder: Any) -> None:
+    with pytest.raises(LockedError, match=f"is being written by process {holder.pid} on "):
+        OutputLock(tmp_path)
+    owner = lock_owner(tmp_path)
+    assert owner is not None
+    assert owner.pid == holder.pid
+
+
+def test_what_a_dead_process_held_is_taken_over(tmp_path: Path, holder: Any) -> None:
+    holder.kill()
+    holder.wait()
+    assert lock_owner(tmp_path) is None
+    lock = OutputLock(tmp_path)
+    assert lock.taken_over is not None
+    assert lock.taken_over.pid == holder.pid
+    lock.release()
+
+
+def test_release_leaves_nothing(tmp_path: Path) -> None:
+    lock = OutputLock(tmp_path)
+    assert lock.taken_over is None
+    assert lock_owner(tmp_path) is not None
+    lock.release()
+    assert [*tmp_path.iterdir()] == []
+    OutputLock(tmp_path).release()
+
+
+def test_two_in_one_process(tmp_path: Path) -> None:
+    lock = OutputLock(tmp_path)
+    with pytest.raises(LockedError):
+        OutputLock(tmp_path)
+    lock.release()
+
+
+def write_owner(folder: Path, age: float = 0.0, **values: object) -> None:
+    owner = {"pid": os.getpid(), "host": "elsewhere", "boot": boot_id(), "started": 1, **values}
+    (folder / ".lazymerge").mkdir(exist_ok=True)
+    (folder / LOCK_PATH).write_text(json.dumps(owner))
+    then = time.time() - age
+    os.utime(folder / LOCK_PATH, (then, then))
+
+
+class TestWhereTheFileDecides:
+    """On filesystems without locks, or of other machines."""
+
+    @pytest.fixture(autouse=True)
+    def _without_locks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lock_module, "_try_lock", lambda _: None)
+
+    def test_a_living_process_of_this_machine(self, tmp_path: Path) -> None:
+        write_owner(tmp_path, started=lock_module._start_ticks(os.getpid()))
+        with pytest.raises(LockedError, match=f"process {os.getpid()} on elsewhere"):
+            OutputLock(tmp_path)
+
+    def test_its_number_given_again(self, tmp_path: Path) -> None:
+        write_owner(tmp_path, started=lock_module._start_ticks(os.getpid()) + 1)
+        OutputLock(tmp_path).release()
+
+    def test_a_process_that_is_gone(self, tmp_path: Path, holder: Any) -> None:
+        holder.kill()
+        holder.wait()
+        write_owner(tmp_path, pid=holder.pid, started=0)
+        OutputLock(tmp_path).release()
+
+    def test_this_machine_before_it_was_started_again(self, tmp_path: Path) -> None:
+        host = lock_module.this_session().host
+        write_owner(tmp_path, host=host, boot="earlier")
+        OutputLock(tmp_path).release()
+
+    @pytest.mark.parametrize(
+        ("age", "is_alive"), [(0.0, True), (ALIVE_SECONDS / 2, True), (ALIVE_SECONDS * 2, False)]
+    )
+    def test_another_machine(self, tmp_path: Path, age: float, is_alive: bool) -> None:
+        write_owner(tmp_path, age, boot="of another machine")
+        if is_alive:
+            with pytest.raises(LockedError, match="on elsewhere"):
+                OutputLock(tmp_path)
+        else:
+            OutputLock(tmp_path).release()
+
+
+def test_another_machine_whose_locks_are_not_seen_here(tmp_path: Path) -> None:
+    write_owner(tmp_path, boot="of another machine")
+    with pytest.raises(LockedError, match="on elsewhere"):
+        OutputLock(tmp_path)
+
+
+def test_a_run_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = OutputLock(tmp_path)
+    os.utime(tmp_path / LOCK_PATH, (1, 1))
+    lock.touch()  # not yet time
+    assert (tmp_path / LOCK_PATH).stat().st_mtime == 1
+    monkeypatch.setattr(lock_module, "TOUCH_SECONDS", 0.0)
+    lock.touch()
+    assert (tmp_path / LOCK_PATH).stat().st_mtime > 1e9
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "7", '{"pid": "x"}', '{"pid": 0, "host": "", "boot": "", "started": 0}']
+)
+def test_a_lock_that_says_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".lazymerge").mkdir()
+    (tmp_path / LOCK_PATH).write_text(text)
+    assert lock_owner(tmp_path) is None
+    OutputLock(tmp_path).release()
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / ".lazymerge").mkdir()
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / LOCK_PATH).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Exception, match="cannot write"):
+        OutputLock(tmp_path)
+    assert (tmp_path / "elsewhere").read_text() == "mine"
