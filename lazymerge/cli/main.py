@@ -15,7 +15,7 @@ import typer
 from ..engine import torch_loading
 from ..errors import LazymergeError
 from ..version import __version__
-from . import inspect, methods, plan, resume, run, schema, status, verify
+from . import inspect, methods, plan, resume, run, running, schema, status, verify
 
 EXIT_INTERRUPTED = 130
 
@@ -77,11 +77,9 @@ def main() -> NoReturn:
         code = error.exit_code
     except LazymergeError as error:
         _say(str(error))
-        _advise(error)
         code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort) as error:
+    except (KeyboardInterrupt, typer.Abort):
         _say("interrupted")
-        _advise(error)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has gone; say no more, not even while closing stdout
@@ -90,6 +88,9 @@ def main() -> NoReturn:
     except OSError as error:
         _say(str(error))
         code = 1
+    for words in running.advice:
+        _say(words)
+    running.advice.clear()
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -110,12 +111,6 @@ def command() -> NoReturn:
     except BrokenPipeError:
         code = 1
     os._exit(code if isinstance(code, int) else 1)
-
-
-def _advise(error: BaseException) -> None:
-    advice = getattr(error, "advice", None)
-    if advice:
-        _say(advice)
 
 
 def _say(message: str) -> None:

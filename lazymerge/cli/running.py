@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ..engine.plan import Plan
     from ..engine.run import RunReport
 
+advice: list[str] = []
+"""What main says last, after what went wrong."""
+
 NoSyncOption = Annotated[
     bool, typer.Option("--no-fsync", help="Do not wait until the data is on disk.")
 ]
@@ -112,8 +115,8 @@ def _report(made: Plan, report: RunReport) -> None:
 
 @contextmanager
 def says_how_to_resume(output: Path, *, quiet: bool) -> Iterator[None]:
-    """Whatever ends the block early is given advice on how to go on, if there is something to go
-    on with; main says it after what went wrong."""
+    """Whatever ends the block early: leaves advice on how to go on, if there is something to go on
+    with."""
     try:
         yield
     except BaseException as error:
@@ -123,7 +126,7 @@ def says_how_to_resume(output: Path, *, quiet: bool) -> Iterator[None]:
 
         if not quiet and not isinstance(error, LockedError) and is_unfinished(output):
             done = len(read_journal(output).finished)
-            error.advice = (  # type: ignore[attr-defined]
+            advice.append(
                 f"{done} finished {'tensor is' if done == 1 else 'tensors are'} kept; "
                 f"go on with: lazymerge resume {shlex.quote(str(output))}"
             )

@@ -58,7 +58,7 @@ class Inode:
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """A change of names: `before` goes (None: nothing), `after` becomes the inode (None: nothing)."""
+    """A change of names: `before` goes, `after` becomes the inode; None: nothing does."""
 
     before: str | None
     after: str | None

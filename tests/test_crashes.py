@@ -1,0 +1,161 @@
+"""Real processes under injected faults: a share of what scripts/crash_matrix.py does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from conftest import needs_kernels
+from crash_matrix import KINDS, Trials
+from faults.harness import Bench, complaints
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    made = Bench(tmp_path_factory.mktemp("crashes"), count_calls=False)
+    if not made.can_inject:
+        pytest.skip("faults are injected by a library that needs Linux and a C compiler")
+    return made
+
+
+SHARES = {
+    "kill": range(2, 122, 9),
+    "tear": range(6, 122, 20),
+    "again": range(3),
+    "replace": range(3),
+    "late": range(3),
+    "signal": range(4),
+    "journal": range(4),
+    "fail": range(4, 122, 13),
+    "sync": range(3),
+    "read": range(1, 4),
+    "power": range(10),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"), [(kind, number) for kind, numbers in SHARES.items() for number in numbers]
+)
+def test_every_byte_is_there_afterwards(bench: Bench, seed: int, kind: str, number: int) -> None:
+    _, trial = KINDS[kind]
+    assert trial(Trials(bench, Random(f"{seed}/{kind}/{number}")), number) == []
+
+
+def test_every_kind_has_its_share() -> None:
+    assert SHARES.keys() == KINDS.keys()
+
+
+def test_a_filesystem_that_cannot_reserve(bench: Bench) -> None:
+    bench.clear()
+    faults = bench.faults(FAIL_AT=1, FAIL_CALL="fallocate", ERRNO=95)
+    assert bench.problems(bench.run(faults=faults)) == []
+
+
+@pytest.mark.parametrize("number", [28, 122])
+def test_a_disk_that_fills_where_nothing_can_be_reserved(bench: Bench, number: int) -> None:
+    """ENOSPC and EDQUOT from the 20th write on."""
+    bench.clear()
+    faults = bench.faults(FAIL_AT=20, FAIL_CALL="pwrite", ERRNO=number)
+    ended = bench.run(faults=faults)
+    assert complaints(ended, [3]) == []
+    assert "no room for" in ended.err
+    assert f"go on with: lazymerge resume {bench.output}" in ended.err
+    assert bench.problems(bench.lazymerge("resume", str(bench.output))) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 256 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("filesystems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_too_small(bench: Bench, small_disk: Path) -> None:
+    ended = bench.lazymerge("run", str(bench.recipe), "-o", str(small_disk / "out"))
+    assert complaints(ended, [3]) == []
+    assert "free some space" in ended.err
+    assert [*small_disk.iterdir()] == []
+
+
+def test_a_disk_that_cannot_be_written_to(bench: Bench, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for out in (small_disk, small_disk / "out"):
+        ended = bench.lazymerge("run", str(bench.recipe), "-o", str(out))
+        assert complaints(ended, [1, 2]) == []
+        assert "writ" in ended.err
+        assert "Read-only file system" in ended.err or "not writable" in ended.err
+
+
+@pytest.mark.parametrize(
+    "name", ["a name", "it's", 'say "so"', "ü/中/\u202e", "-o", "new\nline", "$(touch x)", "%s{}"]
+)
+def test_names_that_shells_and_formats_know(bench: Bench, name: str) -> None:
+    """The advice can be pasted into a shell: a name is one word there."""
+    bench.clear()
+    out = bench.output / "names" / name
+    faults = bench.faults(FAIL_AT=15, FAIL_CALL="pwrite", ERRNO=5)
+    options = ["--max-shard-size", "25000", "--workers", "2"]
+    ended = bench.lazymerge("run", str(bench.recipe), "-o", str(out), *options, faults=faults)
+    assert complaints(ended, [1]) == []
+    if name.isprintable():
+        advice = ended.err.splitlines()[-1].partition("go on with: lazymerge ")[2]
+        shell = f'exec "$PYTHON" -m lazymerge {advice}'
+        environment = {"PYTHON": sys.executable, "PYTHONPATH": ":".join(sys.path)}
+        assert subprocess.run(["sh", "-c", shell], env=environment).returncode == 0
+    else:
+        assert bench.lazymerge("resume", "--", str(out)).code == 0
+    assert (out / "lazymerge.json").is_file()
+
+
+def test_an_output_within_an_input_and_a_model_that_is_a_link(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bench.folder / "a")
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(bench.recipe.read_text().replace(f"{bench.folder}/a", f"{tmp_path}/link"))
+    before = {p: p.read_bytes() for p in (bench.folder / "a").iterdir() if p.is_file()}
+    out = bench.folder / "a" / "merged"
+    assert bench.lazymerge("run", str(recipe), "-o", str(out)).code == 0
+    assert bench.lazymerge("verify", str(out), "--recompute", "3").code == 0
+    assert {p: p.read_bytes() for p in (bench.folder / "a").iterdir() if p.is_file()} == before
+
+
+BUS_ERROR = """
+    import os, sys
+    from pathlib import Path
+    from lazymerge.checkpoint.tensor import TensorInfo
+    from lazymerge.engine.inputs import InputFiles, MappedInput
+    from lazymerge.engine.native.bus_error import explained_bus_errors
+    from lazymerge.graph.node import Read
+
+    folder, file = os.path.split(sys.argv[1])
+    tensor = TensorInfo("w", "U8", (100_000,), file, 0, 100_000)
+    with explained_bus_errors(Path("an output")):
+        source = MappedInput(Read(folder, tensor), InputFiles("mmap"))
+        source.seek([(0, 100_000)])
+        os.truncate(sys.argv[1], 10_000)
+        bytes(source.raw())
+"""
+
+
+@needs_kernels
+def test_a_file_that_shrinks_under_its_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(100_000))
+    script = textwrap.dedent(BUS_ERROR)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    first, second = done.stderr.strip().splitlines()
+    assert first == f"lazymerge: {path} became shorter while it was being read"
+    assert second.endswith("go on with: lazymerge resume 'an output'")
