@@ -91,6 +91,8 @@ class Trials:
         bench.clear()
         wrong = bench.problems(bench.run())
         wrong += self.strike(self.any_call(), "--overwrite")
+        if '"complete"' in bench.lazymerge("status", str(bench.output), "--json").out:
+            wrong += complaints(bench.lazymerge("verify", str(bench.output)), [0])
         return wrong + bench.problems(bench.run("--overwrite"))
 
     def late(self, _: int) -> list[str]:
@@ -166,26 +168,32 @@ class Trials:
         return wrong + self.go_on()
 
     def power(self, _: int) -> list[str]:
-        """One power failure, or one in the run that goes on after another."""
+        """One power failure, or one in the run that goes on after another; in some trials while an
+        earlier output is replaced."""
         bench = self.bench
         bench.clear()
         wrong = []
         boot = bench.folder / "boot"
+        options = ["--overwrite"] if self.random.random() < 0.3 else []
+        if options:
+            wrong += bench.problems(bench.run())
         for failure in range(self.random.randint(1, 2)):
             log = bench.folder / "log"
             log.unlink(missing_ok=True)
             disk = Disk(bench.output)
             boot.write_text(f"boot {failure}\n")
-            wrong += self.strike(self.any_call(), LOG=log, BOOT=boot)
+            wrong += self.strike(self.any_call(), *options, LOG=log, BOOT=boot)
             for call in read_log(log):
                 disk.apply(call)
             is_complete = str(bench.output / "lazymerge.json") in disk.durable
             disk.fail(self.random)
-            if is_complete and bench.output.exists():
+            if (bench.output / "lazymerge.json").exists():
                 wrong += complaints(bench.lazymerge("verify", str(bench.output)), [0])
+            elif is_complete and not options and bench.output.exists():
+                wrong.append("the manifest was synced and is gone")
         boot.write_text("another boot\n")
-        ended = bench.run(faults={"ROOT": str(bench.output), "BOOT": str(boot)})
-        return wrong + bench.problems(ended)
+        faults = {"ROOT": str(bench.output), "BOOT": str(boot)}
+        return wrong + bench.problems(bench.run(*options, faults=faults))
 
 
 KINDS: dict[str, tuple[str, Callable[[Trials, int], list[str]]]] = {

@@ -346,7 +346,7 @@ def _prepare(
         beginning = beginning_of_manifest(plan)
         if hash_inputs:
             beginning["input_checksums"] = hashes_of(plan.checkpoints)
-        clear_output_folder(folder)
+        clear_output_folder(folder, fsync=fsync)
     writer = ShardWriter(
         folder,
         plan.shards,
@@ -363,10 +363,12 @@ def _prepare(
                 raise write_error(folder / MERGE_PATH, error) from error
         journal_file = Journal(folder, plan.fingerprint, length, fsync=fsync)
         try:
-            writer.create()
-            if fsync:
+            if fsync:  # what says that the folder is ours, before anything that is to be ours
                 for made_or_filled in (folder, *(new.parent for new in made)):
                     sync_folder(made_or_filled)
+            writer.create()
+            if fsync:
+                sync_folder(folder)
         except BaseException:
             journal_file.close()
             raise

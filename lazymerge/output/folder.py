@@ -16,7 +16,7 @@ from .layout import INDEX_NAME
 from .lock import LOCK_PATH
 from .manifest import MANIFEST_NAME, MERGE_PATH
 from .sidecars import COPIED
-from .writer import PARTIAL_SUFFIX
+from .writer import PARTIAL_SUFFIX, sync_folder
 
 OWN_FILES = (
     "model.safetensors",
@@ -159,14 +159,19 @@ def free_disk_bytes(output: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def clear_output_folder(output: Path) -> None:
+def clear_output_folder(output: Path, *, fsync: bool = False) -> None:
     """Creates the folder if need be, and removes what an earlier merge has left in it.
+
+    fsync: whatever happens to the machine: nothing is gone from disk while the manifest is there.
 
     The lock stays. What says that an earlier output is complete goes first and what says that it is
     not last, so that a crash in between leaves neither for the other.
     """
     output.mkdir(parents=True, exist_ok=True)
-    (output / MANIFEST_NAME).unlink(missing_ok=True)
+    if (output / MANIFEST_NAME).exists():
+        (output / MANIFEST_NAME).unlink()
+        if fsync:
+            sync_folder(output)
     entries = sorted(output.iterdir(), key=lambda entry: entry.name == OWN_FOLDER)
     for entry in entries:
         if not is_own(entry):
