@@ -49,9 +49,9 @@ class InputFiles:
 
     def close(self) -> None:
         """Closes all files."""
-        for descriptor in self._descriptors.values():
+        while self._descriptors:
+            _, descriptor = self._descriptors.popitem()
             os.close(descriptor)
-        self._descriptors.clear()
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: str) -> None:

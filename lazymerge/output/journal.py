@@ -238,7 +238,10 @@ class Journal:
                 raise write_error(self._path, error, len(line)) from error
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """May be called again, by whoever was interrupted in the middle of it."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def this_session() -> Session:

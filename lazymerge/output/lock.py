@@ -117,11 +117,14 @@ class OutputLock:
                 os.utime(self._descriptor)
 
     def release(self) -> None:
-        """Removes the lock, and its folder if nothing else is in it."""
+        """Removes the lock, and its folder if nothing else is in it. May be called again."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
         with suppress(OSError):
-            if _is_at(self._descriptor, self._path):
+            if _is_at(descriptor, self._path):
                 self._path.unlink()
-        os.close(self._descriptor)
+        os.close(descriptor)
         with suppress(OSError):
             self._path.parent.rmdir()
 

@@ -112,9 +112,9 @@ class ShardWriter:
 
     def close(self) -> None:
         """Closes what is still open; incomplete shards keep their partial names."""
-        for descriptor in self._descriptors.values():
+        while self._descriptors:
+            _, descriptor = self._descriptors.popitem()
             os.close(descriptor)
-        self._descriptors.clear()
 
     def discard(self) -> None:
         """Removes every file this writer has made, complete or not."""
