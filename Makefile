@@ -5,7 +5,7 @@
 #
 # Both set up .venv first. Others: make lint, make bench, make measure-methods, make methods-page,
 # make clean, and make prove-low-memory, make check-memory, make check-determinism,
-# make compare-mergekit (minutes each).
+# make compare-mergekit, make crash-matrix (minutes each), make soak (an hour).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint format bench measure-methods methods-page clean help \
-        prove-low-memory check-memory check-determinism compare-mergekit
+        prove-low-memory check-memory check-determinism compare-mergekit crash-matrix soak
 
 help:
 	@sed -n '3,8p' Makefile | cut -c3-
@@ -74,6 +74,12 @@ check-determinism: $(INSTALLED)
 
 compare-mergekit: $(INSTALLED)
 	$(BIN)/python scripts/compare_with_mergekit.py
+
+crash-matrix: $(INSTALLED)
+	$(BIN)/python scripts/crash_matrix.py
+
+soak: $(INSTALLED)
+	$(BIN)/python scripts/soak.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .coverage .hypothesis .mypy_cache .ruff_cache .pytest_cache
