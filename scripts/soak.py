@@ -90,6 +90,8 @@ class Soak:
         self.output = folder / "out"
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
+        self.ends: list[float] = []
+        """Seconds from a signal to the end of the process."""
         for number, name in enumerate(("base", "a", "b")):
             make_checkpoint(folder / name, SHAPE, dtype="bfloat16", seed=number, tokenizer=True)
         self.recipes: list[Path] = []
@@ -167,8 +169,8 @@ class Soak:
             began = time.monotonic()
             _, err = process.communicate()
             self.counts[number.name] += 1
-            if number != signal.SIGKILL and time.monotonic() - began > 2:
-                self.problems.append(f"{number.name} took {time.monotonic() - began:.1f} s")
+            if number != signal.SIGKILL:
+                self.ends.append(time.monotonic() - began)
         started_lazymerge = "lazymerge: " in err
         if process.returncode not in (0, 130, -number) and started_lazymerge:
             self.problems.append(f"exit {process.returncode}: {err[-500:]}")
@@ -212,6 +214,11 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = ("mismatches", "leaked files", "leaked descriptors", "leaked threads")
     for what in wrong:
         print(f"| {what} | {counts[what]:,} |")
+    if soak.ends:
+        ends = sorted(soak.ends)
+        print(f"| ended after a signal, median | {ends[len(ends) // 2]:.2f} s |")
+        print(f"| ended after a signal, later than 2 s | {sum(end > 2 for end in ends)} |")
+        print(f"| ended after a signal, slowest | {ends[-1]:.2f} s |")
     for problem in soak.problems:
         print(problem, file=sys.stderr)
     print(f"\nseed {seed}")

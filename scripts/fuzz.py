@@ -1,0 +1,505 @@
+#!/usr/bin/env python3
+"""Feed damaged and hostile files to everything that lazymerge reads.
+
+    python scripts/fuzz.py                            100,000 inputs, over ten minutes
+    python scripts/fuzz.py --inputs 2000 --seed 7 --targets header journal
+    python scripts/fuzz.py --seed 7 --only header:1234
+
+Inputs are made from valid ones by altering bytes, pieces, numbers, and parts of their JSON or YAML.
+For each, one of two things must happen: it is accepted, or it is refused by an error that the
+command line turns into a message (LazymergeError). Nothing else may: no other exception, no more
+than SECONDS, no more than MEMORY_BYTES, no file opened outside the folder of models and outputs,
+no process, no connection. Of what is accepted, a target checks what must then be true.
+
+An input that fails is kept, and the command that repeats it printed. Exit 1 if one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import secrets
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import lazymerge
+import yaml
+from lazymerge.checkpoint import open_checkpoint, read_header
+from lazymerge.engine.plan import load_plan, make_plan, signatures
+from lazymerge.engine.run import run_plan
+from lazymerge.engine.unfinished import plan_of_unfinished
+from lazymerge.engine.verification import verify_output
+from lazymerge.errors import LazymergeError
+from lazymerge.output.journal import JOURNAL_PATH, boot_id, read_journal
+from lazymerge.output.lock import LOCK_PATH, OutputLock
+from lazymerge.output.manifest import MERGE_PATH
+from lazymerge.output.status import output_status
+from lazymerge.recipe import parse_recipe
+
+from make_synthetic_checkpoint import LlamaShape, make_checkpoint
+
+SHAPE = LlamaShape(hidden=16, intermediate=32, layers=2, heads=2, kv_heads=2, vocabulary=272)
+
+SECONDS = 2.0
+MEMORY_BYTES = 1 << 30
+"""Of address space, above what the process has before the first input."""
+
+TOKENS = [
+    b"", b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"{", b"}", b"[", b"]", b'"', b"'", b":", b",", b"\\",
+    b"\\ud800", b"NaN", b"Infinity", b"-1", b"1e999", b"0x10", b"null", b"true", b"[]", b"{}",
+    b"18446744073709551616", b"9223372036854775807", b"-9223372036854775808", b"4294967296",
+    b"../../../../etc/passwd", b"/etc/passwd", b"..", b".", b"\n", b"\r\n", b"\t", b"#", b"&a ",
+    b"*a ", b"<<: ", b"!!python/object/apply:os.system [true]", b"!!binary ", b"---\n",
+    b"%YAML 2.0\n",
+    b"[" * 200, b'{"a":' * 100, b"a" * 5000, b"9" * 5000, "\u202e\u0000\ufeff".encode(),
+    b"__metadata__", b"data_offsets", b"auto_map", b"weight_map", b"model.safetensors",
+]  # fmt: skip
+
+VALUES: list[Any] = [
+    None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**30, 0.5, 1e308, float("nan"),
+    float("inf"), "", "x", "../x", "/etc/passwd", "a/b", "\ud800", "\0", "x" * 3000, [], {}, [[]],
+    {"": {}}, [1, 2, 3], ["a"] * 50, "BF16", "I64", "linear", "..", "model.safetensors",
+]  # fmt: skip
+
+
+class Hostile(Exception):
+    """Something that no input may lead to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Something that reads files.
+
+    valid: inputs to start from.
+    read: puts an input where it belongs and has it read; raises Hostile if what was accepted is
+        not as it must be.
+    share: how many of the inputs it gets, against the others.
+    """
+
+    valid: list[bytes]
+    read: Callable[[bytes], None]
+    share: int
+
+
+# ------------------------------------------------------------------------------- inputs
+
+
+def damaged(valid: list[bytes], random: Random) -> bytes:
+    """An input made from valid ones."""
+    data = random.choice(valid)
+    if random.random() < 0.5:
+        altered = _altered_document(data, random)
+        if altered is not None:
+            data = altered
+            if random.random() < 0.5:
+                return data
+    for _ in range(random.choice([1, 1, 2, 4, 16])):
+        data = _altered_bytes(data, random.choice(valid), random)
+    return data
+
+
+def _altered_bytes(data: bytes, other: bytes, random: Random) -> bytes:
+    start = random.randint(0, len(data))
+    stop = min(len(data), start + random.choice([0, 1, 2, 8, 64, 1024]))
+    match random.randrange(8):
+        case 0:
+            if not data:
+                return data
+            at = random.randrange(len(data))
+            return data[:at] + bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1 :]
+        case 1:
+            return data[:start] + data[stop:]
+        case 2:
+            return data[:start]
+        case 3:
+            return data[:stop] + data[start:stop] * random.choice([1, 2, 50]) + data[stop:]
+        case 4:
+            at = random.randint(0, len(other))
+            return data[:start] + other[at : at + 200] + data[stop:]
+        case 5:
+            numbers = list(re.finditer(rb"-?\d+", data))
+            if not numbers:
+                return data
+            number = random.choice(numbers)
+            text = random.choice([b"0", b"-1", b"1e3", b"18446744073709551616", b"007", b"3.5"])
+            return data[: number.start()] + text + data[number.end() :]
+        case 6:
+            return data[:start] + random.randbytes(random.choice([1, 4, 16])) + data[stop:]
+        case _:
+            return data[:start] + random.choice(TOKENS) + data[stop:]
+
+
+def _altered_document(data: bytes, random: Random) -> bytes | None:
+    """The input with parts of its JSON exchanged; None if it holds none."""
+    prefix = b""
+    if len(data) > 8 and data[8:9] == b"{":  # a safetensors header
+        length = int.from_bytes(data[:8], "little")
+        prefix, data, rest = data[:8], data[8 : 8 + length], data[8 + length :]
+    is_yaml = data.startswith((b"base_model:", b"dtype:"))
+    try:
+        document = yaml.safe_load(data) if is_yaml else json.loads(data)
+    except ValueError:
+        return None
+    for _ in range(random.choice([1, 1, 2, 5])):
+        document = _altered_value(document, random, 0)
+    if is_yaml:
+        return yaml.safe_dump(document).encode("utf-8", "surrogatepass")
+    text = json.dumps(document)
+    if random.random() < 0.1 and text.startswith("{"):
+        text = text[:-1] + "," + text[1:]  # every key twice
+    encoded = text.encode()
+    return len(encoded).to_bytes(8, "little") + encoded + rest if prefix else encoded
+
+
+def _altered_value(value: Any, random: Random, depth: int) -> Any:
+    if depth < 8 and random.random() < 0.85:
+        if isinstance(value, dict) and value:
+            key = random.choice(list(value))
+            changed = dict(value)
+            chance = random.random()
+            if chance < 0.1:
+                del changed[key]
+            elif chance < 0.2:
+                changed[str(random.choice(VALUES))] = changed.pop(key)
+            else:
+                changed[key] = _altered_value(value[key], random, depth + 1)
+            return changed
+        if isinstance(value, list) and value:
+            at = random.randrange(len(value))
+            items = [*value]
+            if random.random() < 0.2:
+                items.insert(at, items[at])
+            else:
+                items[at] = _altered_value(value[at], random, depth + 1)
+            return items
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value + random.choice([-1, 1, 8, -8, 2**32, -(2**40)])
+        if isinstance(value, str) and value and random.random() < 0.5:
+            at = random.randrange(len(value))
+            return value[:at] + random.choice(["", "/", "..", "\0", "x", '"']) + value[at + 1 :]
+    return random.choice(VALUES)
+
+
+# ------------------------------------------------------------------------------ targets
+
+
+class Place:
+    """Models, a recipe, an output that is complete and one that is not, and what reads them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for number, name in enumerate(("base", "a", "b")):
+            make_checkpoint(
+                folder / name, SHAPE, dtype="bfloat16", seed=number, tokenizer=True, shards=2
+            )
+        (folder / "single").mkdir()
+        self.recipes = [self._recipe(method) for method in ("ties", "linear", "dare_ties")]
+        self.gradients = self.recipes[0].replace(
+            b"density: 0.5", b"density: [{filter: mlp, value: [0.1, 0.9]}, {value: 0.3}]"
+        )
+        (folder / "recipe.yml").write_bytes(self.recipes[0])
+        self.plan = lazymerge.plan(folder / "recipe.yml", max_shard_size=20_000, workers=1)
+        self.plan.save(folder / "plan.json")
+        run_plan(self.plan, folder / "complete", fsync=False)
+        self._leave_unfinished()
+        self.kept = folder / "kept"
+        shutil.copytree(folder / "unfinished", self.kept)
+
+    def _recipe(self, method: str) -> bytes:
+        parameters = {"weight": 0.5} if method == "linear" else {"weight": 0.5, "density": 0.5}
+        models = [
+            {"model": str(self.folder / name), "parameters": parameters} for name in ("a", "b")
+        ]
+        base = {} if method == "linear" else {"base_model": str(self.folder / "base")}
+        document = {"merge_method": method, **base, "models": models, "dtype": "bfloat16"}
+        return yaml.safe_dump(document).encode()
+
+    def _leave_unfinished(self) -> None:
+        class Stop(Exception):
+            pass
+
+        class Stopper:
+            count = 0
+
+            def moved(self, *_: object) -> None:
+                pass
+
+            def finished(self, tensor: str) -> None:
+                self.count += 1
+                if self.count == 7:
+                    raise Stop
+
+            def resumed(self, *_: object) -> None:
+                pass
+
+            def noted(self, message: str) -> None:
+                pass
+
+        try:
+            run_plan(self.plan, self.folder / "unfinished", fsync=False, observer=Stopper())
+        except Stop:
+            return
+        raise AssertionError("it should have been stopped")
+
+    def targets(self) -> dict[str, Target]:
+        def files(*paths: str) -> list[bytes]:
+            return [(self.folder / path).read_bytes() for path in paths]
+
+        owner = {"pid": 1, "host": "h", "boot": boot_id(), "started": 3}
+        shards = [path.name for path in sorted((self.folder / "base").glob("*.safetensors"))]
+        return {
+            "header": Target([_short(data) for data in files(*[f"base/{s}" for s in shards])],
+                             self.header, 40),
+            "index": Target(files("base/model.safetensors.index.json"), self.index, 10),
+            "config": Target(files("base/config.json"), self.config, 10),
+            "recipe": Target([*self.recipes, self.gradients], self.recipe, 20),
+            "plan": Target(files("plan.json"), self.saved_plan, 2),
+            "journal": Target(files(f"kept/{JOURNAL_PATH}"), self.journal, 10),
+            "merge": Target(files(f"kept/{MERGE_PATH}"), self.merge, 3),
+            "lock": Target([json.dumps(owner).encode()], self.lock, 3),
+            "manifest": Target(files("complete/lazymerge.json"), self.manifest, 2),
+        }  # fmt: skip
+
+    def header(self, data: bytes) -> None:
+        path = self.folder / "single" / "model.safetensors"
+        path.write_bytes(data)
+        header = read_header(path)
+        end = header.bytes_read
+        for tensor in sorted(header.tensors, key=lambda tensor: tensor.start):
+            if tensor.start != end and tensor.size_bytes:
+                raise Hostile(f"{tensor} overlaps another, or leaves a gap")
+            end = max(end, tensor.stop_exclusive)
+        if end != len(data):
+            raise Hostile(f"tensors end at {end}, the file at {len(data)}")
+
+    def index(self, data: bytes) -> None:
+        self._open_with("model.safetensors.index.json", data)
+
+    def config(self, data: bytes) -> None:
+        self._open_with("config.json", data)
+
+    def _open_with(self, name: str, data: bytes) -> None:
+        path = self.folder / "a" / name
+        before = path.read_bytes()
+        path.write_bytes(data)
+        try:
+            checkpoint = open_checkpoint(str(path.parent))
+            for tensor in checkpoint.tensors.values():
+                if "/" in tensor.file:
+                    raise Hostile(f"reads {tensor.file}")
+            make_plan(parse_recipe(self.recipes[0].decode(), "recipe.yml", signatures()))
+        finally:
+            path.write_bytes(before)
+
+    def recipe(self, data: bytes) -> None:
+        path = self.folder / "fuzzed.yml"
+        path.write_bytes(data)
+        lazymerge.plan(path, workers=1).summary()
+
+    def saved_plan(self, data: bytes) -> None:
+        path = self.folder / "fuzzed.json"
+        path.write_bytes(data)
+        load_plan(path).summary()
+
+    @contextmanager
+    def _unfinished_with(self, name: str, data: bytes) -> Any:
+        folder = self.folder / "unfinished"
+        watched = _watched.pop()
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.kept, folder)
+        (folder / name).write_bytes(data)
+        _watched.append(watched)
+        yield folder
+
+    def journal(self, data: bytes) -> None:
+        """A run goes on from it, and all is as it should be: its lines have checksums."""
+        path = self.folder / "unfinished" / JOURNAL_PATH
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        found = read_journal(self.folder / "unfinished")
+        whole = read_journal(self.kept)
+        for name, record in found.finished.items():
+            known = whole.finished.get(name)
+            if known is None or known.checksum != record.checksum:
+                raise Hostile(f"believes {record}")
+        output_status(self.folder / "unfinished")
+
+    def merge(self, data: bytes) -> None:
+        with self._unfinished_with(MERGE_PATH, data) as folder:
+            output_status(folder)
+            plan_of_unfinished(folder)
+
+    def lock(self, data: bytes) -> None:
+        with self._unfinished_with(LOCK_PATH, data) as folder:
+            output_status(folder)
+            OutputLock(folder).release()
+
+    def manifest(self, data: bytes) -> None:
+        path = self.folder / "complete" / "lazymerge.json"
+        before = path.read_bytes()
+        path.write_bytes(data)
+        try:
+            output_status(path.parent)
+            verify_output(path.parent)
+        finally:
+            path.write_bytes(before)
+
+
+def _short(data: bytes) -> bytes:
+    """A shard with as little data as its header says, the numbers made small."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    end = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        entry["shape"] = [2, 3]
+        entry["data_offsets"] = [end, end + 12]
+        end += 12
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(end)
+
+
+# ------------------------------------------------------------------------------- limits
+
+_watched: list[Path] = []
+_problem: list[str] = []
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    """Remembers what no input may lead to. Source: Python, sys.addaudithook (PEP 578)."""
+    if not _watched:
+        return
+    if event == "open":
+        path, mode, flags = arguments
+        if isinstance(path, int):
+            return
+        name = os.path.abspath(os.fsdecode(path))
+        is_inside = Path(name).is_relative_to(_watched[0])
+        is_for_writing = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        is_python = name.endswith((".py", ".pyc", ".so")) or "/proc/" in name or "/sys/" in name
+        if not is_inside and (is_for_writing or not (is_python or _is_ours(name))):
+            _problem.append(f"opens {name} ({mode})")
+    elif event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork",
+                   "socket.connect", "pickle.find_class"):  # fmt: skip
+        _problem.append(f"{event} {arguments}")
+
+
+def _is_ours(name: str) -> bool:
+    """Files of Python's and lazymerge's own."""
+    roots = [sys.prefix, sys.base_prefix, str(Path(lazymerge.__file__).parent)]
+    return any(name.startswith(root) for root in roots) or name.endswith("baseline.json")
+
+
+def _alarm(*_: object) -> None:
+    raise Hostile(f"takes more than {SECONDS} s")
+
+
+def attempt(target: Target, data: bytes, folder: Path) -> tuple[bool, str | None]:
+    """Whether an input is accepted, and what is wrong with what came of it."""
+    _problem.clear()
+    _watched.append(folder)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    accepted = False
+    try:
+        target.read(data)
+        accepted = True
+    except LazymergeError as error:
+        if not str(error).strip():
+            return False, "an error without a word"
+    except Hostile as error:
+        return False, str(error)
+    except BaseException:
+        return False, traceback.format_exc()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _watched.clear()
+    return accepted, _problem[0] if _problem else None
+
+
+def limit_memory() -> None:
+    """No more than MEMORY_BYTES above what there is."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+# --------------------------------------------------------------------------------- main
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The script; returns its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--targets", nargs="+", help="default: all")
+    parser.add_argument("--seed", type=int, help="default: a new one")
+    parser.add_argument("--only", metavar="TARGET:NUMBER", help="one input")
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), metavar="DIR")
+    parsed = parser.parse_args(arguments)
+    seed = secrets.randbits(32) if parsed.seed is None else parsed.seed
+    began = time.perf_counter()
+    signal.signal(signal.SIGALRM, _alarm)
+    with tempfile.TemporaryDirectory(prefix="lazymerge-fuzz-") as name:
+        folder = Path(name)
+        targets = Place(folder).targets()
+        chosen = parsed.targets or list(targets)
+        if unknown := set(chosen) - set(targets):
+            parser.error(f"there are no targets {sorted(unknown)}, only {list(targets)}")
+        rows, failures = [], 0
+        sys.addaudithook(_audit)
+        limit_memory()
+        whole = sum(targets[target].share for target in chosen)
+        for label in chosen:
+            target = targets[label]
+            for data in target.valid:
+                if attempt(target, data, folder) != (True, None):
+                    raise AssertionError(f"{label}: a valid input is refused: {data!r}")
+            numbers = range(round(parsed.inputs * target.share / whole))
+            if parsed.only:
+                wanted, _, number = parsed.only.partition(":")
+                numbers = range(int(number), int(number) + 1) if wanted == label else range(0)
+            counts: Counter[str] = Counter()
+            slowest = 0.0
+            for number in numbers:
+                data = damaged(target.valid, Random(f"{seed}/{label}/{number}"))
+                start = time.perf_counter()
+                accepted, problem = attempt(target, data, folder)
+                slowest = max(slowest, time.perf_counter() - start)
+                counts["accepted" if accepted else "refused"] += 1
+                if problem is None:
+                    continue
+                counts["failed"] += 1
+                parsed.keep.mkdir(exist_ok=True)
+                (parsed.keep / f"{label}-{seed}-{number}").write_bytes(data)
+                again = f"python scripts/fuzz.py --seed {seed} --only {label}:{number}"
+                print(f"{label} {number}: {problem}\n  again: {again}", file=sys.stderr)
+            failures += counts["failed"]
+            rows.append(
+                f"| {label} | {len(numbers):,} | {counts['accepted']:,} | {counts['refused']:,} | "
+                f"{slowest * 1000:.0f} ms | {counts['failed']} |"
+            )
+            print(rows[-1], file=sys.stderr)
+    print("| input | tried | accepted | refused | slowest | wrong |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    print("\n".join(rows))
+    print(f"\nseed {seed}, {time.perf_counter() - began:.0f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
