@@ -1,6 +1,6 @@
 """Models as they lie on disk: headers, shard indexes and configs; no tensor data."""
 
-from .folder import checkpoint_file_path, leaves_model, open_checkpoint
+from .folder import checkpoint_file_path, is_plain_name, leaves_model, open_checkpoint
 from .header import Header, read_header
 from .tensor import (
     DTYPES,
@@ -20,6 +20,7 @@ __all__ = [
     "Header",
     "TensorInfo",
     "checkpoint_file_path",
+    "is_plain_name",
     "leaves_model",
     "open_checkpoint",
     "read_header",

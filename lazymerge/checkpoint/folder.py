@@ -94,7 +94,7 @@ def checkpoint_file_path(checkpoint: Checkpoint, file: str) -> Path:
 
     Raises InputError when it is not a plain file name: a checkpoint may come from a saved plan.
     """
-    if not _is_plain_name(file):
+    if not is_plain_name(file):
         raise InputError(f"{checkpoint.folder}: {file!r} is not a plain file name.")
     return Path(checkpoint.folder) / file
 
@@ -173,7 +173,7 @@ def _read_index(folder: Path) -> tuple[dict[str, str], int]:
         if file in checked:
             continue
         checked.add(file)
-        if not _is_plain_name(file) or "\\" in file:
+        if not is_plain_name(file) or "\\" in file:
             raise InputError(
                 f"{path}: tensor {name!r}: its file {file!r} is not a plain file name; an index "
                 "may only list files of its own folder. Do not use this model unless you know why."
@@ -238,9 +238,9 @@ def _can_be_path(reference: str) -> bool:
         return False
 
 
-def _is_plain_name(file: str) -> bool:
+def is_plain_name(file: str) -> bool:
     """Whether a name can only mean a file of its own folder."""
-    return file not in ("", ".", "..") and "/" not in file and "\0" not in file
+    return file not in ("", ".", "..") and "/" not in file and _can_be_path(file)
 
 
 def _check_link(folder: Path, file: str) -> None:

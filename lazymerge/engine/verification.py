@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..checkpoint import read_header
+from ..checkpoint import is_plain_name, read_header
 from ..checkpoint.tensor import DTYPES, TensorInfo
 from ..errors import InputError
 from ..output.checksum import tensor_checksum
@@ -107,7 +107,7 @@ def _entry(entry: Any) -> _Entry:
     shape, span = entry["shape"], entry["span_elements"]
     if not all(isinstance(text, str) for text in (file, dtype, checksum)) or dtype not in DTYPES:
         raise TypeError(f"{entry!r}")
-    if file != os.path.basename(file) or not file:
+    if not is_plain_name(file):
         raise ValueError(f"file {file!r}")
     if not all(isinstance(number, int) for number in (*shape, span)) or span <= 0:
         raise TypeError(f"{entry!r}")

@@ -125,6 +125,7 @@ def test_inputs_that_have_changed_cannot_be_merged_again(out: Path) -> None:
         lambda d: d["tensors"].update(w=3),
         lambda d: d["tensors"][NAMES[0]].update(file="../other/model.safetensors"),
         lambda d: d["tensors"][NAMES[0]].update(file=""),
+        lambda d: d["tensors"][NAMES[0]].update(file="model\0.safetensors"),
         lambda d: d["tensors"][NAMES[0]].update(dtype="F7"),
         lambda d: d["tensors"][NAMES[0]].update(shape=["x"]),
         lambda d: d["tensors"][NAMES[0]].update(span_elements=0),
