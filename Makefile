@@ -5,7 +5,7 @@
 #
 # Both set up .venv first. Others: make lint, make bench, make measure-methods, make methods-page,
 # make clean, and make prove-low-memory, make check-memory, make check-determinism,
-# make compare-mergekit, make crash-matrix (minutes each), make soak (an hour).
+# make compare-mergekit, make crash-matrix, make fuzz (minutes each), make soak (an hour).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint format bench measure-methods methods-page clean help \
-        prove-low-memory check-memory check-determinism compare-mergekit crash-matrix soak
+        prove-low-memory check-memory check-determinism compare-mergekit crash-matrix soak fuzz
 
 help:
 	@sed -n '3,8p' Makefile | cut -c3-
@@ -80,6 +80,9 @@ crash-matrix: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(BIN)/python scripts/soak.py
+
+fuzz: $(INSTALLED)
+	$(BIN)/python scripts/fuzz.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .coverage .hypothesis .mypy_cache .ruff_cache .pytest_cache

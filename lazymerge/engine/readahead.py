@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
@@ -78,7 +77,7 @@ class ReadAhead:
                     item_bytes = DTYPES[read.dtype].item_bytes
                     length = min(span, read.element_count - start) * item_bytes
                     if length > 0:
-                        path = str(Path(read.folder) / read.tensor.file)
+                        path = f"{read.folder}/{read.tensor.file}"  # as inputs.py names it
                         yield path, read.tensor.start + start * item_bytes, length
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.tensor import DTYPES
@@ -66,7 +66,31 @@ class NativeFrame:
         self._item_bytes = 0
         if isinstance(stage, Write):
             self._item_bytes = DTYPES[stage.dtype].item_bytes
-            self._kernel = self._bind(prepared, lambda: self._write_program(graph, stage, prepared))
+            key: Hashable = ("program", stage.id)
+            token: object = prepared
+            content = self._content(graph, stage, prepared)
+            if content is not None:  # other tensors have the same
+                key, token = content, "content"
+            self._kernel = self._bind(
+                key, token, lambda: self._write_program(graph, stage, prepared)
+            )
+
+    def _content(
+        self, graph: Graph, stage: Write, prepared: Mapping[str, Any]
+    ) -> tuple[object, ...] | None:
+        """What a Write stage's program follows from, if that is a few numbers; None if it is more,
+        thresholds or rows of a tensor."""
+        source = graph.block_node(stage.source)
+        if not isinstance(source, Apply):
+            return ("decode",)
+        numbers = {node_id: number for number, node_id in enumerate(self._layout.inputs)}
+        if not all(node_id in numbers for node_id in source.inputs):
+            return None  # an Apply of Applies
+        scalars = frozen(prepared[source.id])
+        if scalars is None:
+            return None
+        inputs = tuple(numbers[node_id] for node_id in source.inputs)
+        return (source.operation, source.parameters, inputs, scalars)
 
     def _write_program(self, graph: Graph, stage: Write, prepared: Mapping[str, Any]) -> Program:
         source = graph.block_node(stage.source)
@@ -77,10 +101,9 @@ class NativeFrame:
         inputs = operands(graph, source.inputs, self._layout.inputs, prepared)
         return record_apply(operation, inputs, cost.scratch, prepared[source.id])
 
-    def _bind(self, token: object, record: Callable[[], Program]) -> Kernel:
-        """A kernel for a program. token: what the program was recorded for."""
+    def _bind(self, key: Hashable, token: object, record: Callable[[], Program]) -> Kernel:
+        """A kernel for a program. key, token: of what it was recorded for (Recent)."""
         layout = self._layout
-        key = ("program", self._stage.id)
         encoded = self._recent.get(key, token, lambda: encode_program(record()))
         assert layout.registers is not None
         output = layout.output
@@ -164,7 +187,8 @@ class NativeFrame:
 
     def _kernel_for(self, state: Any) -> Kernel:
         if self._kernel is None or state is not self._state:
-            self._kernel = self._bind(state, lambda: self._reduce_program(state))
+            key = ("program", self._stage.id)
+            self._kernel = self._bind(key, state, lambda: self._reduce_program(state))
             self._state = state
         return self._kernel
 
@@ -218,3 +242,17 @@ class NativeFrame:
     def forget(self, start: int, stop: int) -> None:
         for source in self._inputs:
             source.forget(start, stop)
+
+
+def frozen(value: object) -> tuple[object, ...] | None:
+    """Numbers, and lists and mappings of them, as something that can be a key, equal only for equal
+    values of equal types; None for anything else."""
+    if isinstance(value, bool | int | float | str | None):
+        return (type(value), repr(value))  # -0.0 is not 0.0, and nan is nan
+    if isinstance(value, Mapping):
+        parts = [(key, frozen(part)) for key, part in value.items()]
+        return None if any(part is None for _, part in parts) else (dict, *parts)
+    if isinstance(value, list | tuple):
+        items = [frozen(part) for part in value]
+        return None if any(item is None for item in items) else (type(value), *items)
+    return None
