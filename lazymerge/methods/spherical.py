@@ -111,15 +111,14 @@ def multislerp_coefficients(gram: Gram, weights: Sequence[float], eps: float) ->
     Returns None where three or more directions cancel.
     """
     norms = norms_of(gram)
-    if max(norms) <= eps:  # zeros in all models, as biases may be: there is nothing to cancel
-        return list(weights)
     direction = [
         weight / (norm + eps) if norm + eps > 0 else 0.0
         for weight, norm in zip(weights, norms, strict=True)
     ]
     length = norm_of(gram, direction)
     if length < max(eps, SMALLEST_MEAN):
-        return list(weights) if len(weights) == 2 else None
+        # zeros in all models, as biases may be, have no directions that could cancel
+        return list(weights) if len(weights) == 2 or max(norms) <= eps else None
     radius = math.fsum(weight * norm for weight, norm in zip(weights, norms, strict=True))
     return [radius * part / length for part in direction]
 

@@ -307,6 +307,16 @@ def test_multislerp_by_hand(tmp_path: Path) -> None:
         assert_within_ulps(merged["t"], np.full(2, length * HALF), torch.float32)
 
 
+def test_multislerp_of_models_shorter_than_eps(tmp_path: Path) -> None:
+    """eps bounds the mean direction and not the models: it is 6·0.2/0.7 − 5·0.1/0.6 long here."""
+    models = {"a": {"t": torch.tensor([0.2, 0.0])}, "b": {"t": torch.tensor([0.1, 0.0])}}
+    recipe = recipe_for("multislerp", "ab", None, {"eps": 0.5})
+    for entry, weight in zip(recipe["models"], (0.3, -0.25), strict=True):
+        entry["parameters"] = {"weight": weight}
+    merged = merge(tmp_path, recipe, models)
+    assert_within_ulps(merged["t"], np.array([6 * 0.2 - 5 * 0.1, 0.0]), torch.float32, slack=1e-7)
+
+
 def test_multislerp_of_the_same_changes_makes_them_once(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     base, model = torch.randn((2, 400), generator=generator, dtype=torch.float64)
