@@ -69,8 +69,8 @@ class NodeSlots:
 
 RUN_BLOCKS = 4
 """Blocks that a worker runs in one call of the native kernels. With 8, ties of 1.1B models took
-2.83 s in place of 2.39 (shortest of 6, two workers) and 4 MiB more; 16 simulated workers, 12.9 times
-as fast as one, were 14.3 times as fast."""
+2.83 s in place of 2.39 (shortest of 6, two workers) and 4 MiB more; 16 simulated workers, now 12.9
+times as fast as one, were 14.3 times as fast."""
 
 
 @dataclass(frozen=True, slots=True)
