@@ -43,12 +43,14 @@ def model_stock_table(gram: Sequence[Numbers]) -> Numbers:
     place = {(i, j): i * (i + 1) // 2 + j for i in range(count) for j in range(i + 1)}
     with numpy.errstate(invalid="ignore", over="ignore", divide="ignore"):
         norms = [numpy.sqrt(gram[place[i, i]]) for i in range(count)]
-        cosines = [
-            gram[place[i, j]] / numpy.maximum(norms[i] * norms[j], SMALLEST_PRODUCT)
-            for i in range(count)
-            for j in range(i)
-        ]
-        cosine = numpy.clip(sum(cosines[1:], cosines[0]) / len(cosines), -1.0, 1.0)
+        total = numpy.zeros_like(norms[0])
+        for i in range(count):
+            for j in range(i):
+                product = norms[i] * norms[j]
+                numpy.maximum(product, SMALLEST_PRODUCT, out=product)
+                total += numpy.divide(gram[place[i, j]], product, out=product)
+        cosine = numpy.clip(total / (count * (count - 1) // 2), -1.0, 1.0)
+        del norms, total, product
         denominator = 1.0 + (count - 1) * cosine
         share = numpy.where(
             numpy.abs(denominator) < SMALLEST_PRODUCT, 0.0, count * cosine / denominator

@@ -196,7 +196,8 @@ class GramOfRows(_Vectors):
         rows = element_count // int(str(parameters["row_elements"]))
         pairs = self.pair_count(input_count, parameters)
         # those of the blocks, and all of them joined; then what coefficients are worked out in
-        return 8 * (2 * pairs + TABLES) * rows + block_count * pairs * 200
+        tables = max(TABLES, input_count + 4)
+        return 8 * (2 * pairs + tables) * rows + block_count * pairs * 200
 
     def run(
         self,
