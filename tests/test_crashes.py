@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,7 +15,7 @@ import pytest
 
 from conftest import needs_kernels
 from crash_matrix import KINDS, Trials
-from faults.harness import Bench, complaints
+from faults.harness import Bench, Ended, complaints
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +161,59 @@ def test_a_file_that_shrinks_under_its_mapping(tmp_path: Path) -> None:
     first, second = done.stderr.strip().splitlines()
     assert first == f"lazymerge: {path} became shorter while it was being read"
     assert second.endswith("go on with: lazymerge resume 'an output'")
+
+
+WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+"""Root, for whom permissions count."""
+
+
+def test_permission_denied(bench: Bench, tmp_path: Path) -> None:
+    prefix = WITHOUT_PRIVILEGES if os.geteuid() == 0 else []
+    if prefix and (shutil.which("setpriv") is None or subprocess.run([*prefix, "true"]).returncode):
+        pytest.skip("root cannot be made to obey permissions here")
+    for model in ("base", "a", "b"):
+        shutil.copytree(bench.folder / model, tmp_path / model)
+    text = bench.recipe.read_text().replace(str(bench.folder), str(tmp_path))
+    (tmp_path / "recipe.yml").write_text(text)
+
+    def run(out: Path) -> Ended:
+        command = [*prefix, sys.executable, "-m", "lazymerge", "run", "recipe.yml", "-o", str(out)]
+        environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    (tmp_path / "closed").mkdir(0o555)
+    for out in (tmp_path / "closed", tmp_path / "closed" / "out"):
+        ended = run(out)
+        assert complaints(ended, [2]) == []
+        assert "not writable" in ended.err
+    weights = tmp_path / "a" / "model.safetensors"
+    weights.chmod(0o000)
+    ended = run(tmp_path / "out")
+    assert complaints(ended, [2]) == []
+    assert str(weights) in ended.err
+    assert "Permission denied" in ended.err
+    weights.chmod(0o644)
+    assert run(tmp_path / "out").code == 0
+
+
+def test_two_processes_at_once(bench: Bench) -> None:
+    """One merges, the other is refused and told by whom, or finds it done."""
+    for _ in range(3):
+        bench.clear()
+        command = [sys.executable, "-m", "lazymerge", *bench.command]
+        environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+        both = [
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        ended = [(process.communicate(timeout=60)[1], process.returncode) for process in both]
+        codes = sorted(code for _, code in ended)
+        assert codes in ([0, 0], [0, 2]), ended
+        for err, code in ended:
+            if code == 2:
+                other = both[0 if err is ended[1][0] else 1].pid
+                assert f"is being written by process {other} on " in err
+        assert bench.problems(bench.run()) == []

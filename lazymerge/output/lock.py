@@ -35,6 +35,9 @@ TOUCH_SECONDS = 10.0
 ALIVE_SECONDS = 60.0
 """A lock of another machine that has not been touched for so long, six times, is nobody's."""
 
+NAMED_SECONDS = 0.5
+"""How long to wait for whoever has just taken the lock to write its name."""
+
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 _MAX_OWNER_BYTES = 10_000
@@ -88,7 +91,7 @@ class OutputLock:
             descriptor = os.open(self._path, flags, 0o666)
             try:
                 is_free = _try_lock(descriptor)
-                owner = _owner(descriptor)
+                owner = _owner(descriptor) if is_free is not False else _holder(descriptor)
                 if is_free is False or (owner and _is_alive(owner, descriptor, is_free)):
                     raise LockedError(
                         f"{folder} is being written by {owner or 'another process'}; wait for it, "
@@ -191,6 +194,19 @@ def _start_ticks(pid: int) -> int:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         return int(text.rpartition(")")[2].split()[19])
     return 0
+
+
+def _holder(descriptor: int) -> Owner | None:
+    """Who holds a lock that could not be taken: it may be about to write its name over that of the
+    one before."""
+    deadline = time.monotonic() + NAMED_SECONDS
+    while True:
+        owner = _owner(descriptor)
+        if owner is not None and _is_alive(owner, descriptor, None):
+            return owner
+        if time.monotonic() > deadline:
+            return owner
+        time.sleep(NAMED_SECONDS / 50)
 
 
 def _owner(descriptor: int) -> Owner | None:
