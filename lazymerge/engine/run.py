@@ -185,19 +185,18 @@ def run_plan(
         plan = fit_to_device(plan, device)
     observer = observer or _Silent()
     if not overwrite and _is_complete(plan, folder):
-        observer.noted(
-            f"{folder} holds this merge, complete; lazymerge verify reads it again, --overwrite "
-            "makes it again"
-        )
         tidy_up(folder)
-        return _nothing_to_do(plan, folder)
+        return _nothing_to_do(plan, folder, observer)
     _check_output(plan, folder, overwrite=overwrite)
     made = [f for f in (folder.absolute(), *folder.absolute().parents) if not f.exists()]
     lock = OutputLock(folder)
     try:
         if lock.taken_over is not None:
             observer.noted(f"{lock.taken_over} was writing {folder} and ended before it was done")
-        resumes = _check_output(plan, folder, overwrite=overwrite)  # now that nobody else writes
+        # once more, now that nobody else writes
+        if not overwrite and _is_complete(plan, folder):
+            return _nothing_to_do(plan, folder, observer)
+        resumes = _check_output(plan, folder, overwrite=overwrite)
         prepared = _prepare(
             plan,
             folder,
@@ -271,7 +270,11 @@ def _is_complete(plan: Plan, folder: Path) -> bool:
     return sizes == [shard.size_bytes for shard in plan.shards]
 
 
-def _nothing_to_do(plan: Plan, folder: Path) -> RunReport:
+def _nothing_to_do(plan: Plan, folder: Path, observer: Observer) -> RunReport:
+    observer.noted(
+        f"{folder} holds this merge, complete; lazymerge verify reads it again, --overwrite makes "
+        "it again"
+    )
     return RunReport(
         output=str(folder.absolute()),
         seconds=0.0,

@@ -20,7 +20,7 @@ from typing import Any
 from xxhash import xxh3_128
 
 from ..checkpoint import Checkpoint
-from ..errors import InputError, LazymergeError
+from ..errors import InputError, LazymergeError, RecipeError
 from ..output.folder import is_unfinished
 from ..output.manifest import MANIFEST_NAME, MERGE_PATH, read_document
 from ..recipe import parse_recipe
@@ -118,9 +118,12 @@ def plan_of_unfinished(output: Path | str, resources: Resources | None = None) -
     try:
         return plan_again(document, folder / MERGE_PATH, resources or Resources())
     except InputError as error:
-        raise InputError(f"{output} cannot be resumed: {error}\n{_anew(document, folder)}") from (
-            error
+        own = (
+            "\na method of your own needs --plugin again" if isinstance(error, RecipeError) else ""
         )
+        raise InputError(
+            f"{output} cannot be resumed: {error}{own}\n{_anew(document, folder)}"
+        ) from error
 
 
 def check_is_same_merge(plan: Plan, output: Path) -> None:

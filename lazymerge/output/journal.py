@@ -188,7 +188,8 @@ class Journal:
         self._path = folder / JOURNAL_PATH
         self._lock = threading.Lock()
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            flags |= getattr(os, "O_NOFOLLOW", 0)
             self._descriptor = os.open(self._path, flags, 0o666)
             os.ftruncate(self._descriptor, length)
         except OSError as error:

@@ -53,7 +53,8 @@ def write_text(path: Path, text: str, *, fsync: bool) -> None:
     fsync: whatever happens to the machine: the contents are on disk before they get the name.
     """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
+    partial.unlink(missing_ok=True)  # of a run that was killed; or somebody's link
+    with partial.open("x", encoding="utf-8") as stream:
         stream.write(text)
         if fsync:
             stream.flush()

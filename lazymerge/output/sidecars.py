@@ -66,8 +66,14 @@ def copy_sidecars(folder: str, files: Sequence[str], output: Path, *, fsync: boo
     """
     for name in files:
         target = output / name
+        if target.parent.is_symlink():
+            target.parent.unlink()
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(Path(folder) / name, target)
-        if fsync:
-            with target.open("rb") as stream:
+        partial = target.with_name(target.name + ".partial")
+        partial.unlink(missing_ok=True)  # of a run that was killed; or somebody's link
+        with (Path(folder) / name).open("rb") as source, partial.open("xb") as stream:
+            shutil.copyfileobj(source, stream)
+            if fsync:
+                stream.flush()
                 os.fsync(stream.fileno())
+        partial.rename(target)

@@ -61,6 +61,7 @@ class ShardWriter:
         """
         for shard in self._all_shards:
             if shard.file in self._complete:
+                self._sync_complete(shard)
                 continue
             path = self._partial(shard)
             try:
@@ -107,6 +108,20 @@ class ShardWriter:
             path.rename(self._folder / shard.file)
             if self._fsync:
                 sync_folder(self._folder)
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    def _sync_complete(self, shard: Shard) -> None:
+        """An earlier run has finished it, and may not have waited for the disk."""
+        if not self._fsync:
+            return
+        path = self._folder / shard.file
+        try:
+            descriptor = open_shard(path)
+            try:
+                _sync(descriptor, path)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise write_error(path, error) from error
 

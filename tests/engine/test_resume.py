@@ -374,3 +374,57 @@ def test_a_worker_that_does_not_stop_is_not_waited_for(
     time.sleep(1.5)  # it ends its tensor
     monkeypatch.undo()
     run_plan(replace(plan), tmp_path / "out")
+
+
+def test_links_that_somebody_has_put_there_are_not_written_through(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """An unfinished output may come from a stranger, too."""
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    (tmp_path / "base" / "1_Pooling").mkdir()
+    (tmp_path / "base" / "1_Pooling" / "config.json").write_text("{}")
+    out = tmp_path / "out"
+    plan = begin(recipe, out)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    names = ["config.json", "README.md", "tokenizer.json", MANIFEST_NAME, plan.shards[-1].file]
+    for name in names:
+        (out / f"{name}.partial").unlink(missing_ok=True)
+        (out / f"{name}.partial").symlink_to(mine / "file")
+        if name not in (MANIFEST_NAME, plan.shards[-1].file):
+            (out / name).symlink_to(mine / "file")
+    (out / "1_Pooling").symlink_to(mine)
+    run_plan(plan, out)
+    assert [path.name for path in mine.iterdir()] == ["file"]
+    assert (mine / "file").read_text() == "mine"
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+
+
+def test_shards_of_a_run_that_did_not_sync_are_synced(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out, 4, fsync=False)
+    synced: set[str] = set()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run_plan(plan, out)
+    for shard in plan.shards:
+        assert {shard.file, f"{shard.file}.partial"} & synced
+
+
+def test_a_method_that_is_not_there_any_more(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(recipe, tmp_path / "out")
+    document = json.loads((tmp_path / "out" / MERGE_PATH).read_text())
+    document["recipe"]["text"] = document["recipe"]["text"].replace("dare_ties", "my_own")
+    (tmp_path / "out" / MERGE_PATH).write_text(json.dumps(document))
+    with pytest.raises(InputError, match="a method of your own needs --plugin again"):
+        lazymerge.resume(tmp_path / "out")
