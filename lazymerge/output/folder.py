@@ -39,7 +39,7 @@ OWN_FOLDERS = {
         *(Path(path).name for path in (JOURNAL_PATH, LOCK_PATH, MERGE_PATH)),
         Path(MERGE_PATH).name + PARTIAL_SUFFIX,
     ),
-    "1_Pooling": ("config.json",),
+    "1_Pooling": ("config.json", "config.json" + PARTIAL_SUFFIX),
 }
 """Folders in an output, and the files in them, that --overwrite may remove."""
 

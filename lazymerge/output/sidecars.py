@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint import leaves_model
+from .writer import sync_folder
 
 COPIED = (
     "tokenizer.json",
@@ -77,3 +78,5 @@ def copy_sidecars(folder: str, files: Sequence[str], output: Path, *, fsync: boo
                 stream.flush()
                 os.fsync(stream.fileno())
         partial.rename(target)
+        if fsync and target.parent != output:
+            sync_folder(target.parent)
