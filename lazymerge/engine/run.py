@@ -195,6 +195,7 @@ def run_plan(
             observer.noted(f"{lock.taken_over} was writing {folder} and ended before it was done")
         # once more, now that nobody else writes
         if not overwrite and _is_complete(plan, folder):
+            lock.release()
             return _nothing_to_do(plan, folder, observer)
         resumes = _check_output(plan, folder, overwrite=overwrite)
         prepared = _prepare(
@@ -219,6 +220,9 @@ def run_plan(
                 device=device,
                 strict=strict,
             )
+        except _AbandonedError as error:
+            _close_later(error.running, prepared, lock)
+            raise
         except BaseException as error:
             prepared.writer.close()
             prepared.journal.close()
@@ -226,19 +230,34 @@ def run_plan(
                 prepared.writer.discard()
                 clear_output_folder(folder)
             raise
-    finally:
+    except _AbandonedError:
+        raise  # what a worker may be writing to stays open, and locked, until it has ended
+    except BaseException:
         lock.release()
         with suppress(OSError):  # what holds anything stays
             for made_folder in made:
                 made_folder.rmdir()
+        raise
+    lock.release()
     return report
+
+
+def _close_later(running: Sequence[threading.Event], prepared: _Prepared, lock: OutputLock) -> None:
+    """Closes an output when its workers have ended, if the process lives to see that."""
+
+    def wait_and_close() -> None:
+        for ended in running:
+            ended.wait()
+        prepared.writer.close()
+        prepared.journal.close()
+        lock.release()
+
+    threading.Thread(target=wait_and_close, name="closing", daemon=True).start()
 
 
 def _is_to_be_removed(prepared: _Prepared, error: BaseException) -> bool:
     """Whether nobody could go on with what a run leaves: nothing is done; or an input is at fault,
     and when that has been put right it is another merge."""
-    if isinstance(error, _AbandonedError):
-        return False  # a worker may still be writing
     is_anything_done = prepared.recovery.finished or prepared.checksums
     return isinstance(error, InputError) or not is_anything_done
 
@@ -604,7 +623,15 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 class _AbandonedError(KeyboardInterrupt):
-    """Interrupted, and a worker did not stop in time: it may still be writing."""
+    """Interrupted, and a worker did not stop in time, or there was no time to wait for it: it may
+    still be writing.
+
+    running: events, set when the workers have ended.
+    """
+
+    def __init__(self, running: Sequence[threading.Event]) -> None:
+        super().__init__()
+        self.running = running
 
 
 def _work(
@@ -630,28 +657,41 @@ def _work(
         threading.Thread(target=work, args=pair, name=f"worker-{number}", daemon=True)
         for number, pair in enumerate(zip(workers, ends, strict=True))
     ]
-    started = 0
     try:
         for thread in threads:
             thread.start()
-            started += 1
         for ended in ends:
             while not ended.wait(WAKE_SECONDS):
                 wake()
     except BaseException as error:
         scheduler.stop()
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        for ended in ends[:started]:
-            if torch_loading.is_own_process and isinstance(error, KeyboardInterrupt):
-                if not ended.wait(max(0.0, deadline - time.monotonic())):
-                    raise _AbandonedError from error
-            else:
-                ended.wait()
+        # one that has no number yet, for start() was interrupted, will find no work any more
+        running = [e for e, thread in zip(ends, threads, strict=True) if thread.ident]
+        is_bounded = torch_loading.is_own_process and isinstance(error, KeyboardInterrupt)
+        try:
+            _wait_for(running, PATIENCE_SECONDS if is_bounded else None)
+        except KeyboardInterrupt:  # once more
+            raise _AbandonedError(running) from error
         raise
     for thread in threads:
         thread.join()
     if scheduler.error is not None:
         raise scheduler.error
+
+
+def _wait_for(ends: Sequence[threading.Event], seconds: float | None) -> None:
+    """Waits for all events.
+
+    seconds: at most.
+
+    Raises:
+        KeyboardInterrupt: they have not all come in time, or it was interrupted.
+    """
+    deadline = None if seconds is None else time.monotonic() + seconds
+    for ended in ends:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not ended.wait(left):
+            raise KeyboardInterrupt
 
 
 def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> None:

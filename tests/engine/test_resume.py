@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -428,3 +429,29 @@ def test_a_method_that_is_not_there_any_more(
     (tmp_path / "out" / MERGE_PATH).write_text(json.dumps(document))
     with pytest.raises(InputError, match="a method of your own needs --plugin again"):
         lazymerge.resume(tmp_path / "out")
+
+
+def test_a_second_signal_ends_the_waiting(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in somebody's program, where the first waits for the worker however long it takes. What
+    the worker writes to stays open, and locked, until it has ended."""
+    out = tmp_path / "out"
+    times: list[float] = []
+
+    class Slow(Stopper):
+        def finished(self, tensor: str) -> None:
+            if not times:
+                times.append(time.monotonic())
+                os.kill(os.getpid(), 2)
+                threading.Timer(0.3, os.kill, (os.getpid(), 2)).start()
+                time.sleep(1.5)
+
+    plan = planned(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan, out, observer=Slow(99))
+    assert 0.2 < time.monotonic() - times[0] < 1.2
+    with pytest.raises(LockedError):
+        run_plan(plan, out)
+    time.sleep(1.8)
+    assert run_plan(plan, out).resumed_tensors > 0
