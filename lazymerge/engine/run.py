@@ -42,7 +42,7 @@ from ..output.manifest import (
     write_document,
     write_text,
 )
-from ..output.recovery import NOTHING, Recovery, recover
+from ..output.recovery import NOTHING, Recovery, is_doubted, recover
 from ..output.sidecars import copy_sidecars
 from ..output.writer import ShardWriter, sync_folder, write_error
 from ..version import __version__
@@ -359,6 +359,9 @@ def _prepare(
             believed = journal.finished
         else:  # not even its first line is whole
             believed = {}
+        doubted = sum(recheck or is_doubted(record) for record in believed.values())
+        if doubted:
+            observer.noted(f"reading {doubted} tensors of an earlier run before believing them")
         recovery = recover(
             folder, plan.shards, believed, span_bytes(plan).__getitem__, recheck=recheck
         )
@@ -410,13 +413,8 @@ def _tell(plan: Plan, recovery: Recovery, observer: Observer) -> None:
         sum(record.stop_exclusive - record.start for record in recovery.finished.values()),
         len(recovery.finished),
     )
-    if recovery.checked:
-        observer.noted(f"{recovery.checked} tensors of an earlier run were read and are whole")
     if recovery.lost:
-        observer.noted(
-            f"{recovery.lost} tensors that an earlier run had finished are not whole; they are "
-            "made again"
-        )
+        observer.noted(f"{recovery.lost} of the earlier tensors are not whole; they are made again")
 
 
 def span_bytes(plan: Plan) -> dict[str, int]:

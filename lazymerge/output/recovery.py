@@ -67,7 +67,6 @@ def recover(
     finished: dict[str, Finished] = {}
     complete, begun = set(), set()
     checked = claimed = 0
-    boot = boot_id()
     for shard in shards:
         final = folder / shard.file
         partial = folder / (shard.file + PARTIAL_SUFFIX)
@@ -90,7 +89,7 @@ def recover(
             descriptor = open_shard(path)
             try:
                 for name, record in claims.items():
-                    if recheck or not boot or record.session.boot != boot:
+                    if recheck or is_doubted(record):
                         sum_now = tensor_checksum(
                             descriptor, record.start, record.stop_exclusive, span_bytes(name)
                         )
@@ -111,6 +110,13 @@ def recover(
     return Recovery(
         finished, frozenset(complete), frozenset(begun), checked, claimed - len(finished)
     )
+
+
+def is_doubted(record: Finished) -> bool:
+    """Whether a tensor's bytes are to be read before its record is believed: it was not written
+    since this machine was started."""
+    boot = boot_id()
+    return not boot or record.session.boot != boot
 
 
 def _is_shard(path: Path, shard: Shard) -> bool:

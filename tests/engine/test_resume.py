@@ -163,8 +163,8 @@ def test_data_that_is_lost_is_noticed_after_a_restart(
     observer = Stopper(99)
     assert run_plan(plan, out, observer=observer).resumed_tensors == 2
     assert observer.notes == [
-        "2 tensors of an earlier run were read and are whole",
-        "1 tensors that an earlier run had finished are not whole; they are made again",
+        "reading 3 tensors of an earlier run before believing them",
+        "1 of the earlier tensors are not whole; they are made again",
     ]
     run_plan(plan, tmp_path / "whole")
     assert checksums(out) == checksums(tmp_path / "whole")
