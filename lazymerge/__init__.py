@@ -19,7 +19,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .api import plan, plan_of_unfinished, resume, run, status, verify
     from .engine.plan import Plan
-    from .engine.run import RunReport
+    from .engine.report import RunReport
     from .methods.plugins import load_plugin
 
 __all__ = [
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
 
         return load_plugin
     if name == "RunReport":
-        from .engine.run import RunReport
+        from .engine.report import RunReport
 
         return RunReport
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

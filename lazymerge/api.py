@@ -14,7 +14,8 @@ from .engine.plan import (
     load_plan,
     plan_recipe_file,
 )
-from .engine.run import Observer, RunReport, run_plan
+from .engine.report import Observer, RunReport
+from .engine.run import run_plan
 from .engine.verification import Checked, Verification, verify_output
 from .errors import InputError
 from .output.status import OutputStatus, output_status

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.baseline import peak_resident_bytes
 from ..engine.plan import Plan
-from ..engine.run import Observer, RunReport
+from ..engine.report import Observer, RunReport
 from ..sizes import format_bytes, format_memory, format_seconds
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ def resume(
     Memory, workers and the like may be others: the bytes do not depend on them.
     """
     from .. import api
-    from ..engine.run import tidy_up
+    from ..engine.preparing import tidy_up
     from ..output.folder import is_unfinished
     from ..output.manifest import MANIFEST_NAME
     from .console import messages

@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..engine.plan import Plan
-    from ..engine.run import RunReport
+    from ..engine.report import RunReport
 
 advice: list[str] = []
 """What main says last, after what went wrong."""

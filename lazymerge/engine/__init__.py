@@ -9,7 +9,10 @@ rounding.py      float64 to a narrow dtype in one rounding
 frame.py         a stage bound to a worker's arena
 scheduler.py     who does what next
 worker.py        a thread that does it
+preparing.py     an output before a run: empty, complete, or to be gone on with
 run.py           from a plan to a finished folder
+finishing.py     the small files and the manifest
+report.py        what a run tells
 unfinished.py    the plan of an output that is not complete, or what has changed
 verification.py  a complete output against its manifest and its inputs
 """

@@ -8,60 +8,40 @@ A run may end at any point, in any way, and another one goes on from there.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 from xxhash import xxh3_128_hexdigest
 
-from ..checkpoint.tensor import DTYPES
 from ..errors import InputError, LazymergeError
 from ..graph.node import Read, Write
-from ..methods import METHODS
-from ..output.card import model_card
 from ..output.folder import (
-    OWN_FOLDER,
-    check_disk,
-    check_output_folder,
     clear_output_folder,
-    is_unfinished,
 )
-from ..output.journal import JOURNAL_PATH, Journal, read_journal
-from ..output.layout import INDEX_NAME, index_json
 from ..output.lock import OutputLock
 from ..output.manifest import (
-    CHECKSUM,
     MANIFEST_NAME,
-    MERGE_PATH,
-    read_document,
     write_document,
-    write_text,
 )
-from ..output.recovery import NOTHING, Recovery, is_doubted, recover
-from ..output.sidecars import copy_sidecars
-from ..output.writer import ShardWriter, sync_folder, write_error
-from ..version import __version__
+from ..output.writer import sync_folder, write_error
 from . import torch_loading
 from .baseline import peak_resident_bytes, resident_bytes, store_baseline
-from .blocks import elements_per_block
 from .device.frame import Lane
 from .device.interface import Device
 from .device.memory import fit_to_device, open_lanes
+from .finishing import manifest, write_beside_weights
 from .inputs import InputFiles
 from .memory import available_memory_bytes
 from .native.bus_error import explained_bus_errors
-from .plan import Plan, read_folders
+from .plan import Plan
+from .preparing import Prepared, check_output, is_complete, prepare, remove_beginnings, tidy_up
 from .readahead import ReadAhead
 from .recent import Recent
-from .scheduler import SPAN_BLOCKS, Scheduler
-from .stages import bytes_read, row_elements
-from .unfinished import beginning_of_manifest, check_hashes, check_is_same_merge
-from .unfinished import hash_inputs as hashes_of
+from .report import Observer, RunReport, Silent
+from .scheduler import Scheduler
 from .worker import Worker
 
 WAKE_SECONDS = 0.1
@@ -71,61 +51,6 @@ PATIENCE_SECONDS = 1.0
 """How long an interrupted command waits for the blocks in flight; a block of 2^18 elements takes a
 millisecond, a function of the user's over a whole tensor may take a minute. Its process then ends
 all the same, within two seconds of the signal."""
-
-
-class Observer(Protocol):
-    """Is told how a run proceeds; `moved` and `finished` are called from the workers' threads."""
-
-    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
-        """A block was done."""
-
-    def finished(self, tensor: str) -> None:
-        """An output tensor is complete."""
-
-    def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
-        """An earlier run has done this much; called before all else, if at all."""
-
-    def noted(self, message: str) -> None:
-        """Something that a person should know."""
-
-
-class _Silent:
-    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
-        pass
-
-    def finished(self, tensor: str) -> None:
-        pass
-
-    def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
-        pass
-
-    def noted(self, message: str) -> None:
-        pass
-
-
-@dataclass(frozen=True, slots=True)
-class RunReport:
-    """What a run did.
-
-    output: the folder, absolute.
-    seconds: from the first block to the last byte synced; planning and start-up not included.
-    bytes_read: of inputs, all passes.
-    bytes_written: of tensors.
-    resumed_tensors: tensors that an earlier run had finished; none of their bytes is counted.
-    measured_bytes: the process's peak resident set.
-    measured_vram_bytes: the most that was allocated on an accelerator; device: its name.
-    nonfinite: names of the output tensors that hold inf or nan, in the order of the output.
-    """
-
-    output: str
-    seconds: float
-    bytes_read: int
-    bytes_written: int
-    measured_bytes: int
-    measured_vram_bytes: int | None = None
-    device: str | None = None
-    nonfinite: tuple[str, ...] = ()
-    resumed_tensors: int = 0
 
 
 def run_plan(
@@ -183,22 +108,22 @@ def run_plan(
     plan = plan.in_this_process(resident_bytes())
     if device is not None:
         plan = fit_to_device(plan, device)
-    observer = observer or _Silent()
-    if not overwrite and _is_complete(plan, folder):
+    observer = observer or Silent()
+    if not overwrite and is_complete(plan, folder):
         tidy_up(folder)
         return _nothing_to_do(plan, folder, observer)
-    _check_output(plan, folder, overwrite=overwrite)
+    check_output(plan, folder, overwrite=overwrite)
     made = [f for f in (folder.absolute(), *folder.absolute().parents) if not f.exists()]
     lock = OutputLock(folder)
     try:
         if lock.taken_over is not None:
             observer.noted(f"{lock.taken_over} was writing {folder} and ended before it was done")
         # once more, now that nobody else writes
-        if not overwrite and _is_complete(plan, folder):
+        if not overwrite and is_complete(plan, folder):
             lock.release()
             return _nothing_to_do(plan, folder, observer)
-        resumes = _check_output(plan, folder, overwrite=overwrite)
-        prepared = _prepare(
+        resumes = check_output(plan, folder, overwrite=overwrite)
+        prepared = prepare(
             plan,
             folder,
             resumes=resumes,
@@ -242,7 +167,7 @@ def run_plan(
     return report
 
 
-def _close_later(running: Sequence[threading.Event], prepared: _Prepared, lock: OutputLock) -> None:
+def _close_later(running: Sequence[threading.Event], prepared: Prepared, lock: OutputLock) -> None:
     """Closes an output when its workers have ended, if the process lives to see that."""
 
     def wait_and_close() -> None:
@@ -255,38 +180,11 @@ def _close_later(running: Sequence[threading.Event], prepared: _Prepared, lock: 
     threading.Thread(target=wait_and_close, name="closing", daemon=True).start()
 
 
-def _is_to_be_removed(prepared: _Prepared, error: BaseException) -> bool:
+def _is_to_be_removed(prepared: Prepared, error: BaseException) -> bool:
     """Whether nobody could go on with what a run leaves: nothing is done; or an input is at fault,
     and when that has been put right it is another merge."""
     is_anything_done = prepared.recovery.finished or prepared.checksums
     return isinstance(error, InputError) or not is_anything_done
-
-
-def tidy_up(folder: Path) -> None:
-    """Removes what a run that was killed after its manifest was written has left."""
-    if not (folder / OWN_FOLDER).is_dir() or (folder / OWN_FOLDER).is_symlink():
-        return
-    with suppress(LazymergeError):  # the one that is still at it will do so
-        lock = OutputLock(folder)
-        _remove_beginnings(folder)
-        lock.release()
-
-
-def _remove_beginnings(folder: Path) -> None:
-    for path in (JOURNAL_PATH, MERGE_PATH):
-        with suppress(OSError):  # the manifest is there: the output is complete
-            (folder / path).unlink()
-
-
-def _is_complete(plan: Plan, folder: Path) -> bool:
-    """Whether a folder's manifest is that of this plan, and its files are as long as they must."""
-    try:
-        if read_document(folder / MANIFEST_NAME).get("fingerprint") != plan.fingerprint:
-            return False
-        sizes = [(folder / shard.file).stat().st_size for shard in plan.shards]
-    except (InputError, OSError):
-        return False
-    return sizes == [shard.size_bytes for shard in plan.shards]
 
 
 def _nothing_to_do(plan: Plan, folder: Path, observer: Observer) -> RunReport:
@@ -302,133 +200,6 @@ def _nothing_to_do(plan: Plan, folder: Path, observer: Observer) -> RunReport:
         measured_bytes=peak_resident_bytes(),
         resumed_tensors=len(plan.tensors),
     )
-
-
-def _check_output(plan: Plan, folder: Path, *, overwrite: bool) -> bool:
-    """Whether there is an unfinished output to go on with.
-
-    Raises:
-        InputError: the folder cannot be used.
-    """
-    resumes = not overwrite and is_unfinished(folder)
-    if resumes:
-        check_is_same_merge(plan, folder)
-    check_output_folder(folder, read_folders(plan), overwrite=overwrite, resumes=resumes)
-    return resumes
-
-
-@dataclass(slots=True)
-class _Prepared:
-    """An output that is ready to be written.
-
-    checksums: of the tensors that this run has finished.
-    beginning: the first half of the manifest.
-    """
-
-    recovery: Recovery
-    writer: ShardWriter
-    journal: Journal
-    beginning: dict[str, Any]
-    checksums: dict[str, str] = field(default_factory=dict)
-
-
-def _prepare(
-    plan: Plan,
-    folder: Path,
-    *,
-    resumes: bool,
-    overwrite: bool,
-    fsync: bool,
-    observer: Observer,
-    recheck: bool,
-    hash_inputs: bool,
-    made: Sequence[Path],
-) -> _Prepared:
-    """made: folders that were not there before."""
-    recovery, length = NOTHING, 0
-    if resumes:
-        beginning = read_document(folder / MERGE_PATH)
-        if hash_inputs or "input_checksums" in beginning:
-            check_hashes(beginning.get("input_checksums"), hashes_of(plan.checkpoints))
-        try:
-            journal = read_journal(folder)
-        except OSError as error:
-            raise LazymergeError(f"cannot read {folder / JOURNAL_PATH}: {error}") from error
-        if journal.fingerprint == plan.fingerprint:
-            length = journal.length
-            believed = journal.finished
-        else:  # not even its first line is whole
-            believed = {}
-        doubted = sum(recheck or is_doubted(record) for record in believed.values())
-        if doubted:
-            observer.noted(f"reading {doubted} tensors of an earlier run before believing them")
-        recovery = recover(
-            folder, plan.shards, believed, span_bytes(plan).__getitem__, recheck=recheck
-        )
-        _tell(plan, recovery, observer)
-    else:
-        check_disk(folder, plan.bytes_written, overwrite=overwrite)
-        beginning = beginning_of_manifest(plan)
-        if hash_inputs:
-            beginning["input_checksums"] = hashes_of(plan.checkpoints)
-        clear_output_folder(folder, fsync=fsync)
-    writer = ShardWriter(
-        folder,
-        plan.shards,
-        fsync=fsync,
-        begun=recovery.begun,
-        complete=recovery.complete,
-        finished=recovery.finished,
-    )
-    try:
-        if not resumes:
-            try:
-                write_document(folder / MERGE_PATH, beginning, fsync=fsync)
-            except OSError as error:
-                raise write_error(folder / MERGE_PATH, error) from error
-        journal_file = Journal(folder, plan.fingerprint, length, fsync=fsync)
-        try:
-            if fsync:  # what says that the folder is ours, before anything that is to be ours
-                for made_or_filled in (folder, *(new.parent for new in made)):
-                    sync_folder(made_or_filled)
-            writer.create()
-            if fsync:
-                sync_folder(folder)
-        except BaseException:
-            journal_file.close()
-            raise
-    except BaseException:
-        writer.close()
-        if not recovery.finished:
-            writer.discard()
-            clear_output_folder(folder)
-        raise
-    return _Prepared(recovery, writer, journal_file, beginning)
-
-
-def _tell(plan: Plan, recovery: Recovery, observer: Observer) -> None:
-    tasks = [task for task in plan.tasks if task.write.name in recovery.finished]
-    observer.resumed(
-        sum(bytes_read(plan.graph, task) for task in tasks),
-        sum(record.stop_exclusive - record.start for record in recovery.finished.values()),
-        len(recovery.finished),
-    )
-    if recovery.lost:
-        observer.noted(f"{recovery.lost} of the earlier tensors are not whole; they are made again")
-
-
-def span_bytes(plan: Plan) -> dict[str, int]:
-    """Length of every output tensor's spans, by name."""
-    return {
-        write.name: span_elements(plan, write) * DTYPES[write.dtype].item_bytes
-        for write in plan.graph.writes
-    }
-
-
-def span_elements(plan: Plan, write: Write) -> int:
-    """Elements of an output tensor's spans, which its checksum is made of."""
-    row = row_elements(plan.graph, write)
-    return SPAN_BLOCKS * elements_per_block(plan.execution.device, row)
 
 
 CACHED_SHARE = 0.5
@@ -477,7 +248,7 @@ def check_inputs(plan: Plan) -> None:
 def _run(
     plan: Plan,
     folder: Path,
-    prepared: _Prepared,
+    prepared: Prepared,
     output_lock: OutputLock,
     *,
     fsync: bool,
@@ -582,13 +353,16 @@ def _run(
         resumed_tensors=len(before),
     )
     try:
-        write_document(folder / MANIFEST_NAME, _manifest(plan, prepared, report), fsync=fsync)
+        checksums = {name: record.checksum for name, record in before.items()}
+        checksums |= prepared.checksums
+        document = manifest(plan, prepared.beginning, checksums, report)
+        write_document(folder / MANIFEST_NAME, document, fsync=fsync)
         if fsync:
             sync_folder(folder)
     except OSError as error:
         raise write_error(folder / MANIFEST_NAME, error) from error
     prepared.journal.close()
-    _remove_beginnings(folder)
+    remove_beginnings(folder)
     store_baseline(plan.memory.libraries)
     return report
 
@@ -690,59 +464,3 @@ def _wait_for(ends: Sequence[threading.Event], seconds: float | None) -> None:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not ended.wait(left):
             raise KeyboardInterrupt
-
-
-def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> None:
-    """Writes index, config, tokenizer files and model card."""
-    if len(plan.shards) > 1:
-        write_text(folder / INDEX_NAME, index_json(plan.shards), fsync=fsync)
-    if plan.config is not None:
-        text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
-        write_text(folder / "config.json", text, fsync=fsync)
-    copy_sidecars(plan.sidecar_folder, plan.sidecars, folder, fsync=fsync)
-    signature = METHODS[plan.recipe.merge_method].signature
-    card = model_card(
-        folder.absolute().name,
-        plan.recipe.text,
-        signature.name,
-        signature.summary,
-        signature.source,
-        list(plan.checkpoints),
-        plan.recipe.base_model,
-        __version__,
-    )
-    write_text(folder / "README.md", card, fsync=fsync)
-
-
-def _manifest(plan: Plan, prepared: _Prepared, report: RunReport) -> dict[str, Any]:
-    before = prepared.recovery.finished
-    checksums = {name: record.checksum for name, record in before.items()} | prepared.checksums
-    writes = {write.name: write for write in plan.graph.writes}
-    return {
-        **{key: value for key, value in prepared.beginning.items() if key != "format"},
-        "memory": {
-            **plan.memory.as_dict(),
-            "measured_bytes": report.measured_bytes,
-            "measured_vram_bytes": report.measured_vram_bytes,
-        },
-        "nonfinite": list(report.nonfinite),
-        "device_name": report.device,
-        "run": {
-            "seconds": round(report.seconds, 3),
-            "bytes_read": report.bytes_read,
-            "bytes_written": report.bytes_written,
-            "resumed_tensors": report.resumed_tensors,
-        },
-        "checksum": CHECKSUM,
-        "tensors": {
-            tensor.name: {
-                "file": shard.file,
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "span_elements": span_elements(plan, writes[tensor.name]),
-                "checksum": checksums[tensor.name],
-            }
-            for shard in plan.shards
-            for tensor in shard.tensors
-        },
-    }

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from command_line import TASK_ARITHMETIC, Command, write_recipe
-from lazymerge.engine import run as run_module
 from lazymerge.output import lock as lock_module
 from lazymerge.output.journal import JOURNAL_PATH
 from lazymerge.output.lock import OutputLock
 from lazymerge.output.manifest import MERGE_PATH
+from lazymerge.output.writer import ShardWriter
 
 pytest_plugins = ["command_fixtures"]
 
@@ -22,7 +22,7 @@ pytest_plugins = ["command_fixtures"]
 def interrupted(lazymerge: Command, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An output with five finished tensors, in a folder whose name a shell would split."""
     write_recipe(place, TASK_ARITHMETIC)
-    real = run_module.ShardWriter.finish_tensor
+    real = ShardWriter.finish_tensor
     done: list[str] = []
 
     def finish(self: Any, tensor: str) -> None:
@@ -32,7 +32,7 @@ def interrupted(lazymerge: Command, place: Path, monkeypatch: pytest.MonkeyPatch
         real(self, tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.ShardWriter, "finish_tensor", finish)
+        patch.setattr(ShardWriter, "finish_tensor", finish)
         answer = lazymerge("run", "recipe.yml", "-o", "my out", "--workers", "1")
     assert answer.code == 130
     assert answer.err.splitlines()[-2:] == [

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from lazymerge.engine import blocks, scheduler
+from lazymerge.engine import blocks, finishing, scheduler
 from lazymerge.engine import run as run_module
 from lazymerge.engine.execution import Kernels, ReadMode
 from lazymerge.engine.inputs import InputFiles
@@ -133,7 +133,7 @@ def test_report_and_observer_agree_with_the_plan(plan: Plan, tmp_path: Path) -> 
 def test_the_folder_is_complete_and_the_manifest_tells_the_truth(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: int
 ) -> None:
-    for module in (scheduler, run_module):
+    for module in (scheduler, finishing):
         monkeypatch.setattr(module, "SPAN_BLOCKS", span)
     out = tmp_path / "out"
     run_plan(plan, out, fsync=False)
@@ -173,7 +173,7 @@ def test_checksums_of_blocks_of_whole_rows(
 ) -> None:
     """Which elements a span has follows from the tensor's rows; the manifest says it of each."""
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", BLOCK)
-    for module in (scheduler, run_module):
+    for module in (scheduler, finishing):
         monkeypatch.setattr(module, "SPAN_BLOCKS", 3)
     generator = torch.Generator().manual_seed(2)
     shapes = {"even": (50, 100), "uneven": (40, 300), "long": (7, 2 * BLOCK + 1), "vector": (4567,)}

@@ -1,0 +1,169 @@
+"""An output folder before a run: empty, complete, or unfinished and to be gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, LazymergeError
+from ..output.folder import (
+    OWN_FOLDER,
+    check_disk,
+    check_output_folder,
+    clear_output_folder,
+    is_unfinished,
+)
+from ..output.journal import JOURNAL_PATH, Journal, read_journal
+from ..output.lock import OutputLock
+from ..output.manifest import MANIFEST_NAME, MERGE_PATH, read_document, write_document
+from ..output.recovery import NOTHING, Recovery, is_doubted, recover
+from ..output.writer import ShardWriter, sync_folder, write_error
+from .finishing import span_bytes
+from .plan import Plan, read_folders
+from .report import Observer
+from .stages import bytes_read
+from .unfinished import beginning_of_manifest, check_hashes, check_is_same_merge
+from .unfinished import hash_inputs as hashes_of
+
+
+def tidy_up(folder: Path) -> None:
+    """Removes what a run that was killed after its manifest was written has left."""
+    if not (folder / OWN_FOLDER).is_dir() or (folder / OWN_FOLDER).is_symlink():
+        return
+    with suppress(LazymergeError):  # the one that is still at it will do so
+        lock = OutputLock(folder)
+        remove_beginnings(folder)
+        lock.release()
+
+
+def remove_beginnings(folder: Path) -> None:
+    for path in (JOURNAL_PATH, MERGE_PATH):
+        with suppress(OSError):  # the manifest is there: the output is complete
+            (folder / path).unlink()
+
+
+def is_complete(plan: Plan, folder: Path) -> bool:
+    """Whether a folder's manifest is that of this plan, and its files are as long as they must."""
+    try:
+        if read_document(folder / MANIFEST_NAME).get("fingerprint") != plan.fingerprint:
+            return False
+        sizes = [(folder / shard.file).stat().st_size for shard in plan.shards]
+    except (InputError, OSError):
+        return False
+    return sizes == [shard.size_bytes for shard in plan.shards]
+
+
+def check_output(plan: Plan, folder: Path, *, overwrite: bool) -> bool:
+    """Whether there is an unfinished output to go on with.
+
+    Raises:
+        InputError: the folder cannot be used.
+    """
+    resumes = not overwrite and is_unfinished(folder)
+    if resumes:
+        check_is_same_merge(plan, folder)
+    check_output_folder(folder, read_folders(plan), overwrite=overwrite, resumes=resumes)
+    return resumes
+
+
+@dataclass(slots=True)
+class Prepared:
+    """An output that is ready to be written.
+
+    checksums: of the tensors that this run has finished.
+    beginning: the first half of the manifest.
+    """
+
+    recovery: Recovery
+    writer: ShardWriter
+    journal: Journal
+    beginning: dict[str, Any]
+    checksums: dict[str, str] = field(default_factory=dict)
+
+
+def prepare(
+    plan: Plan,
+    folder: Path,
+    *,
+    resumes: bool,
+    overwrite: bool,
+    fsync: bool,
+    observer: Observer,
+    recheck: bool,
+    hash_inputs: bool,
+    made: Sequence[Path],
+) -> Prepared:
+    """made: folders that were not there before."""
+    recovery, length = NOTHING, 0
+    if resumes:
+        beginning = read_document(folder / MERGE_PATH)
+        if hash_inputs or "input_checksums" in beginning:
+            check_hashes(beginning.get("input_checksums"), hashes_of(plan.checkpoints))
+        try:
+            journal = read_journal(folder)
+        except OSError as error:
+            raise LazymergeError(f"cannot read {folder / JOURNAL_PATH}: {error}") from error
+        if journal.fingerprint == plan.fingerprint:
+            length = journal.length
+            believed = journal.finished
+        else:  # not even its first line is whole
+            believed = {}
+        doubted = sum(recheck or is_doubted(record) for record in believed.values())
+        if doubted:
+            observer.noted(f"reading {doubted} tensors of an earlier run before believing them")
+        recovery = recover(
+            folder, plan.shards, believed, span_bytes(plan).__getitem__, recheck=recheck
+        )
+        _tell(plan, recovery, observer)
+    else:
+        check_disk(folder, plan.bytes_written, overwrite=overwrite)
+        beginning = beginning_of_manifest(plan)
+        if hash_inputs:
+            beginning["input_checksums"] = hashes_of(plan.checkpoints)
+        clear_output_folder(folder, fsync=fsync)
+    writer = ShardWriter(
+        folder,
+        plan.shards,
+        fsync=fsync,
+        begun=recovery.begun,
+        complete=recovery.complete,
+        finished=recovery.finished,
+    )
+    try:
+        if not resumes:
+            try:
+                write_document(folder / MERGE_PATH, beginning, fsync=fsync)
+            except OSError as error:
+                raise write_error(folder / MERGE_PATH, error) from error
+        journal_file = Journal(folder, plan.fingerprint, length, fsync=fsync)
+        try:
+            if fsync:  # what says that the folder is ours, before anything that is to be ours
+                for made_or_filled in (folder, *(new.parent for new in made)):
+                    sync_folder(made_or_filled)
+            writer.create()
+            if fsync:
+                sync_folder(folder)
+        except BaseException:
+            journal_file.close()
+            raise
+    except BaseException:
+        writer.close()
+        if not recovery.finished:
+            writer.discard()
+            clear_output_folder(folder)
+        raise
+    return Prepared(recovery, writer, journal_file, beginning)
+
+
+def _tell(plan: Plan, recovery: Recovery, observer: Observer) -> None:
+    tasks = [task for task in plan.tasks if task.write.name in recovery.finished]
+    observer.resumed(
+        sum(bytes_read(plan.graph, task) for task in tasks),
+        sum(record.stop_exclusive - record.start for record in recovery.finished.values()),
+        len(recovery.finished),
+    )
+    if recovery.lost:
+        observer.noted(f"{recovery.lost} of the earlier tensors are not whole; they are made again")

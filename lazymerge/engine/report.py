@@ -1,0 +1,63 @@
+"""What a run tells: while it proceeds, and when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Observer(Protocol):
+    """Is told how a run proceeds; `moved` and `finished` are called from the workers' threads."""
+
+    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
+        """A block was done."""
+
+    def finished(self, tensor: str) -> None:
+        """An output tensor is complete."""
+
+    def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
+        """An earlier run has done this much; called before all else, if at all."""
+
+    def noted(self, message: str) -> None:
+        """Something that a person should know."""
+
+
+class Silent:
+    """Is told everything and says nothing."""
+
+    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
+        pass
+
+    def finished(self, tensor: str) -> None:
+        pass
+
+    def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
+        pass
+
+    def noted(self, message: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What a run did.
+
+    output: the folder, absolute.
+    seconds: from the first block to the last byte synced; planning and start-up not included.
+    bytes_read: of inputs, all passes.
+    bytes_written: of tensors.
+    resumed_tensors: tensors that an earlier run had finished; none of their bytes is counted.
+    measured_bytes: the process's peak resident set.
+    measured_vram_bytes: the most that was allocated on an accelerator; device: its name.
+    nonfinite: names of the output tensors that hold inf or nan, in the order of the output.
+    """
+
+    output: str
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    measured_bytes: int
+    measured_vram_bytes: int | None = None
+    device: str | None = None
+    nonfinite: tuple[str, ...] = ()
+    resumed_tensors: int = 0
