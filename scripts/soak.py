@@ -200,6 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     seed = secrets.randbits(32) if parsed.seed is None else parsed.seed
     print(f"seed {seed}", file=sys.stderr)
+    # shells have what they start in the background ignore it, and children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="lazymerge-soak-", dir=parsed.work) as name:
         soak = Soak(Path(name), Random(seed))
         end = time.monotonic() + parsed.minutes * 60
