@@ -13,6 +13,7 @@ from ..engine.baseline import peak_resident_bytes
 from ..engine.plan import Plan
 from ..engine.report import Observer, RunReport
 from ..sizes import format_bytes, format_memory, format_seconds
+from .console import escaped
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -80,8 +81,8 @@ class Progress:
         """The layer or tensor being worked on."""
         found = self.plan.stacks.locate(self.current)
         if found is None:
-            return self.current
-        return f"{found.stack.prefix}.{found.index} of {found.stack.layer_count}"
+            return escaped(self.current)  # what is live is not escaped by the console
+        return escaped(f"{found.stack.prefix}.{found.index} of {found.stack.layer_count}")
 
     def figures(self) -> list[str]:
         """Bytes, tensors, rate, time left, memory."""

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import TASK_ARITHMETIC, Command, write_recipe
 from lazymerge.output import lock as lock_module
 from lazymerge.output.journal import JOURNAL_PATH
 from lazymerge.output.lock import OutputLock
 from lazymerge.output.manifest import MERGE_PATH
 from lazymerge.output.writer import ShardWriter
+
+from conftest import write_checkpoint
 
 pytest_plugins = ["command_fixtures"]
 
@@ -160,3 +163,22 @@ def test_times_that_no_calendar_knows(lazymerge: Command, interrupted: Path) -> 
         lines[number] = journal._checksum(text).encode() + b" " + text
     path.write_bytes(b"\n".join(lines) + b"\n")
     assert lazymerge("status", interrupted).code == 0
+
+
+@pytest.mark.parametrize("command", [["inspect", "one"], ["plan", "recipe.yml", "--dry-run"]])
+def test_names_do_not_steer_the_terminal(
+    lazymerge: Command, place: Path, command: list[str]
+) -> None:
+    name = "a\x1b[31m\x07\u202e.weight"
+    for model in ("base", "one", "two"):
+        for file in (place / model).glob("model*"):
+            file.unlink()
+        write_checkpoint(place / model, {name: torch.ones(4, 4)})
+    write_recipe(place, TASK_ARITHMETIC)
+    answer = lazymerge(*command)
+    assert answer.code == 0
+    assert "[31m" in answer.out
+    assert all(char.isprintable() or char == "\n" for char in answer.out + answer.err)
+    answer = lazymerge("run", "recipe.yml", "-o", "out\x1b[31m")
+    assert answer.code == 0
+    assert all(char.isprintable() or char == "\n" for char in answer.out + answer.err)
