@@ -220,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="default: a new one")
     parsed = parser.parse_args(arguments)
     seed = secrets.randbits(32) if parsed.seed is None else parsed.seed
+    # shells have what they start in the background ignore it, and children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     wrong = 0
     began = time.perf_counter()
     rows = []
