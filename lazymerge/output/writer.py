@@ -86,6 +86,18 @@ class ShardWriter:
         shard = self._shards[tensor]
         self._write_at(shard, data, self._placements[tensor].start + offset)
 
+    def place(self, tensor: str) -> tuple[int, int]:
+        """Descriptor of the file that a tensor is in, and the tensor's first byte there: for who
+        writes it without `write`."""
+        return self._descriptors[self._shards[tensor].file], self._placements[tensor].start
+
+    def failure(self, tensor: str, error: OSError, size_bytes: int) -> LazymergeError:
+        """What `write` would raise for an error.
+
+        size_bytes: what was still to be written.
+        """
+        return write_error(self._partial(self._shards[tensor]), error, size_bytes)
+
     def finish_tensor(self, tensor: str) -> None:
         """Says that all bytes of a tensor are written; the last one completes its shard."""
         shard = self._shards[tensor]
