@@ -8,7 +8,11 @@ setup(
         Extension(
             "lazymerge.engine.native._kernels",
             sources=["lazymerge/engine/native/kernels.c", "lazymerge/engine/native/bus_error.c"],
-            depends=["lazymerge/engine/native/loops.h", "lazymerge/engine/native/ranks.h"],
+            depends=[
+                "lazymerge/engine/native/checksum.h",
+                "lazymerge/engine/native/loops.h",
+                "lazymerge/engine/native/ranks.h",
+            ],
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",  # x * y + z rounds twice, as it does in torch

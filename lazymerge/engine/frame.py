@@ -20,7 +20,7 @@ from .device.frame import DeviceFrame, Lane
 from .evaluation import Evaluation
 from .execution import ReadMode
 from .inputs import InputFiles, MappedInput, Pieces, open_input
-from .native.frame import NativeFrame
+from .native.frame import Kernels, NativeFrame
 from .recent import Recent
 from .rounding import round_once
 from .stages import (
@@ -114,19 +114,21 @@ def make_frame(
     prepared: Mapping[str, Any],
     read_mode: ReadMode,
     recent: Recent,
+    kernels: Kernels,
     lane: Lane | None = None,
 ) -> Frame:
     """The frame for a layout.
 
     prepared: what ApplyOperation.prepare returned, by node id.
     recent: what workers have found out and share.
+    kernels: what the worker has made of it.
     lane: the worker's share of a device, where one computes.
     """
     if isinstance(layout, DeviceLayout):
         assert lane is not None
         return DeviceFrame(graph, stage, layout, arena, lane, files, prepared, read_mode)
     if isinstance(layout, NativeLayout):
-        return NativeFrame(graph, stage, layout, arena, files, prepared, read_mode, recent)
+        return NativeFrame(graph, stage, layout, arena, files, prepared, read_mode, recent, kernels)
     if isinstance(layout, RawLayout):
         assert isinstance(stage, Write)
         return RawFrame(graph, stage, layout, arena, files, prepared, read_mode)

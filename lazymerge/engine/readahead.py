@@ -10,9 +10,12 @@ Only announcements depend on this, no byte of the output.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any, cast
 
 from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
@@ -49,10 +52,12 @@ class ReadAhead:
         """Says that a worker begins to read a tensor's inputs at an element."""
         if not self._is_wanted:
             return
-        here = self._first_byte[task] + sum(
-            min(start, read.element_count) * DTYPES[read.dtype].item_bytes
-            for read in self._reads[task]
-        )
+        here = self._first_byte[task]
+        if start:
+            here += sum(
+                min(start, read.element_count) * DTYPES[read.dtype].item_bytes
+                for read in self._reads[task]
+            )
         while True:
             with self._lock:
                 if self._announced > here + AHEAD_BYTES:
@@ -71,14 +76,17 @@ class ReadAhead:
         """Path, first byte and length, a span of every input at a time."""
         span = SPAN_BLOCKS * self._block_elements
         for reads in self._reads:
-            longest = max((read.element_count for read in reads), default=0)
-            for start in range(0, longest, span):
-                for read in reads:
-                    item_bytes = DTYPES[read.dtype].item_bytes
-                    length = min(span, read.element_count - start) * item_bytes
+            inputs = [
+                # the path as inputs.py names it
+                (f"{read.folder}/{read.tensor.file}", read.tensor.start, count, item_bytes)
+                for read in reads
+                for count, item_bytes in [(read.element_count, DTYPES[read.dtype].item_bytes)]
+            ]
+            for start in range(0, max((count for _, _, count, _ in inputs), default=0), span):
+                for path, first, count, item_bytes in inputs:
+                    length = min(span, count - start) * item_bytes
                     if length > 0:
-                        path = f"{read.folder}/{read.tensor.file}"  # as inputs.py names it
-                        yield path, read.tensor.start + start * item_bytes, length
+                        yield path, first + start * item_bytes, length
 
 
 def _reads_of(graph: Graph, task: TensorTask) -> tuple[Read, ...]:
@@ -87,11 +95,31 @@ def _reads_of(graph: Graph, task: TensorTask) -> tuple[Read, ...]:
     return tuple({read.id: read for read in reads}.values())
 
 
+class _Vector(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_BYTE = ctypes.create_string_buffer(1)
+_ROOM = _Vector(ctypes.addressof(_BYTE), 1)
+"""Where bytes go that nobody looks at."""
+
+
+@cache
+def _preadv2() -> Callable[[int, Any, int, int, int], int]:
+    """The system's call, made without letting go of the interpreter lock: it does not wait, and
+    with os.preadv getting the lock back takes longer than the call (the loop of 32 simulated
+    workers: 63 ms, 49 ms in this way)."""
+    call = ctypes.PyDLL(None).preadv2
+    call.argtypes = [*(ctypes.c_int, ctypes.c_void_p, ctypes.c_int), ctypes.c_int64, ctypes.c_int]
+    call.restype = ctypes.c_ssize_t
+    return cast("Callable[[int, Any, int, int, int], int]", call)
+
+
 def _is_cached(descriptor: int, byte: int) -> bool:
-    no_wait = getattr(os, "RWF_NOWAIT", None)
+    no_wait = getattr(os, "RWF_NOWAIT", None)  # where it is, the system's library has the call
     if no_wait is None:
         return False
-    try:
-        return os.preadv(descriptor, [bytearray(1)], byte, no_wait) == 1
-    except OSError:  # it would have to wait; or the filesystem does not know the flag
-        return False
+    # -1: it would have to wait; or the filesystem does not know the flag
+    return _preadv2()(descriptor, ctypes.byref(_ROOM), 1, byte, no_wait) == 1

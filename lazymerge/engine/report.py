@@ -10,7 +10,7 @@ class Observer(Protocol):
     """Is told how a run proceeds; `moved` and `finished` are called from the workers' threads."""
 
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
-        """A block was done."""
+        """A block was done, or several at once."""
 
     def finished(self, tensor: str) -> None:
         """An output tensor is complete."""

@@ -25,7 +25,7 @@ from typing import Any
 from ..graph.graph import Graph
 from ..graph.node import Apply, Reduce, Write
 from ..graph.operation import Done, Pass, apply_operation, reduce_operation
-from .blocks import DeviceClass, block_count, block_range
+from .blocks import DeviceClass, block_count, block_range, elements_per_block
 from .inputs import Pieces
 from .pairs import Pairs
 from .stages import TensorTask, row_elements
@@ -218,9 +218,10 @@ class Scheduler:
             row = row_elements(self._graph, stage)
             blocks = [(block_range(following.only_block, elements, self._device, row),)]
         else:
-            row = row_elements(self._graph, stage)
-            count = block_count(elements, self._device, row)
-            blocks = [(block_range(block, elements, self._device, row),) for block in range(count)]
+            length = elements_per_block(self._device, row_elements(self._graph, stage))
+            blocks = [
+                ((start, min(start + length, elements)),) for start in range(0, elements, length)
+            ]
         active.pairs = None
         if isinstance(stage, Reduce) and reduce_operation(stage.operation).is_joined:
             spans = -(-len(blocks) // SPAN_BLOCKS)

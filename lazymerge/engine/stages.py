@@ -20,6 +20,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from math import prod
 from typing import Any
@@ -29,11 +30,13 @@ from ..graph.graph import Graph
 from ..graph.node import Apply, Node, Read, Reduce, Write
 from ..graph.operation import (
     ApplyOperation,
+    Cost,
     ReduceOperation,
     apply_operation,
     reduce_operation,
 )
 from .blocks import (
+    WINDOW_BLOCKS,
     DeviceClass,
     block_count,
     block_length,
@@ -67,10 +70,9 @@ class NodeSlots:
     scratch: tuple[Slot, ...]
 
 
-RUN_BLOCKS = 4
-"""Blocks that a worker runs in one call of the native kernels. With 8, ties of 1.1B models took
-2.83 s in place of 2.39 (shortest of 6, two workers) and 4 MiB more; 16 simulated workers, now 12.9
-times as fast as one, were 14.3 times as fast."""
+RUN_BLOCKS = 16
+"""Most blocks that a worker runs in one call of the native kernels: a span (scheduler.py). With 4,
+the loop of 16 simulated workers took 68 ms in place of 60 (docs/performance.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +87,19 @@ class RawLayout:
 class NativeLayout:
     """The buffers of a stage that the native kernels compute.
 
-    inputs: ids of the Read nodes, in the order of the program's inputs.
-    raw: an undecoded block of each, U8 (where files are mapped, for samples only).
+    Tensors of one kind share it: nothing in it says whose it is.
+
+    raw: an undecoded block of each input, U8, in the order of graph.reads_of (where files are
+        mapped, for samples only).
     registers: all registers of the program, one chunk of the working dtype each.
     stores: blocks that leave the kernels whole. lists: numbers by row of a block, or by column.
     spare: what ranking works in.
     block_elements: length of a block; the tensor's last may be shorter.
-    output: a run of blocks in the output's dtype (Write stages).
-    blocks_at_once: the length of such a run, and of one that is reduced.
+    output: a block in the output's dtype (Write stages).
+    blocks_at_once: how many are run in one call, those of a Write stage if it also writes them.
     rounds_once: float64 goes to 16 bits without rounding to float32 on the way.
     """
 
-    inputs: tuple[str, ...]
     raw: tuple[Slot, ...]
     registers: Slot | None
     register_count: int
@@ -234,24 +237,28 @@ StageLayout = RawLayout | DeviceLayout | NativeLayout | TorchLayout
 
 def stage_layout(graph: Graph, stage: Reduce | Write, execution: Execution) -> StageLayout:
     """Lays out the buffers of a stage."""
-    row = row_elements(graph, stage)
+    operations = stage_operations(graph, stage)
+    row = _row_elements(stage, operations)
     elements = block_length(stage.element_count, execution.device, row)
     if isinstance(stage, Write):
         source = graph.block_node(stage.source)
         if isinstance(source, Read) and source.dtype == stage.dtype:
-            return _Raw(graph, elements).lay_out([source], 1)
+            return _Raw(elements).lay_out([source], 1)
         if isinstance(source, Apply) and apply_operation(source.operation).is_raw:
             cost = apply_operation(source.operation).cost(
                 len(source.inputs), dict(source.parameters)
             )
-            return _Raw(graph, elements).lay_out(graph.reads_of(source.id), cost.raw)
+            return _Raw(elements).lay_out(graph.reads_of(source.id), cost.raw)
     if execution.device != "cpu" and not is_for_host(graph, stage):
         return _Device(graph, elements).lay_out_both(stage)
-    if execution.kernels == "native" and is_native(graph, stage):
-        block_elements = elements_per_block(execution.device, row)
-        native = _Native(graph, elements, block_elements)
-        return native.lay_out(stage, is_mapped=execution.read_mode == "mmap")
+    if execution.kernels == "native":
+        dtypes = tuple(read.dtype for read in graph.reads_of(stage.id))
+        if _is_native(stage, operations, dtypes):
+            return _lay_out_native(stage, operations, dtypes, row, execution)
     return _Torch(graph, elements).lay_out(stage)
+
+
+_Operations = Sequence[tuple[Apply | Reduce, ApplyOperation | ReduceOperation[Any, Any]]]
 
 
 def stage_operations(
@@ -278,10 +285,13 @@ def stage_operations(
 def row_elements(graph: Graph, stage: Reduce | Write) -> int:
     """Length of the rows that a stage's blocks are made of: of the whole tensor, where an operation
     wants it whole, 1 where any block will do."""
-    operations = [operation for _, operation in stage_operations(graph, stage)]
-    if any(operation.is_whole for operation in operations):
+    return _row_elements(stage, stage_operations(graph, stage))
+
+
+def _row_elements(stage: Reduce | Write, operations: _Operations) -> int:
+    if any(operation.is_whole for _, operation in operations):
         return max(1, stage.element_count)
-    if any(operation.is_by_rows for operation in operations):
+    if any(operation.is_by_rows for _, operation in operations):
         return max(1, stage.shape[-1]) if stage.shape else 1
     return 1
 
@@ -320,21 +330,30 @@ def is_for_host(graph: Graph, stage: Reduce | Write) -> bool:
 def is_native(graph: Graph, stage: Reduce | Write) -> bool:
     """Whether the native kernels know all that a stage asks for: recordable operations of one
     working dtype, over inputs whose dtypes they read, and a dtype that they write."""
+    dtypes = tuple(read.dtype for read in graph.reads_of(stage.id))
+    return _is_native(stage, stage_operations(graph, stage), dtypes)
+
+
+def _is_native(stage: Reduce | Write, operations: _Operations, dtypes: Sequence[str]) -> bool:
+    """dtypes: of the stage's inputs."""
     if isinstance(stage, Write) and not library.writes(stage.dtype):
         return False
-    nodes = stage_operations(graph, stage)
     return (
-        all(operation.is_recordable for _, operation in nodes)
-        and len({node.working_dtype for node, _ in nodes}) <= 1
-        and all(library.reads(read.dtype) for read in graph.reads_of(stage.id))
+        all(operation.is_recordable for _, operation in operations)
+        and len({node.working_dtype for node, _ in operations}) <= 1
+        and all(map(library.reads, dtypes))
     )
 
 
 def rounds_from_float64(graph: Graph, write: Write) -> bool:
     """Whether float64 arithmetic ends in a dtype that torch reaches by way of float32."""
-    if DTYPES[write.dtype].item_bytes > 2:
-        return False
-    return any(read.dtype == "F64" for read in graph.reads_of(write.id))
+    dtypes = [read.dtype for read in graph.reads_of(write.id)]
+    return _rounds_from_float64(write.dtype, dtypes)
+
+
+def _rounds_from_float64(dtype: str, dtypes: Sequence[str]) -> bool:
+    """dtype: of the output; dtypes: of the inputs."""
+    return DTYPES[dtype].item_bytes <= 2 and "F64" in dtypes
 
 
 def statistics_bytes(graph: Graph, task: TensorTask, device: DeviceClass = "cpu") -> int:
@@ -383,8 +402,7 @@ def bytes_read(graph: Graph, task: TensorTask) -> int:
 
 
 class _Layout:
-    def __init__(self, graph: Graph, elements: int) -> None:
-        self.graph = graph
+    def __init__(self, elements: int) -> None:
         self.elements = elements
         self.size_bytes = 0
 
@@ -403,56 +421,82 @@ class _Raw(_Layout):
         return RawLayout(raw, self.size_bytes)
 
 
-class _Native(_Layout):
-    def __init__(self, graph: Graph, elements: int, block_elements: int) -> None:
-        super().__init__(graph, elements)
-        self.block_elements = block_elements
+def _lay_out_native(
+    stage: Reduce | Write,
+    operations: _Operations,
+    dtypes: tuple[str, ...],
+    row: int,
+    execution: Execution,
+) -> NativeLayout:
+    """dtypes: of the stage's inputs. row: what row_elements says."""
+    elements = block_length(stage.element_count, execution.device, row)
+    is_mapped = execution.read_mode == "mmap"
+    working_dtype = "F64" if "F64" in dtypes else "F32"
+    for node, _ in operations:
+        working_dtype = node.working_dtype
+    return _native_layout(
+        tuple(
+            operation.cost(len(node.inputs), dict(node.parameters))
+            for node, operation in operations
+        ),
+        dtypes,
+        working_dtype=working_dtype,
+        output_dtype=stage.dtype if isinstance(stage, Write) else None,
+        elements=elements,
+        block_elements=elements_per_block(execution.device, row),
+        row=max(1, stage.shape[-1]) if stage.shape else 1,
+        columns=prod(stage.shape[1:]),  # columns run along the first dimension
+        read_elements=min(elements, _sample_elements(stage)) if is_mapped else elements,
+        blocks_at_once=WINDOW_BLOCKS if is_mapped else RUN_BLOCKS,
+    )
 
-    def lay_out(self, stage: Reduce | Write, *, is_mapped: bool) -> NativeLayout:
-        output = None
-        nodes = stage_operations(self.graph, stage)
-        costs = [
-            operation.cost(len(node.inputs), dict(node.parameters)) for node, operation in nodes
-        ]
-        reads = self.graph.reads_of(stage.id)
-        register_count = sum(cost.scratch for cost in costs)
-        working_dtype = "F64" if any(read.dtype == "F64" for read in reads) else "F32"
-        for node, _ in nodes:
-            working_dtype = node.working_dtype
-        is_write = isinstance(stage, Write)
-        if isinstance(stage, Write):
-            register_count += 1
-            output = self.slot(stage.dtype, min(stage.element_count, RUN_BLOCKS * self.elements))
-        registers = self.slot(working_dtype, library.chunk_elements() * register_count)
-        row = max(1, stage.shape[-1]) if stage.shape else 1
-        rows = self.elements // row
-        lists = [self.slot("F64", rows) for cost in costs for _ in range(cost.row_lists)]
-        # columns run along the first dimension
-        columns = prod(stage.shape[1:])
-        lists += [self.slot("F64", columns) for cost in costs for _ in range(cost.column_lists)]
-        read_elements = self.elements
-        if is_mapped:
-            read_elements = min(self.elements, _sample_elements(stage))
-        is_ranking = any(cost.is_ranking for cost in costs)
-        store_count = sum(cost.stores for cost in costs)
-        return NativeLayout(
-            inputs=tuple(read.id for read in reads),
-            raw=tuple(
-                self.slot("U8", read_elements * DTYPES[read.dtype].item_bytes) for read in reads
-            )
-            if read_elements
-            else (),
-            registers=registers,
-            register_count=register_count,
-            stores=tuple(self.slot(working_dtype) for _ in range(store_count)),
-            lists=tuple(lists),
-            spare=self.slot("U8", library.RANKED_BYTES * row) if is_ranking else None,
-            block_elements=self.block_elements,
-            output=output,
-            blocks_at_once=RUN_BLOCKS if is_write or not (store_count or lists) else 1,
-            rounds_once=isinstance(stage, Write) and rounds_from_float64(self.graph, stage),
-            size_bytes=self.size_bytes,
-        )
+
+@lru_cache(maxsize=64)
+def _native_layout(
+    costs: tuple[Cost, ...],
+    dtypes: tuple[str, ...],
+    *,
+    working_dtype: str,
+    output_dtype: str | None,
+    elements: int,
+    block_elements: int,
+    row: int,
+    columns: int,
+    read_elements: int,
+    blocks_at_once: int,
+) -> NativeLayout:
+    """The layout that follows from these, made once for all tensors that agree in them.
+
+    elements: of a block of this tensor; block_elements: of a block of a long tensor.
+    row, columns: elements of a row, and of a column's list. read_elements: to make room for.
+    """
+    layout = _Layout(elements)
+    output = None if output_dtype is None else layout.slot(output_dtype)
+    register_count = sum(cost.scratch for cost in costs) + (output is not None)
+    registers = layout.slot(working_dtype, library.chunk_elements() * register_count)
+    rows = elements // row
+    lists = [layout.slot("F64", rows) for cost in costs for _ in range(cost.row_lists)]
+    lists += [layout.slot("F64", columns) for cost in costs for _ in range(cost.column_lists)]
+    raw: tuple[Slot, ...] = ()
+    if read_elements:
+        raw = tuple(layout.slot("U8", read_elements * DTYPES[d].item_bytes) for d in dtypes)
+    stores = tuple(layout.slot(working_dtype) for cost in costs for _ in range(cost.stores))
+    spare = None
+    if any(cost.is_ranking for cost in costs):
+        spare = layout.slot("U8", library.RANKED_BYTES * row)
+    return NativeLayout(
+        raw=raw,
+        registers=registers,
+        register_count=register_count,
+        stores=stores,
+        lists=tuple(lists),
+        spare=spare,
+        block_elements=block_elements,
+        output=output,
+        blocks_at_once=1 if output is None and (stores or lists) else blocks_at_once,
+        rounds_once=output_dtype is not None and _rounds_from_float64(output_dtype, dtypes),
+        size_bytes=layout.size_bytes,
+    )
 
 
 def _sample_elements(stage: Reduce | Write) -> int:
@@ -465,7 +509,8 @@ def _sample_elements(stage: Reduce | Write) -> int:
 
 class _Torch(_Layout):
     def __init__(self, graph: Graph, elements: int) -> None:
-        super().__init__(graph, elements)
+        super().__init__(elements)
+        self.graph = graph
         self.nodes: dict[str, NodeSlots] = {}
         self.raw_count = 1
         self.raw_item_bytes = 1
@@ -528,7 +573,7 @@ class _Device(_Torch):
 
     def __init__(self, graph: Graph, elements: int) -> None:
         super().__init__(graph, elements)
-        self.host = _Layout(graph, elements)
+        self.host = _Layout(elements)
 
     def lay_out_both(self, stage: Reduce | Write) -> DeviceLayout:
         reads = self.graph.reads_of(stage.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,11 @@ from ..output.writer import ShardWriter
 from .arena import Arena
 from .device.frame import Lane
 from .execution import Execution
-from .finite import has_nonfinite
+from .finite import MASKS, has_nonfinite
 from .frame import Frame, make_frame
 from .inputs import InputFiles
+from .native.frame import Kernels, NativeFrame
+from .native.library import SHORT_BYTES, Sink
 from .pairs import Pairs
 from .readahead import ReadAhead
 from .recent import Recent
@@ -28,7 +31,7 @@ Nonfinite = Callable[[str], None]
 """Told of a tensor that inf or nan was written of."""
 
 Moved = Callable[[int, int, str], None]
-"""Told after every block: bytes read, bytes written, name of the tensor."""
+"""Told after every block, or some at once: bytes read, bytes written, name of the tensor."""
 
 
 class Worker:
@@ -69,10 +72,14 @@ class Worker:
         self._forgets = forgets
         self._frame: Frame | None = None
         self._frame_of: tuple[int, int] = (-1, -1)
+        self._bytes_per_element = 0.0
+        self._kernels = Kernels()
+        self._sink = Sink()
 
     def run(self) -> None:
         """Works until the scheduler has no more to give; an error stops all workers."""
         try:
+            self.arena.touch()
             while (job := self._scheduler.take()) is not None:
                 partials = self._run(job)
                 if partials is None:
@@ -85,33 +92,82 @@ class Worker:
         """The partial results of a job's blocks; None if everything has been stopped."""
         stage = job.task.stages[job.stage]
         frame = self._frame_for(job)
-        self._read_ahead.reached(job.task_index, job.pieces[0][0][0])
-        bytes_per_element = sum(
-            read.tensor.size_bytes for read in self._graph.reads_of(stage.id)
-        ) / max(1, stage.element_count)
-        results = _Results(job, stage)
-        for result in frame.run(job.pieces, job.state):
-            if self._scheduler.is_stopped:
-                return None
-            elements = results.add(result)
-            written = 0
-            if isinstance(stage, Write):
-                written = len(result)
-                if has_nonfinite(result, stage.dtype):
-                    self._nonfinite(stage.name)
-                self._writer.write(stage.name, result, results.written - written)
-            self._moved(round(elements * bytes_per_element), written, job.task.write.name)
-            del result  # it may be part of a mapped window
+        start, stop = job.pieces[0][0][0], job.pieces[-1][-1][1]
+        self._read_ahead.reached(job.task_index, start)
+        if not isinstance(stage, Write):
+            partials = self._reduce(frame, job, stage)
+        elif isinstance(frame, NativeFrame) and self._bytes_of(stage, start, stop) > SHORT_BYTES:
+            partials = self._write_at_once(frame, job, stage, start, stop)
+        else:
+            partials = self._write(frame, job, stage)
+        if partials is None:
+            return None
         frame.release()
         if self._forgets and isinstance(stage, Write):
-            frame.forget(job.pieces[0][0][0], job.pieces[-1][-1][1])
-        return results.partials()
+            frame.forget(start, stop)
+        return partials
+
+    def _reduce(self, frame: Frame, job: Job, stage: Reduce) -> list[Any] | None:
+        """One per block, or one that they were joined to."""
+        operation = reduce_operation(stage.operation)
+        partials = []
+        pairs = Pairs(operation.joined, len(job.pieces)) if operation.is_joined else None
+        for number, result in enumerate(frame.run(job.pieces, job.state)):
+            if self._scheduler.is_stopped:
+                return None
+            if pairs is None:
+                partials.append(result)
+            else:
+                pairs.add(number, result)
+            elements = sum(stop - start for start, stop in job.pieces[number])
+            self._moved(round(elements * self._bytes_per_element), 0, job.task.write.name)
+        return partials if pairs is None else [pairs.result]
+
+    def _write(self, frame: Frame, job: Job, stage: Write) -> list[Any] | None:
+        """The checksum of all blocks, as what the first of them gives."""
+        checksum = xxh3_128()
+        offset = self._bytes_of(stage, 0, job.pieces[0][0][0])
+        for data in frame.run(job.pieces, job.state):
+            if self._scheduler.is_stopped:
+                return None
+            checksum.update(data)
+            if has_nonfinite(data, stage.dtype):
+                self._nonfinite(stage.name)
+            self._writer.write(stage.name, data, offset)
+            offset += len(data)
+            elements = len(data) // DTYPES[stage.dtype].item_bytes
+            self._moved(round(elements * self._bytes_per_element), len(data), stage.name)
+            del data  # it may be part of a mapped window
+        return [checksum.digest(), *[None] * (len(job.pieces) - 1)]
+
+    def _write_at_once(
+        self, frame: NativeFrame, job: Job, stage: Write, start: int, stop: int
+    ) -> list[Any]:
+        """The same in one call of the native kernels, without the interpreter lock."""
+        sink = self._sink
+        descriptor, first_byte = self._writer.place(stage.name)
+        sink.begin(descriptor, first_byte + self._bytes_of(stage, 0, start), MASKS[stage.dtype])
+        if not frame.write(start, stop, sink):
+            error = OSError(sink.error, os.strerror(sink.error))
+            raise self._writer.failure(stage.name, error, sink.unwritten) from error
+        if sink.is_nonfinite:
+            self._nonfinite(stage.name)
+        written = self._bytes_of(stage, start, stop)
+        self._moved(round((stop - start) * self._bytes_per_element), written, stage.name)
+        return [sink.digest(), *[None] * (len(job.pieces) - 1)]
+
+    @staticmethod
+    def _bytes_of(stage: Write, start: int, stop: int) -> int:
+        return (stop - start) * DTYPES[stage.dtype].item_bytes
 
     def _frame_for(self, job: Job) -> Frame:
         key = (job.task_index, job.stage)
         if self._frame is None or key != self._frame_of:
             stage = job.task.stages[job.stage]
             self._frame = None
+            self._bytes_per_element = sum(
+                read.tensor.size_bytes for read in self._graph.reads_of(stage.id)
+            ) / max(1, stage.element_count)
             self._frame = make_frame(
                 self._graph,
                 stage,
@@ -125,47 +181,8 @@ class Worker:
                 job.prepared,
                 self._execution.read_mode,
                 self._recent,
+                self._kernels,
                 self._lane,
             )
             self._frame_of = key
         return self._frame
-
-
-class _Results:
-    """What the blocks of a job have given so far."""
-
-    def __init__(self, job: Job, stage: Reduce | Write) -> None:
-        self._job = job
-        self._count = 0
-        self._partials: list[Any] = []
-        self._pairs: Pairs[Any] | None = None
-        self._checksum = xxh3_128()
-        self._item_bytes = 0
-        self.written = 0
-        """Where the bytes end that have been written, from the tensor's first."""
-        if isinstance(stage, Write):
-            self._item_bytes = DTYPES[stage.dtype].item_bytes
-            self.written = job.pieces[0][0][0] * self._item_bytes
-        else:
-            operation = reduce_operation(stage.operation)
-            if operation.is_joined:
-                self._pairs = Pairs(operation.joined, len(job.pieces))
-
-    def add(self, result: Any) -> int:
-        """Takes what a frame yields; returns the number of elements it is of."""
-        if self._item_bytes:
-            self._checksum.update(result)
-            self.written += len(result)
-            return len(result) // self._item_bytes
-        if self._pairs is None:
-            self._partials.append(result)
-        else:
-            self._pairs.add(self._count, result)
-        self._count += 1
-        return sum(stop - start for start, stop in self._job.pieces[self._count - 1])
-
-    def partials(self) -> list[Any]:
-        """For the scheduler: one per block, or one that they were joined to."""
-        if self._item_bytes:
-            return [self._checksum.digest(), *[None] * (len(self._job.pieces) - 1)]
-        return self._partials if self._pairs is None else [self._pairs.result]

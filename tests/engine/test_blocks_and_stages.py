@@ -17,6 +17,7 @@ from lazymerge.checkpoint import DTYPES
 from lazymerge.engine.blocks import (
     BLOCK_ELEMENTS,
     DEVICE_BLOCK_ELEMENTS,
+    WINDOW_BLOCKS,
     DeviceClass,
     block_count,
     block_length,
@@ -196,9 +197,8 @@ def slots_within(value: Any) -> Iterator[Slot]:
 
 
 def test_buffers_are_of_a_few_blocks_however_large_the_tensor(tmp_path: Path) -> None:
-    """Of one, and the native kernels' output of RUN_BLOCKS."""
     sizes = {}
-    for blocks in (1, RUN_BLOCKS, RUN_BLOCKS + 1, 9):
+    for blocks in (1, 4, 9):
         models = {
             name: {"w": torch.zeros(blocks * BLOCK_ELEMENTS, dtype=torch.bfloat16)}
             for name in ("base", "a", "b")
@@ -211,13 +211,11 @@ def test_buffers_are_of_a_few_blocks_however_large_the_tensor(tmp_path: Path) ->
             for stage in task.stages
             for kernels, mode in product(KERNELS, MODES)
         ]
-    assert sizes[RUN_BLOCKS] == sizes[RUN_BLOCKS + 1] == sizes[9]
+    assert sizes[4] == sizes[9]
     grown = [many - one for one, many in zip(sizes[1], sizes[9], strict=True)]
-    more_output = (RUN_BLOCKS - 1) * BLOCK_ELEMENTS * 2
-    native = [more_output] * 2 if library.chunk_elements() else [0, 0]
     # one block needs no sample: all its values are candidates
     sample = SAMPLE_RUNS * SAMPLE_RUN_ELEMENTS * 2 * 3 if library.chunk_elements() else 0
-    assert grown == [0, sample, 0, 0, *native, 0, 0]  # reductions; the write, by torch
+    assert grown == [0, sample, 0, 0, 0, 0, 0, 0]  # reductions; the write
 
 
 # ------------------------------------------------------------------------ rows and columns
@@ -350,7 +348,11 @@ def test_as_many_blocks_at_once_as_leave_nothing_behind(tmp_path: Path) -> None:
     ):
         folder = tmp_path / method
         plan = planned(folder, method, (7, 11), **RECIPES[method].get("parameters", {}))
-        assert native(plan, stages_of(plan)[name]).blocks_at_once == expected, method
+        stage = stages_of(plan)[name]
+        assert native(plan, stage).blocks_at_once == expected, method
+        mapped = stage_layout(plan.graph, stage, Execution("mmap", "native"))
+        assert isinstance(mapped, NativeLayout)
+        assert mapped.blocks_at_once == min(expected, WINDOW_BLOCKS), method
 
 
 def test_one_row_that_is_longer_than_a_block(tmp_path: Path) -> None:

@@ -587,7 +587,6 @@ def native_layout(*slots: Slot, size_bytes: int = 1 << 20) -> NativeLayout:
         (slots[place],) if place < len(slots) else () for place in range(6)
     )
     return NativeLayout(
-        inputs=("r",),
         raw=raw,
         registers=registers[0],
         register_count=1,

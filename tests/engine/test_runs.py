@@ -22,9 +22,10 @@ from lazymerge.engine.execution import Kernels, ReadMode
 from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.plan import Plan, Resources, make_plan
 from lazymerge.engine.run import run_plan
-from lazymerge.engine.stages import RUN_BLOCKS
+from lazymerge.engine.scheduler import SPAN_BLOCKS
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
 from lazymerge.output.folder import is_unfinished
+from lazymerge.output.writer import ShardWriter
 from merge_cases import RECIPES, write_models
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
@@ -32,7 +33,7 @@ from conftest import needs_kernels, write_checkpoint
 from merging import plan_of, recipe_of
 
 BLOCK = 1000
-BLOCKS = 5  # of every tensor
+BLOCKS = 40  # of every tensor
 RESOURCES = Resources(4 << 30, workers=2)
 WEIGHTS = "model.safetensors"
 NAMES = [f"model.layers.{number}.w" for number in range(6)]
@@ -40,19 +41,19 @@ NAMES = [f"model.layers.{number}.w" for number in range(6)]
 
 @pytest.fixture(params=[pytest.param("native", marks=needs_kernels), "torch"])
 def plan(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """Three models of six tensors of five blocks each, in shards of two tensors."""
+    """Three models of six tensors of forty blocks each, in shards of two tensors."""
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", BLOCK)
     for number, model in enumerate(("base", "a", "b")):
         tensors = {name: torch.full((BLOCKS * BLOCK - 3,), float(number)) for name in NAMES}
         write_checkpoint(tmp_path / model, tensors, {"model_type": "llama"})
         (tmp_path / model / "tokenizer.json").write_text("{}")
     resources = replace(RESOURCES, kernels=request.param)
-    return plan_of(tmp_path, RECIPES["linear"], {}, resources, max_shard_bytes=40_000)
+    return plan_of(tmp_path, RECIPES["linear"], {}, resources, max_shard_bytes=350_000)
 
 
 def moves_per_tensor(plan: Plan) -> int:
-    """How often an observer is told of one: a run of blocks is one for the native kernels."""
-    return BLOCKS if plan.execution.kernels == "torch" else -(-BLOCKS // RUN_BLOCKS)
+    """How often an observer is told of one: a span is one for the native kernels."""
+    return BLOCKS if plan.execution.kernels == "torch" else -(-BLOCKS // SPAN_BLOCKS)
 
 
 def kernels_of(plan: Plan) -> Kernels:
@@ -384,6 +385,8 @@ def test_a_write_that_fails(
     kind: type[LazymergeError],
     message: str,
 ) -> None:
+    if plan.execution.kernels == "native":
+        pytest.skip("writes are the kernels' own")
     real = os.pwrite
     calls = Counter[str]()
 
@@ -397,6 +400,44 @@ def test_a_write_that_fails(
         patch.setattr(os, "pwrite", fail)
         with pytest.raises(kind, match=message):
             run_plan(plan, tmp_path / "out")
+    assert_can_be_resumed(plan, tmp_path, tmp_path / "out", kept=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (DoesNotFitError, r"no room for .*\.partial: No space left .*4000 bytes .*; free some"),
+        (LazymergeError, r"cannot write .*\.partial: Illegal seek"),
+    ],
+)
+def test_a_write_of_the_kernels_that_fails(
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[LazymergeError],
+    message: str,
+) -> None:
+    """Into a device that is always full, and into a pipe."""
+    plan = plan.with_resources(replace(RESOURCES, kernels="native"))
+    real = ShardWriter.place
+    calls = Counter[str]()
+    ends = os.pipe()
+    full = os.open("/dev/full", os.O_WRONLY)
+
+    def elsewhere(self: ShardWriter, tensor: str) -> tuple[int, int]:
+        descriptor, offset = real(self, tensor)
+        calls["place"] += 1
+        if calls["place"] > len(NAMES) * moves_per_tensor(plan) // 2 + 2:
+            descriptor = full if kind is DoesNotFitError else ends[1]
+        return descriptor, offset
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "place", elsewhere)
+        with pytest.raises(kind, match=message):
+            run_plan(plan, tmp_path / "out")
+    for descriptor in (full, *ends):
+        os.close(descriptor)
     assert_can_be_resumed(plan, tmp_path, tmp_path / "out", kept=True)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoint.tensor import DTYPES
 from ...errors import LazymergeError
 from ...graph.graph import Graph
-from ...graph.node import Apply, Read, Reduce, Write
+from ...graph.node import Apply, Reduce, Write
 from ...graph.operation import apply_operation, reduce_operation
 from ...graph.vector import Counts, spread, sum_of_lanes
 from ..arena import Arena
@@ -16,12 +16,44 @@ from ..execution import ReadMode
 from ..inputs import InputFiles, MappedInput, Pieces, PreadInput, open_input
 from ..recent import Recent
 from ..stages import NativeLayout, Slot, stage_window
-from .library import COUNTERS, LANES, Kernel, StreamedInput, encode_program
+from .library import (
+    COUNTERS,
+    LANES,
+    UNWRITTEN,
+    Kernel,
+    Sink,
+    StreamedInput,
+    encode_program,
+)
 from .program import Outcome, Program, decoding, operands, record_apply, record_reduce
 
 if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
+
+
+class Kernels:
+    """The kernels that one worker has made for tensors of which many are alike."""
+
+    MOST = 8
+    """More than a recipe usually has kinds of tensors, by dtypes, factors and, where it is below a
+    block, length: the three models of docs/performance.md have two."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[Hashable, Kernel] = {}
+
+    def get(
+        self, key: Hashable, inputs: Sequence[StreamedInput], make: Callable[[], Kernel]
+    ) -> Kernel:
+        """The one for a key, bound to some inputs."""
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            if len(self._kernels) == self.MOST:
+                self._kernels.clear()
+            kernel = self._kernels[key] = make()
+        else:
+            kernel.bind(inputs)
+        return kernel
 
 
 class NativeFrame:
@@ -37,18 +69,22 @@ class NativeFrame:
         prepared: Mapping[str, Any],
         read_mode: ReadMode,
         recent: Recent,
+        kernels: Kernels,
     ) -> None:
-        """prepared: what ApplyOperation.prepare returned, by node id. recent: keeps programs."""
+        """prepared: what ApplyOperation.prepare returned, by node id. recent: keeps programs.
+
+        kernels: the worker's.
+        """
         self._stage = stage
         self._recent = recent
         self._layout = layout
         self._arena = arena
-        reads = [node for node in map(graph.block_node, layout.inputs) if isinstance(node, Read)]
-        assert len(reads) == len(layout.inputs)
+        reads = graph.reads_of(stage.id)
+        self._input_ids = tuple(read.id for read in reads)
         self._graph = graph
         self._prepared = prepared
         self._block_elements = layout.block_elements
-        window = stage_window(graph, stage, "cpu")
+        window = stage_window(graph, stage, "cpu") if read_mode == "mmap" else 0
         self._inputs: list[PreadInput | MappedInput] = []
         self._streamed: list[StreamedInput] = []
         for number, read in enumerate(reads):
@@ -66,14 +102,23 @@ class NativeFrame:
         self._item_bytes = 0
         if isinstance(stage, Write):
             self._item_bytes = DTYPES[stage.dtype].item_bytes
-            key: Hashable = ("program", stage.id)
-            token: object = prepared
             content = self._content(graph, stage, prepared)
-            if content is not None:  # other tensors have the same
-                key, token = content, "content"
-            self._kernel = self._bind(
-                key, token, lambda: self._write_program(graph, stage, prepared)
-            )
+            if content is None:
+                self._kernel = self._bind(
+                    ("program", stage.id),
+                    prepared,
+                    lambda: self._write_program(graph, stage, prepared),
+                )
+            else:  # other tensors have the same
+                own = (layout.raw, layout.registers, layout.stores, layout.lists, layout.spare)
+                dtypes = tuple(read.dtype for read in reads)
+                self._kernel = kernels.get(
+                    (content, dtypes, layout.output, layout.rounds_once, own),
+                    self._streamed,
+                    lambda: self._bind(
+                        content, "content", lambda: self._write_program(graph, stage, prepared)
+                    ),
+                )
 
     def _content(
         self, graph: Graph, stage: Write, prepared: Mapping[str, Any]
@@ -83,7 +128,7 @@ class NativeFrame:
         source = graph.block_node(stage.source)
         if not isinstance(source, Apply):
             return ("decode",)
-        numbers = {node_id: number for number, node_id in enumerate(self._layout.inputs)}
+        numbers = {node_id: number for number, node_id in enumerate(self._input_ids)}
         if not all(node_id in numbers for node_id in source.inputs):
             return None  # an Apply of Applies
         scalars = frozen(prepared[source.id])
@@ -98,7 +143,7 @@ class NativeFrame:
             return decoding()
         operation = apply_operation(source.operation)
         cost = operation.cost(len(source.inputs), dict(source.parameters))
-        inputs = operands(graph, source.inputs, self._layout.inputs, prepared)
+        inputs = operands(graph, source.inputs, self._input_ids, prepared)
         return record_apply(operation, inputs, cost.scratch, prepared[source.id])
 
     def _bind(self, key: Hashable, token: object, record: Callable[[], Program]) -> Kernel:
@@ -123,35 +168,52 @@ class NativeFrame:
 
     def run(self, blocks: Sequence[Pieces], state: Any) -> Iterator[Any]:
         """Runs as many blocks at once as there is room for."""
+        if isinstance(self._stage, Write):
+            for ((start, stop),) in blocks:
+                yield self.encode(start, stop)
+            return
         at_once = self._layout.blocks_at_once
         for first in range(0, len(blocks), at_once):
             several = blocks[first : first + at_once]
-            if isinstance(self._stage, Write):
-                yield self.encode(several[0][0][0], several[-1][-1][1])
-            elif len(several[0]) > 1:
+            if len(several[0]) > 1:
                 yield self._reduce_sample(several[0], state)
             else:
                 yield from self._reduce(several, state)
 
     def encode(self, start: int, stop: int) -> memoryview:
-        """The bytes of some output blocks (Write stages), valid until the next call."""
+        """The bytes of an output block (Write stages), valid until the next call."""
         assert self._kernel is not None
         self._stream(self._kernel, start, stop)
         return self._output[: (stop - start) * self._item_bytes]
+
+    def write(self, start: int, stop: int, sink: Sink) -> bool:
+        """Has output blocks written as they are done; what is found out stays in the sink.
+
+        Returns whether they could be written.
+        """
+        assert self._kernel is not None
+        step = self._layout.blocks_at_once * self._block_elements
+        return all(
+            self._stream(self._kernel, first, min(first + step, stop), sink)
+            for first in range(start, stop, step)
+        )
 
     def reduce(self, pieces: Pieces, state: Any) -> Any:
         """The partial result of one block (Reduce stages)."""
         (partial,) = self.run([pieces], state)
         return partial
 
-    def _stream(self, kernel: Kernel, start: int, stop: int) -> None:
+    def _stream(self, kernel: Kernel, start: int, stop: int, sink: Sink | None = None) -> bool:
+        """Whether what was to be written could be."""
         for number, source in enumerate(self._inputs):
             if isinstance(source, MappedInput):
                 source.cover(start, stop)
                 kernel.room[number] = source.address
-        failed = kernel.stream(start, stop - start, self._block_elements)
+        failed = kernel.stream(start, stop - start, self._block_elements, sink)
         if failed is None:
-            return
+            return True
+        if failed == UNWRITTEN:
+            return False
         source = self._inputs[failed]  # read again, for the message
         for first in range(start, stop, self._block_elements):
             source.seek(((first, min(first + self._block_elements, stop)),))
@@ -197,7 +259,7 @@ class NativeFrame:
         assert isinstance(stage, Reduce)
         operation, parameters = reduce_operation(stage.operation), dict(stage.parameters)
         scratch = operation.cost(len(stage.inputs), parameters).scratch
-        inputs = operands(self._graph, stage.inputs, self._layout.inputs, self._prepared)
+        inputs = operands(self._graph, stage.inputs, self._input_ids, self._prepared)
         return record_reduce(operation, inputs, scratch, parameters, state)
 
     def _look_up(self, kernel: Kernel, outcome: Any, block: int, elements: int = 0) -> Any:

@@ -369,6 +369,8 @@ TARGET static void floats_to_halves_avx2(const float *from, uint16_t *to, ptrdif
 #include "loops.h"
 #endif
 
+#include "checksum.h"
+
 static void run_block(const struct call *call)
 {
 #ifdef HAS_AVX2
@@ -384,65 +386,6 @@ static void run_block(const struct call *call)
         run_double(call);
     else
         run_float(call);
-}
-
-/* A run of blocks, read as they are needed. One call for many blocks: what the caller does for each
- * call, it does under the interpreter's lock, which all workers share. */
-struct stream {
-    const struct call *call;
-    const int32_t *descriptors; /* one per input, -1: it lies in memory */
-    const int64_t *offsets;     /* of each input's first element, in its file or memory */
-    const int32_t *item_bytes;  /* one per input */
-    void *const *room;          /* a block of each input, or where its memory begins */
-    int64_t input_count;
-    int64_t start;              /* index of the first element in its tensor */
-    int64_t count;              /* elements in all */
-    int64_t block;              /* elements per block */
-    int64_t lane_count;         /* of each block; so for counters */
-    int64_t counter_count;
-    int64_t output_item_bytes;
-};
-
-/* Returns 0, or 1 + the number of the input that could not be read. */
-int32_t lm_stream(const struct stream *stream)
-{
-    struct call call = *stream->call;
-    for (int64_t done = 0; done < stream->count; done += stream->block) {
-        const int64_t left = stream->count - done;
-        call.start = stream->start + done;
-        call.count = left < stream->block ? left : stream->block;
-        for (int64_t i = 0; i < stream->input_count; i++) {
-            const int64_t offset = stream->offsets[i] + done * stream->item_bytes[i];
-            if (stream->descriptors[i] < 0) {
-                call.inputs[i] = (const char *)stream->room[i] + offset;
-                continue;
-            }
-            int64_t filled = 0;
-            const int64_t size = call.count * stream->item_bytes[i];
-            while (filled < size) {
-                const ssize_t got = pread(stream->descriptors[i], (char *)stream->room[i] + filled,
-                                          size - filled, offset + filled);
-                if (got < 0 && errno == EINTR)
-                    continue;
-                if (got <= 0)
-                    return (int32_t)(1 + i);
-                filled += got;
-            }
-            call.inputs[i] = stream->room[i];
-        }
-        run_block(&call);
-        call.lanes += stream->lane_count * LANES;
-        call.counters += stream->counter_count * 3;
-        if (call.output)
-            call.output = (char *)call.output + call.count * stream->output_item_bytes;
-    }
-    return 0;
-}
-
-/* Runs a program over one block that is in memory. */
-void lm_run(const struct call *call)
-{
-    run_block(call);
 }
 
 /* Whether some of the numbers has all bits of a mask set. */
@@ -472,6 +415,123 @@ int32_t lm_has_bits(const void *data, int64_t count, int64_t width, int64_t mask
     }
 }
 
+/* Where the output of a run of blocks goes, and what is found out on the way. */
+struct sink {
+    int64_t begins;       /* 1: forgets what was found out before */
+    int64_t descriptor;
+    int64_t offset;       /* of the next block's first byte, in the file */
+    int64_t mask;         /* bits that are all set in inf and nan; 0: not looked for */
+    int64_t is_nonfinite; /* set to 1 if there are any */
+    int64_t error;        /* errno, if writing fails */
+    int64_t unwritten;    /* bytes of the block that could not be written */
+    uint64_t halves[2];   /* of the checksum of more than SHORT bytes, the low one first */
+    struct checksum checksum;
+};
+
+/* A run of blocks, read as they are needed, and written as they are done. One call for many blocks:
+ * what the caller does for each call, it does under the interpreter's lock, which all workers
+ * share. */
+struct stream {
+    const struct call *call;
+    const int32_t *descriptors; /* one per input, -1: it lies in memory */
+    const int64_t *offsets;     /* of each input's first element, in its file or memory */
+    const int32_t *item_bytes;  /* one per input */
+    void *const *room;          /* a block of each input, or where its memory begins */
+    struct sink *sink;          /* NULL: outputs stay where they are, one block after the other */
+    int64_t input_count;
+    int64_t start;              /* index of the first element in its tensor */
+    int64_t count;              /* elements in all */
+    int64_t block;              /* elements per block */
+    int64_t lane_count;         /* of each block; so for counters */
+    int64_t counter_count;
+    int64_t output_item_bytes;
+};
+
+/* Whether all bytes of a block of an input are there; `size` bytes from `offset` of the file. */
+static int read_block(int descriptor, char *room, int64_t size, int64_t offset)
+{
+    int64_t filled = 0;
+    while (filled < size) {
+        const ssize_t got = pread(descriptor, room + filled, (size_t)(size - filled), offset + filled);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return 0;
+        filled += got;
+    }
+    return 1;
+}
+
+/* Whether a block could be written: looked at, added to the checksum and written while the cache
+ * holds it. */
+static int write_block(struct sink *sink, const char *data, int64_t count, int64_t item_bytes)
+{
+    const int64_t size = count * item_bytes;
+    if (sink->mask && !sink->is_nonfinite)
+        sink->is_nonfinite = lm_has_bits(data, count, item_bytes, sink->mask);
+    add_to_checksum(&sink->checksum, (const uint8_t *)data, (size_t)size);
+    for (int64_t done = 0; done < size;) {
+        const ssize_t put =
+            pwrite((int)sink->descriptor, data + done, (size_t)(size - done), sink->offset + done);
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put <= 0) {
+            sink->error = put < 0 ? errno : EIO;
+            sink->unwritten = size - done;
+            return 0;
+        }
+        done += put;
+    }
+    sink->offset += size;
+    return 1;
+}
+
+/* Returns 0, 1 + the number of the input that could not be read, or -1: the output could not be
+ * written. */
+int32_t lm_stream(const struct stream *stream)
+{
+    struct call call = *stream->call;
+    struct sink *const sink = stream->sink;
+    if (sink && sink->begins) {
+        sink->begins = sink->is_nonfinite = sink->error = 0;
+        begin_checksum(&sink->checksum);
+    }
+    for (int64_t done = 0; done < stream->count; done += stream->block) {
+        const int64_t left = stream->count - done;
+        call.start = stream->start + done;
+        call.count = left < stream->block ? left : stream->block;
+        for (int64_t i = 0; i < stream->input_count; i++) {
+            const int64_t offset = stream->offsets[i] + done * stream->item_bytes[i];
+            if (stream->descriptors[i] < 0) {
+                call.inputs[i] = (const char *)stream->room[i] + offset;
+                continue;
+            }
+            if (!read_block(stream->descriptors[i], stream->room[i],
+                            call.count * stream->item_bytes[i], offset))
+                return (int32_t)(1 + i);
+            call.inputs[i] = stream->room[i];
+        }
+        run_block(&call);
+        call.lanes += stream->lane_count * LANES;
+        call.counters += stream->counter_count * 3;
+        if (sink) {
+            if (!write_block(sink, call.output, call.count, stream->output_item_bytes))
+                return -1;
+        } else if (call.output) {
+            call.output = (char *)call.output + call.count * stream->output_item_bytes;
+        }
+    }
+    if (sink && sink->checksum.length > SHORT)
+        finish_checksum(&sink->checksum, sink->halves);
+    return 0;
+}
+
+/* Runs a program over one block that is in memory. */
+void lm_run(const struct call *call)
+{
+    run_block(call);
+}
+
 int32_t lm_chunk(void)
 {
     return CHUNK;
@@ -479,5 +539,5 @@ int32_t lm_chunk(void)
 
 int32_t lm_version(void)
 {
-    return 4; /* of this interface; library.py refuses another */
+    return 5; /* of this interface; library.py refuses another */
 }

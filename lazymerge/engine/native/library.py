@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import NamedTuple
 
 from ...checkpoint.tensor import DTYPES
 from .program import Program
 
-INTERFACE_VERSION = 4
+INTERFACE_VERSION = 5
 
 KERNELS_VARIABLE = "LAZYMERGE_KERNELS"
 """Set to "torch", the native kernels are not used."""
@@ -26,6 +27,9 @@ DTYPE_NUMBERS = {"F64": 0, "F32": 1, "F16": 2, "BF16": 3, "F8_E4M3": 4, "F8_E5M2
 """Dtypes that the kernels read, as in kernels.c."""
 
 WRITTEN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+UNWRITTEN = -2
+"""Of Kernel.stream: the output could not be written."""
 
 LANES = 16
 COUNTERS = 3
@@ -79,6 +83,7 @@ class _Stream(ctypes.Structure):
         ("offsets", ctypes.c_void_p),
         ("item_bytes", ctypes.c_void_p),
         ("room", ctypes.c_void_p),
+        ("sink", ctypes.c_void_p),
         ("input_count", ctypes.c_int64),
         ("start", ctypes.c_int64),
         ("count", ctypes.c_int64),
@@ -87,6 +92,47 @@ class _Stream(ctypes.Structure):
         ("counter_count", ctypes.c_int64),
         ("output_item_bytes", ctypes.c_int64),
     )
+
+
+SHORT_BYTES = 240
+"""Checksums of as little as this follow other rules, and are not made by the kernels."""
+
+
+class Sink(ctypes.Structure):
+    """Where the output of a run of blocks goes, and what is found out on the way.
+
+    begins: 1 before the first call of several that make one checksum.
+    descriptor: of an open file. offset: in it, of the next block's first byte.
+    mask: bits that are all set in inf and nan; 0 where there is none.
+    is_nonfinite: whether there was one.
+    error: the system's number, if the output could not be written.
+    unwritten: bytes of the block that this happened to.
+    low, high: halves of the checksum of all that has been written, if more than SHORT_BYTES.
+    """
+
+    _fields_ = (
+        ("begins", ctypes.c_int64),
+        ("descriptor", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("mask", ctypes.c_int64),
+        ("is_nonfinite", ctypes.c_int64),
+        ("error", ctypes.c_int64),
+        ("unwritten", ctypes.c_int64),
+        ("low", ctypes.c_uint64),
+        ("high", ctypes.c_uint64),
+        ("checksum", ctypes.c_uint64 * 27),
+    )
+
+    def begin(self, descriptor: int, offset: int, mask: int) -> None:
+        """Gets ready for another run."""
+        self.begins = 1
+        self.descriptor = descriptor
+        self.offset = offset
+        self.mask = mask
+
+    def digest(self) -> bytes:
+        """The checksum, as xxhash.xxh3_128_digest gives it."""
+        return int(self.high << 64 | self.low).to_bytes(16, "big")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +152,7 @@ def encode_program(program: Program) -> EncodedProgram:
     return EncodedProgram(program, (_Instruction * count)(*laid_out))
 
 
-@dataclass(frozen=True, slots=True)
-class StreamedInput:
+class StreamedInput(NamedTuple):
     """Where the kernels find an input.
 
     descriptor: of its open file, -1 where it lies in memory.
@@ -222,7 +267,7 @@ class Kernel:
 
         Each store has room for a block of the working dtype, each list for a float64 for every row
         of a block (or column of the tensor), spare for RANKED_BYTES for each element of a row that
-        is ranked, output for as many blocks as are run at once.
+        is ranked, output for a block, or as many as are run at once without a sink.
         """
         library = _library()
         assert library is not None
@@ -297,12 +342,21 @@ class Kernel:
         call.count = count
         self._run(self._address)
 
-    def stream(self, start: int, count: int, block: int) -> int | None:
+    def bind(self, inputs: Sequence[StreamedInput]) -> None:
+        """Goes on with other inputs of the same dtypes."""
+        for number, source in enumerate(inputs):
+            self._descriptors[number] = source.descriptor
+            self.room[number] = source.address
+        self._first_bytes = [source.first_byte for source in inputs]
+
+    def stream(self, start: int, count: int, block: int, sink: Sink | None = None) -> int | None:
         """Reads and runs blocks of `block` elements each, one after the other.
 
         start: flat index of the first element; count: of all elements.
+        sink: where their output goes; None: to `output`, one block after the other.
 
-        Returns the number of the input that could not be read, None where all could.
+        Returns the number of the input that could not be read, UNWRITTEN where the output could
+        not be written, None where nothing went wrong.
         """
         for number, width in enumerate(self._widths):
             self._offsets[number] = self._first_bytes[number] + start * width
@@ -310,6 +364,7 @@ class Kernel:
         stream.start = start
         stream.count = count
         stream.block = block
+        stream.sink = None if sink is None else ctypes.addressof(sink)
         failed: int = self._stream(self._run_address)
         return failed - 1 if failed else None
 

@@ -282,7 +282,7 @@ def test_the_same_tensor_twice_is_read_once(tmp_path: Path, mode: ReadMode) -> N
     (stage,) = changed.tasks[0].stages
     layout = stage_layout(graph, stage, changed.execution)
     assert isinstance(layout, NativeLayout)
-    assert len(layout.inputs) == 1
+    assert len(graph.reads_of(stage.id)) == 1
     assert run(changed, tmp_path / "out")["w"].tolist() == [1.75 * n for n in range(100)]
 
 

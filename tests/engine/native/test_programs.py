@@ -678,7 +678,7 @@ def prepared_of(evaluation: _Evaluation, node: Apply) -> Any:
     return apply_operation(node.operation).prepare(dict(node.parameters), results)
 
 
-def recorded_stage(plan: Plan, stage: Reduce | Write, layout: NativeLayout) -> list[Program]:
+def recorded_stage(plan: Plan, stage: Reduce | Write) -> list[Program]:
     """The programs of all passes of a stage, as the frame records them (native/frame.py)."""
     graph, evaluation = plan.graph, _Evaluation(plan.graph)
     prepared = {
@@ -689,7 +689,8 @@ def recorded_stage(plan: Plan, stage: Reduce | Write, layout: NativeLayout) -> l
     node = graph.block_node(stage.source) if isinstance(stage, Write) else stage
     if isinstance(node, Read):
         return [decoding()]
-    inputs = operands(graph, node.inputs, layout.inputs, prepared)
+    reads = [read.id for read in graph.reads_of(stage.id)]
+    inputs = operands(graph, node.inputs, reads, prepared)
     parameters = dict(node.parameters)
     if isinstance(node, Apply):
         operation = apply_operation(node.operation)
@@ -728,7 +729,7 @@ def check_room(program: Program, layout: NativeLayout, elements: int) -> None:
     for i in program.instructions:
         match i.code:
             case Code.LOAD | Code.LOAD_SUB | Code.LOAD_MUL | Code.LOAD_MUL_ADD:
-                assert i.k < len(layout.inputs)
+                assert i.k < len(layout.raw)
             case Code.STORE | Code.COUNT | Code.LOAD_STORED:
                 assert layout.stores[i.b].elements >= block
             case Code.DOT_ROWS | Code.SUM_ROWS | Code.MAX_ROWS:
@@ -766,7 +767,7 @@ def test_every_stage_records(plans: list[Plan]) -> None:
         layout = stage_layout(plan.graph, stage, Execution("pread", "native"))
         if not isinstance(layout, NativeLayout):
             continue
-        made = recorded_stage(plan, stage, layout)
+        made = recorded_stage(plan, stage)
         for program in made:
             is_write = isinstance(stage, Write)
             assert (program.outcome is None) == is_write
