@@ -16,7 +16,7 @@ from ..output.folder import (
     clear_output_folder,
     is_unfinished,
 )
-from ..output.journal import JOURNAL_PATH, Journal, read_journal
+from ..output.journal import JOURNAL_PATH, Finished, Journal, read_journal
 from ..output.lock import OutputLock
 from ..output.manifest import MANIFEST_NAME, MERGE_PATH, read_document, write_document
 from ..output.recovery import NOTHING, Recovery, is_doubted, recover
@@ -98,6 +98,7 @@ def prepare(
 ) -> Prepared:
     """made: folders that were not there before."""
     recovery, length = NOTHING, 0
+    believed: dict[str, Finished] = {}
     if resumes:
         beginning = read_document(folder / MERGE_PATH)
         if hash_inputs or "input_checksums" in beginning:
@@ -109,8 +110,7 @@ def prepare(
         if journal.fingerprint == plan.fingerprint:
             length = journal.length
             believed = journal.finished
-        else:  # not even its first line is whole
-            believed = {}
+        # else not even its first line is whole
         doubted = sum(recheck or is_doubted(record) for record in believed.values())
         if doubted:
             observer.noted(f"reading {doubted} tensors of an earlier run before believing them")
@@ -140,6 +140,8 @@ def prepare(
                 raise write_error(folder / MERGE_PATH, error) from error
         journal_file = Journal(folder, plan.fingerprint, length, fsync=fsync)
         try:
+            for name in believed.keys() - recovery.finished.keys():
+                journal_file.lost(name)
             if fsync:  # what says that the folder is ours, before anything that is to be ours
                 for made_or_filled in (folder, *(new.parent for new in made)):
                     sync_folder(made_or_filled)

@@ -103,6 +103,8 @@ def read_journal(folder: Path) -> JournalContents:
                 if record["format"] != JOURNAL_FORMAT:
                     break
                 fingerprint = _text(record["fingerprint"])
+            elif "lost" in record:
+                finished.pop(_text(record["lost"]), None)
             elif "tensor" in record:
                 tensor = _finished(record, sessions[-1])
                 finished[tensor.name] = tensor
@@ -227,6 +229,15 @@ class Journal:
         if is_nonfinite:
             record["nonfinite"] = True
         self._append(record)
+
+    def lost(self, name: str) -> None:
+        """Writes down that a tensor is not there, whatever earlier lines say. Before its place is
+        written to again: a shard made anew has the right size and header, and not its bytes.
+
+        Raises:
+            LazymergeError: it cannot be written.
+        """
+        self._append({"lost": name})
 
     def _append(self, record: dict[str, Any]) -> None:
         text = json.dumps(record).encode()

@@ -455,3 +455,22 @@ def test_a_second_signal_ends_the_waiting(
         run_plan(plan, out)
     time.sleep(1.8)
     assert run_plan(plan, out).resumed_tensors > 0
+
+
+def test_a_shard_that_was_lost_and_made_anew_is_not_believed(recipe: Path, tmp_path: Path) -> None:
+    """Its size and header are right, the journal's lines are of this boot, and its bytes are not
+    there: the run that made it anew was interrupted, too."""
+    out = tmp_path / "out"
+    plan = lazymerge.plan(recipe, workers=1)  # one shard
+    with pytest.raises(Stop):
+        run_plan(plan, out, observer=Stopper(4))
+    (out / f"{plan.shards[0].file}.partial").unlink()
+    with pytest.raises(Stop):
+        run_plan(plan, out, observer=Stopper(1))
+    assert list(read_journal(out).finished) == NAMES[:1]
+    assert run_plan(plan, out).resumed_tensors == 1
+    run_plan(plan, tmp_path / "whole")
+    assert checksums(out) == checksums(tmp_path / "whole")
+    assert (out / plan.shards[0].file).read_bytes() == (
+        tmp_path / "whole" / plan.shards[0].file
+    ).read_bytes()
