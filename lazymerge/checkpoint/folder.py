@@ -21,12 +21,14 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError
 from .header import Header, garbage_collector_paused, read_header
 from .json_file import read_json_mapping
 from .tensor import Checkpoint, TensorInfo
+from .wording import listed, quoted
 
 SUFFIX = ".safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -34,13 +36,19 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 INDEX_LIMIT_BYTES = 200_000_000
+INDEX_LIMIT_VALUES = 4_000_000
+"""Two for each tensor. The models with the most tensors have about 140,000."""
 CONFIG_LIMIT_BYTES = 10_000_000
+CONFIG_LIMIT_VALUES = 1_000_000
+"""The largest configs list the names of 22,000 classes twice: a tenth of this."""
+
+_NAMES_COMPARED = 1_000
+"""Names of a folder that an absent one is compared with: 20 ms."""
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-_NAMED_AT_MOST = 5
-"""Names listed in a message before it says how many more there are."""
 
 
 def open_checkpoint(reference: str) -> Checkpoint:
@@ -51,12 +59,14 @@ def open_checkpoint(reference: str) -> Checkpoint:
     Raises InputError naming the file, the tensor and the remedy.
     """
     if not _can_be_path(reference):
-        raise InputError(f"model {reference!r}: is not a path.")
+        raise InputError(f"model {quoted(reference)}: is not a path. Name a folder or a file.")
     path = Path(os.path.expanduser(reference))
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a name too long, a folder that may not be searched
-        raise InputError(f"model {reference!r}: {error.strerror or error}.") from None
+        raise InputError(
+            f"model {quoted(reference)}: {error.strerror or error}. Correct the path."
+        ) from None
     if is_folder:
         folder = Path(os.path.realpath(path))
         files, weight_map, index_bytes = _files_of_folder(folder, reference)
@@ -69,13 +79,14 @@ def open_checkpoint(reference: str) -> Checkpoint:
     else:
         raise InputError(_explain_absent(reference, path))
 
+    _check_is_text(folder, files)
     with garbage_collector_paused():
         headers = [read_header(folder / file, file) for file in sorted(files)]
         tensors = _gather_tensors(headers, folder)
     if weight_map is not None:
         _check_index(weight_map, tensors, folder / INDEX_NAME)
     if not tensors:
-        raise InputError(f"{path}: holds no tensor.")
+        raise InputError(f"{path}: holds no tensor. Download it again.")
     config, config_bytes = _read_config(folder)
     return Checkpoint(
         reference=reference,
@@ -95,7 +106,9 @@ def checkpoint_file_path(checkpoint: Checkpoint, file: str) -> Path:
     Raises InputError when it is not a plain file name: a checkpoint may come from a saved plan.
     """
     if not is_plain_name(file):
-        raise InputError(f"{checkpoint.folder}: {file!r} is not a plain file name.")
+        raise InputError(
+            f"{checkpoint.folder}: {quoted(file)} is not a plain file name. Plan the recipe again."
+        )
     return Path(checkpoint.folder) / file
 
 
@@ -104,17 +117,20 @@ def _files_of_folder(folder: Path, reference: str) -> tuple[list[str], dict[str,
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise InputError(f"{folder}: cannot be listed: {error.strerror or error}.") from None
+        raise InputError(
+            f"{folder}: cannot be listed: {error.strerror or error}. Make the folder readable."
+        ) from None
     if INDEX_NAME in names:
         weight_map, index_bytes = _read_index(folder)
         files = sorted(set(weight_map.values()))
-        absent = [file for file in files if file not in names]
+        present = set(names)
+        absent = [file for file in files if file not in present]
         if absent:
             remedy = "Download what is missing"
             if SINGLE_NAME in names:
                 remedy += f", or delete the index if {SINGLE_NAME} is the whole model"
             raise InputError(
-                f"{folder / INDEX_NAME}: lists {_listed(absent)}, absent from the folder "
+                f"{folder / INDEX_NAME}: lists {listed(absent)}, absent from the folder "
                 f"({len(absent)} of {len(files)} files). {remedy}."
             )
     else:
@@ -153,11 +169,13 @@ def _read_index(folder: Path) -> tuple[dict[str, str], int]:
         return result
 
     with garbage_collector_paused():
-        document, bytes_read = read_json_mapping(path, INDEX_LIMIT_BYTES, mapping)
+        document, bytes_read = read_json_mapping(
+            path, INDEX_LIMIT_BYTES, mapping, limit_values=INDEX_LIMIT_VALUES
+        )
     if repeated:
         raise InputError(
-            f"{path}: holds the key {repeated[0]!r} twice, so it does not say which one counts. "
-            "Download it again."
+            f"{path}: holds the key {quoted(repeated[0])} twice, so it does not say which one "
+            "counts. Download it again."
         )
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict):
@@ -168,18 +186,22 @@ def _read_index(folder: Path) -> tuple[dict[str, str], int]:
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise InputError(
-                f"{path}: tensor {name!r}: its file is not a string. Download it again."
+                f"{path}: tensor {quoted(name)}: its file is not a string. Download it again."
             )
         if file in checked:
             continue
         checked.add(file)
         if not is_plain_name(file) or "\\" in file:
             raise InputError(
-                f"{path}: tensor {name!r}: its file {file!r} is not a plain file name; an index "
-                "may only list files of its own folder. Do not use this model unless you know why."
+                f"{path}: tensor {quoted(name)}: its file {quoted(file)} is not a plain file name; "
+                "an index may only list files of its own folder. Do not use this model unless you "
+                "know why."
             )
         if not file.endswith(SUFFIX):
-            raise InputError(f"{path}: tensor {name!r}: its file {file!r} is not a {SUFFIX} file.")
+            raise InputError(
+                f"{path}: tensor {quoted(name)}: its file {quoted(file)} is not a {SUFFIX} file. "
+                "Download the model in the safetensors format."
+            )
     return weight_map, bytes_read
 
 
@@ -191,9 +213,9 @@ def _gather_tensors(headers: list[Header], folder: Path) -> dict[str, TensorInfo
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise InputError(
-                    f"{folder}: tensor {tensor.name!r} is in both {other.file!r} and "
-                    f"{tensor.file!r}. Give the one .safetensors file to use, or remove the files "
-                    "that are not part of the model."
+                    f"{folder}: tensor {quoted(tensor.name)} is in both {quoted(other.file)} and "
+                    f"{quoted(tensor.file)}. Give the one .safetensors file to use, or remove the "
+                    "files that are not part of the model."
                 )
     return tensors
 
@@ -206,18 +228,19 @@ def _check_index(
         tensor = tensors.get(name)
         if tensor is None:
             raise InputError(
-                f"{path}: lists tensor {name!r} in {file!r}, which does not hold it. The index and "
-                "the files are not of the same model: download both again."
+                f"{path}: lists tensor {quoted(name)} in {quoted(file)}, which does not hold it. "
+                "The index and the files are not of the same model: download both again."
             )
         if tensor.file != file:
             raise InputError(
-                f"{path}: lists tensor {name!r} in {file!r}, but it is in {tensor.file!r}. The "
-                "index and the files are not of the same model: download both again."
+                f"{path}: lists tensor {quoted(name)} in {quoted(file)}, but it is in "
+                f"{quoted(tensor.file)}. The index and the files are not of the same model: "
+                "download both again."
             )
     if len(tensors) > len(weight_map):
         extra = [name for name in tensors if name not in weight_map]
         raise InputError(
-            f"{path}: does not list {_listed(extra)}, held by {tensors[extra[0]].file!r} "
+            f"{path}: does not list {listed(extra)}, held by {quoted(tensors[extra[0]].file)} "
             f"({len(extra)} of {len(tensors)} tensors are not listed). The index is out of date: "
             "download it again, or delete it if the files are right and complete."
         )
@@ -228,7 +251,7 @@ def _read_config(folder: Path) -> tuple[dict[str, object] | None, int]:
     if not os.path.lexists(path):
         return None, 0
     _check_link(folder, CONFIG_NAME)
-    return read_json_mapping(path, CONFIG_LIMIT_BYTES)
+    return read_json_mapping(path, CONFIG_LIMIT_BYTES, limit_values=CONFIG_LIMIT_VALUES)
 
 
 def _can_be_path(reference: str) -> bool:
@@ -236,6 +259,18 @@ def _can_be_path(reference: str) -> bool:
         return reference != "" and b"\0" not in os.fsencode(reference)
     except UnicodeEncodeError:
         return False
+
+
+def _check_is_text(folder: Path, files: list[str]) -> None:
+    """Refuse names that are not UTF-8: no plan, journal or manifest could hold them.
+
+    Python reads the bytes of such a name as unpaired surrogates.
+    """
+    for name in (str(folder), *files):
+        if not name.isprintable() and _SURROGATE.search(name):
+            raise InputError(
+                f"{folder}: the name {quoted(name)} is not UTF-8. Rename the file or folder."
+            )
 
 
 def is_plain_name(file: str) -> bool:
@@ -293,28 +328,24 @@ def _check_shard_numbers(files: list[str], folder: Path) -> None:
         if missing:
             names = [f"{stem}-{number:05d}-of-{count:05d}{SUFFIX}" for number in missing]
             raise InputError(
-                f"{folder}: {_listed(names)} absent ({len(missing)} of {count} shards). "
+                f"{folder}: {listed(names)} absent ({len(missing)} of {count} shards). "
                 "Download what is missing."
             )
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_NAMED_AT_MOST])
-    more = len(names) - _NAMED_AT_MOST
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _explain_no_safetensors(folder: Path, names: list[str]) -> str:
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         return (
-            f"{folder}: holds {_listed(pickles)} and no {SUFFIX} file. Torch pickles are not "
+            f"{folder}: holds {listed(pickles)} and no {SUFFIX} file. Torch pickles are not "
             "supported yet. Convert the model once, in Python: transformers.AutoModelForCausalLM"
             ".from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER) writes safetensors."
         )
     if not names:
         return f"{folder}: the folder is empty. Download the model into it again."
-    return f"{folder}: holds no {SUFFIX} file (it holds {_listed(names)})."
+    return (
+        f"{folder}: holds no {SUFFIX} file (it holds {listed(names)}). Name the folder of a model."
+    )
 
 
 def _explain_other_file(path: Path) -> str:
@@ -330,16 +361,26 @@ def _explain_other_file(path: Path) -> str:
 def _explain_absent(reference: str, path: Path) -> str:
     if os.path.lexists(path):
         if path.is_symlink() and not path.exists():
-            return f"model {reference!r}: is a link to {os.readlink(path)!r}, which is absent."
-        return f"model {reference!r}: is neither a folder nor a regular file."
+            return (
+                f"model {quoted(reference)}: is a link to {os.readlink(path)!r}, which is absent. "
+                "Correct the link, or download the model."
+            )
+        return (
+            f"model {quoted(reference)}: is neither a folder nor a regular file. Name a model's "
+            f"folder or a {SUFFIX} file."
+        )
     resolved = Path(os.path.realpath(path))
-    message = f"model {reference!r}: not found (resolved to {resolved})."
+    message = f"model {quoted(reference)}: not found (resolved to {resolved})."
     try:
-        near = difflib.get_close_matches(resolved.name, os.listdir(resolved.parent), n=3)
+        with os.scandir(resolved.parent) as entries:
+            names = [entry.name for entry in islice(entries, _NAMES_COMPARED)]
+        near = difflib.get_close_matches(resolved.name, names, n=3)
     except OSError:
         near = []
     if near:
-        message += f" {resolved.parent} holds {_listed(near)}: is one of them meant?"
+        message += f" {resolved.parent} holds {listed(near)}: is one of them meant?"
+    else:
+        message += " Correct the path, or download the model there."
     hub_id = re.split(r"[@+]", reference, maxsplit=1)[0]
     if _HUB_ID.fullmatch(hub_id):
         message += (

@@ -22,23 +22,34 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import NoReturn
 
 import xxhash
 
 from ..errors import InputError
+from .json_file import NESTING_LIMIT, has_unpaired_surrogate, most_values, nesting
 from .regular_file import open_regular_file, read_exactly
 from .tensor import DTYPES, FileInfo, TensorInfo
+from .wording import kind, quoted, shown
 
 LENGTH_BYTES = 8
 HEADER_LIMIT_BYTES = 100_000_000
 """The largest header that the format allows."""
 
+VALUES_PER_TENSOR = 12
+"""What most_values finds in a matrix's entry: a name, three fields, two lists with two numbers."""
+
+VALUE_LIMIT = 4_000_000
+"""Values in a header: 333,333 tensors in one file. The models with the most have about 140,000 in
+all of their files. A header of as many values takes a second and up to 400 MB beside its text."""
+
 _UINT64_LIMIT = 2**64
+_FIELDS = 3
+"""Fields of an entry that the format defines: dtype, shape, data_offsets."""
 _DOWNLOAD_AGAIN = "The file is damaged or was not written completely: download it again."
 _NOT_SAFETENSORS = "This is not a safetensors file, or it is damaged: download it again."
+_BAD_WRITER = "The file is damaged, or what wrote it is broken: download it again."
 _GIT_LFS_POINTER = b"version https://git-lfs"
 
 
@@ -77,6 +88,9 @@ def garbage_collector_paused() -> Iterator[None]:
 class _BrokenHeaderError(Exception):
     """A broken invariant, without the file's name yet."""
 
+    def __init__(self, rule: str, remedy: str = _BAD_WRITER) -> None:
+        super().__init__(f"{rule} {remedy}")
+
 
 def read_header(path: Path | str, file: str | None = None) -> Header:
     """Read and validate the header of a safetensors file.
@@ -91,57 +105,62 @@ def read_header(path: Path | str, file: str | None = None) -> Header:
     path = Path(path)
     name = path.name if file is None else file
     try:
-        raw, size_bytes, modified_ns = _read_raw(path)
+        prefix, header, size_bytes, modified_ns = _read_raw(path)
         with garbage_collector_paused():
-            tensors, metadata = _parse(raw, size_bytes, name)
+            tensors, metadata = _parse(header, size_bytes, name)
     except _BrokenHeaderError as error:
         raise InputError(f"{path}: {error}") from None
+    digest = xxhash.xxh3_128(prefix)
+    digest.update(header)
     info = FileInfo(
         path=name,
         size_bytes=size_bytes,
         modified_ns=modified_ns,
-        header_digest=xxhash.xxh3_128_hexdigest(raw),
+        header_digest=digest.hexdigest(),
     )
-    return Header(file=info, tensors=tensors, metadata=metadata, bytes_read=len(raw))
+    bytes_read = len(prefix) + len(header)
+    return Header(file=info, tensors=tensors, metadata=metadata, bytes_read=bytes_read)
 
 
-def _read_raw(path: Path) -> tuple[bytes, int, int]:
-    """The header's bytes with the length prefix, the file's size in bytes and its mtime in ns."""
+def _read_raw(path: Path) -> tuple[bytes, bytes, int, int]:
+    """The length prefix, the header's bytes, the file's size in bytes and its mtime in ns."""
     with open_regular_file(path) as (descriptor, status):
         size_bytes = status.st_size
         if size_bytes < LENGTH_BYTES:
             raise _BrokenHeaderError(
                 f"holds {size_bytes} bytes, less than the {LENGTH_BYTES} of a safetensors length "
-                f"prefix. {_DOWNLOAD_AGAIN}"
+                f"prefix.",
+                _DOWNLOAD_AGAIN,
             )
         prefix = read_exactly(descriptor, LENGTH_BYTES, path)
         length = int.from_bytes(prefix, "little")
         if length > HEADER_LIMIT_BYTES:
             if _GIT_LFS_POINTER.startswith(prefix):
                 raise _BrokenHeaderError(
-                    "looks like a Git LFS pointer, not the file it points to. "
-                    "Run `git lfs pull` in the model's repository."
+                    "looks like a Git LFS pointer, not the file it points to.",
+                    "Run `git lfs pull` in the model's repository.",
                 )
             raise _BrokenHeaderError(
-                f"claims a header of {length:,} bytes; the format allows "
-                f"{HEADER_LIMIT_BYTES:,}. {_NOT_SAFETENSORS}"
+                f"claims a header of {length:,} bytes; the format allows {HEADER_LIMIT_BYTES:,}.",
+                _NOT_SAFETENSORS,
             )
         if LENGTH_BYTES + length > size_bytes:
             raise _BrokenHeaderError(
                 f"is truncated inside its header: {LENGTH_BYTES + length - size_bytes:,} bytes of "
                 f"the header are missing ({LENGTH_BYTES + length:,} expected, {size_bytes:,} "
-                f"present). {_DOWNLOAD_AGAIN}"
+                f"present).",
+                _DOWNLOAD_AGAIN,
             )
         header = read_exactly(descriptor, length, path)
-    return prefix + header, size_bytes, status.st_mtime_ns
+    return prefix, header, size_bytes, status.st_mtime_ns
 
 
 def _parse(
-    raw: bytes, size_bytes: int, file: str
+    header: bytes, size_bytes: int, file: str
 ) -> tuple[tuple[TensorInfo, ...], Mapping[str, str]]:
-    document = _parse_json(raw[LENGTH_BYTES:])
+    document = _parse_json(header)
     metadata = _checked_metadata(document.pop("__metadata__", None))
-    return _checked_tensors(document, len(raw), size_bytes, file), metadata
+    return _checked_tensors(document, LENGTH_BYTES + len(header), size_bytes, file), metadata
 
 
 def _parse_json(header: bytes) -> dict[str, object]:
@@ -151,43 +170,47 @@ def _parse_json(header: bytes) -> dict[str, object]:
     """
     if not header.startswith(b"{"):
         raise _BrokenHeaderError(
-            f"has a header that does not begin with '{{' (it begins {header[:16]!r}). "
-            f"{_NOT_SAFETENSORS}"
+            f"has a header that does not begin with '{{' (it begins {header[:16]!r}).",
+            _NOT_SAFETENSORS,
+        )
+    if most_values(header) > VALUE_LIMIT:
+        raise _BrokenHeaderError(
+            f"has a header that holds more than {VALUE_LIMIT:,} values, enough for "
+            f"{VALUE_LIMIT // VALUES_PER_TENSOR:,} tensors.",
+            "Spread the tensors over several files, if they are a model's.",
         )
     try:
         text = header.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _BrokenHeaderError(
-            f"has a header that is not UTF-8 (byte {LENGTH_BYTES + error.start} of the file). "
-            f"{_NOT_SAFETENSORS}"
+            f"has a header that is not UTF-8 (byte {LENGTH_BYTES + error.start} of the file).",
+            _NOT_SAFETENSORS,
         ) from None
     try:
         document = json.loads(
             text, object_pairs_hook=_mapping_without_duplicates, parse_constant=_refuse_constant
         )
-        if "\\u" in text:
-            # Escapes can spell half a surrogate pair, which no file can hold as UTF-8.
-            json.dumps(document, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise _BrokenHeaderError(
-            f"has a header nested too deeply to be one. {_NOT_SAFETENSORS}"
+            "has a header nested too deeply to be one.", _NOT_SAFETENSORS
         ) from None
     except json.JSONDecodeError as error:
         raise _BrokenHeaderError(
             f"has a header that is not JSON ({error.msg} at byte "
-            f"{LENGTH_BYTES + len(text[: error.pos].encode())} of the file). {_NOT_SAFETENSORS}"
-        ) from None
-    except UnicodeEncodeError:
-        raise _BrokenHeaderError(
-            f"has a header with an unpaired surrogate (\\ud800 to \\udfff). {_NOT_SAFETENSORS}"
+            f"{LENGTH_BYTES + len(text[: error.pos].encode())} of the file).",
+            _NOT_SAFETENSORS,
         ) from None
     except ValueError:
         # Python's limit on the digits of an integer.
         raise _BrokenHeaderError(
-            f"has a header with a number of thousands of digits. {_NOT_SAFETENSORS}"
+            "has a header with a number of thousands of digits.", _NOT_SAFETENSORS
         ) from None
+    if has_unpaired_surrogate(text, document):
+        raise _BrokenHeaderError(
+            "has a header with an unpaired surrogate (\\ud800 to \\udfff).", _NOT_SAFETENSORS
+        )
     if type(document) is not dict:  # unreachable while it begins with '{'; kept for the type
-        raise _BrokenHeaderError(f"has a header that is not a mapping. {_NOT_SAFETENSORS}")
+        raise _BrokenHeaderError("has a header that is not a mapping.", _NOT_SAFETENSORS)
     return document
 
 
@@ -198,8 +221,9 @@ def _mapping_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, ob
         for key, _ in pairs:
             if key in seen:
                 raise _BrokenHeaderError(
-                    f"has a header that holds the key {key!r} twice, so it does not say which one "
-                    "counts. Write the file again with each name once."
+                    f"has a header that holds the key {quoted(key)} twice, so it does not say "
+                    "which one counts.",
+                    "Write the file again with each name once.",
                 )
             seen.add(key)
     return mapping
@@ -217,7 +241,8 @@ def _checked_metadata(metadata: object) -> Mapping[str, str]:
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise _BrokenHeaderError(
-                f"has a `__metadata__` whose value for {key!r} is {_kind(value)}, not a string."
+                f"has a `__metadata__` whose value for {quoted(key)} is {kind(value)}, not a "
+                "string."
             )
     return metadata
 
@@ -233,44 +258,57 @@ def _checked_tensors(
     for name, entry in entries.items():
         # One pass of plain checks: a model can hold 90,000 tensors. Words are found afterwards.
         if type(entry) is not dict:
-            raise _BrokenHeaderError(
-                f"tensor {name!r}: its entry is {_kind(entry)}, not a mapping."
-            )
+            raise _broken_tensor(name, f"its entry is {kind(entry)}, not a mapping.")
+        if len(entry) > _FIELDS and nesting(entry) > NESTING_LIMIT:
+            raise _broken_tensor(name, f"its entry is nested more than {NESTING_LIMIT} deep.")
         try:
             dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         except KeyError as error:
-            raise _BrokenHeaderError(
-                f"tensor {name!r}: its entry has no field {error.args[0]!r}."
-            ) from None
+            raise _broken_tensor(name, f"its entry has no field {error.args[0]!r}.") from None
         dtype = DTYPES.get(dtype_name) if type(dtype_name) is str else None
         if dtype is None:
-            raise _BrokenHeaderError(_explain_dtype(name, dtype_name))
+            raise _unknown_dtype(name, dtype_name)
         if type(shape) is not list:
-            raise _BrokenHeaderError(f"tensor {name!r}: its shape is {_kind(shape)}, not a list.")
+            raise _broken_tensor(name, f"its shape is {kind(shape)}, not a list.")
+        elements = 1
         for extent in shape:
             if type(extent) is not int or not 0 <= extent < _UINT64_LIMIT:
-                raise _BrokenHeaderError(
-                    f"tensor {name!r}: its shape holds {_shown(extent)}; extents are whole numbers "
-                    "from 0 to 2^64 - 1."
+                raise _broken_tensor(
+                    name,
+                    f"its shape holds {shown(extent)}; extents are whole numbers from 0 to "
+                    "2^64 - 1.",
                 )
+            # Held below 2^64 at every step, or 100,000 extents would make a number of megabytes, in
+            # quadratic time; and so a zero at the end hides no overflow, in the library neither.
+            elements *= extent
+            if elements >= _UINT64_LIMIT:
+                raise _broken_tensor(name, f"its shape {shown(shape)} has more than 2^64 elements.")
         if type(offsets) is not list or len(offsets) != 2:
-            raise _BrokenHeaderError(
-                f"tensor {name!r}: its data_offsets are not a list of two numbers."
-            )
+            raise _broken_tensor(name, "its data_offsets are not a list of two numbers.")
         start, stop = offsets
-        if type(start) is not int or type(stop) is not int or start < 0 or stop < 0:
-            raise _BrokenHeaderError(
-                f"tensor {name!r}: its data_offsets hold {_shown(start)} and {_shown(stop)}; both "
-                "must be whole numbers, not negative."
+        if (
+            type(start) is not int
+            or type(stop) is not int
+            or not 0 <= start < _UINT64_LIMIT
+            or not 0 <= stop < _UINT64_LIMIT
+        ):
+            raise _broken_tensor(
+                name,
+                f"its data_offsets hold {shown(start)} and {shown(stop)}; both must be whole "
+                "numbers from 0 to 2^64 - 1.",
             )
         if start > stop:
-            raise _BrokenHeaderError(
-                f"tensor {name!r}: its data_offsets are out of order: it would start at byte "
-                f"{_shown(start)} and end at byte {_shown(stop)}."
+            raise _broken_tensor(
+                name,
+                f"its data_offsets are out of order: it would start at byte {start} and end at "
+                f"byte {stop}.",
             )
-        expected = prod(shape) * dtype.item_bytes
-        if expected != stop - start or (expected == 0 and _overflows(shape)):
-            raise _BrokenHeaderError(_explain_size(name, dtype_name, shape, start, stop))
+        if elements * dtype.item_bytes != stop - start:
+            raise _broken_tensor(
+                name,
+                f"shape {shown(shape)} of {dtype_name} takes {elements * dtype.item_bytes:,} "
+                f"bytes, but its data_offsets hold {stop - start}.",
+            )
         tensors.append(
             TensorInfo(name, dtype_name, tuple(shape), file, data_start + start, data_start + stop)
         )
@@ -282,19 +320,22 @@ def _checked_tensors(
 
 def _check_tiling(tensors: list[TensorInfo], data_start: int, size_bytes: int) -> None:
     position = data_start
-    previous = None
-    for tensor in tensors:
+    previous = ""
+    for number, tensor in enumerate(tensors):
         if tensor.start != position:
-            before = "the data section begins" if previous is None else f"{previous!r} ends"
+            before = f"{quoted(previous)} ends" if number else "the data section begins"
             if tensor.start > position:
-                raise _BrokenHeaderError(
-                    f"tensor {tensor.name!r}: {tensor.start - position:,} bytes between where "
-                    f"{before} and its first byte belong to no tensor; the format allows no gaps. "
-                    f"{_DOWNLOAD_AGAIN}"
+                raise _broken_tensor(
+                    tensor.name,
+                    f"{tensor.start - position:,} bytes between where {before} and its first byte "
+                    "belong to no tensor; the format allows no gaps.",
+                    _DOWNLOAD_AGAIN,
                 )
-            raise _BrokenHeaderError(
-                f"tensor {tensor.name!r}: it overlaps {previous!r} by "
-                f"{min(position, tensor.stop_exclusive) - tensor.start:,} bytes. {_DOWNLOAD_AGAIN}"
+            raise _broken_tensor(
+                tensor.name,
+                f"it overlaps {quoted(previous)} by "
+                f"{min(position, tensor.stop_exclusive) - tensor.start:,} bytes.",
+                _DOWNLOAD_AGAIN,
             )
         position = tensor.stop_exclusive
         previous = tensor.name
@@ -302,65 +343,26 @@ def _check_tiling(tensors: list[TensorInfo], data_start: int, size_bytes: int) -
         cut = next(tensor for tensor in tensors if tensor.stop_exclusive > size_bytes)
         raise _BrokenHeaderError(
             f"is truncated: {position - size_bytes:,} bytes are missing ({position:,} expected, "
-            f"{size_bytes:,} present); {cut.name!r} is the first tensor that is cut. "
-            f"{_DOWNLOAD_AGAIN}"
+            f"{size_bytes:,} present); {quoted(cut.name)} is the first tensor that is cut.",
+            _DOWNLOAD_AGAIN,
         )
     if position < size_bytes:
         raise _BrokenHeaderError(
             f"has {size_bytes - position:,} bytes after its last tensor that belong to no tensor "
-            f"({position:,} bytes expected, {size_bytes:,} present). {_DOWNLOAD_AGAIN}"
+            f"({position:,} bytes expected, {size_bytes:,} present).",
+            _DOWNLOAD_AGAIN,
         )
 
 
-def _overflows(shape: list[int]) -> bool:
-    """Whether multiplying the extents in order passes 2^64 before a zero ends it."""
-    elements = 1
-    for extent in shape:
-        elements *= extent
-        if elements >= _UINT64_LIMIT:
-            return True
-    return False
+def _broken_tensor(name: str, rule: str, remedy: str = _BAD_WRITER) -> _BrokenHeaderError:
+    return _BrokenHeaderError(f"tensor {quoted(name)}: {rule}", remedy)
 
 
-def _explain_dtype(name: str, dtype: object) -> str:
+def _unknown_dtype(name: str, dtype: object) -> _BrokenHeaderError:
     if not isinstance(dtype, str):
-        return f"tensor {name!r}: its dtype is {_kind(dtype)}, not a string."
-    return (
-        f"tensor {name!r}: its dtype {_shown(dtype)} is not known to this version (known: "
-        f"{', '.join(DTYPES)}). Convert the model to one of these, or update lazymerge."
+        return _broken_tensor(name, f"its dtype is {kind(dtype)}, not a string.")
+    return _broken_tensor(
+        name,
+        f"its dtype {shown(dtype)} is not known to this version (known: {', '.join(DTYPES)}).",
+        "Convert the model to one of these, or update lazymerge.",
     )
-
-
-def _explain_size(name: str, dtype: str, shape: list[int], start: int, stop: int) -> str:
-    if _overflows(shape):
-        return f"tensor {name!r}: its shape {_shown(shape)} has more than 2^64 elements."
-    return (
-        f"tensor {name!r}: shape {_shown(shape)} of {dtype} takes "
-        f"{prod(shape) * DTYPES[dtype].item_bytes:,} bytes, but its data_offsets hold "
-        f"{_shown(stop - start)}."
-    )
-
-
-_KINDS = {
-    dict: "a mapping",
-    list: "a list",
-    str: "a string",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-}
-
-
-def _kind(value: object) -> str:
-    """What a JSON value is, in words."""
-    return _KINDS[type(value)]
-
-
-def _shown(value: object) -> str:
-    """A JSON value for a message, short and on one line."""
-    try:
-        text = json.dumps(value)
-    except (ValueError, RecursionError):
-        return _kind(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

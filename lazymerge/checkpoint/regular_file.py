@@ -24,12 +24,17 @@ def open_regular_file(path: Path) -> Iterator[tuple[int, os.stat_result]]:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path}: is not a regular file.")
+                raise InputError(
+                    f"{path}: is not a regular file. Put the file itself in its place."
+                )
             yield descriptor, status
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from None
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror or error}. Make it readable, or download it "
+            "again."
+        ) from None
 
 
 def read_exactly(descriptor: int, count: int, path: Path) -> bytes:
@@ -42,7 +47,9 @@ def read_exactly(descriptor: int, count: int, path: Path) -> bytes:
     while missing:
         part = os.read(descriptor, missing)
         if not part:
-            raise InputError(f"{path}: became shorter while it was read.")
+            raise InputError(
+                f"{path}: became shorter while it was read. Try again when nothing writes to it."
+            )
         parts.append(part)
         missing -= len(part)
     return b"".join(parts)
