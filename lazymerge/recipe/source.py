@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NoReturn
 
 import yaml
@@ -27,6 +28,10 @@ NODE_LIMIT = 100_000
 DEPTH_LIMIT = 64
 NUMBER_LENGTH_LIMIT = 1_000
 """Characters of an unquoted number: converting a long one takes quadratic time."""
+
+DIRECTIVE_LIMIT = 10
+"""Lines that begin with %: libyaml compares each %TAG with all before it, and half a million of
+them took minutes. A recipe needs none."""
 
 PROBLEM_LIMIT = 100
 """Problems named before the reading is given up."""
@@ -165,6 +170,10 @@ def read_source(text: str, path: str) -> Source:
     if forbidden := _FORBIDDEN.search(text):
         message = f"the character {forbidden.group()!a} is not allowed in YAML"
         raise RecipeError(path, [Problem(message, _position_of(text, forbidden.start()))])
+    directive = next(islice(_DIRECTIVE.finditer(text), DIRECTIVE_LIMIT, None), None)
+    if directive is not None:
+        message = f"more than {DIRECTIVE_LIMIT} directives (lines that begin with %); remove them"
+        raise RecipeError(path, [Problem(message, _position_of(text, directive.end() - 1))])
     return _Composer(text, path).compose()
 
 
@@ -174,6 +183,7 @@ _FORBIDDEN = re.compile(
     "(?<!\\A\ufeff)"
 )
 
+_DIRECTIVE = re.compile("(?:\\A\ufeff?|[\n\r\x85\u2028\u2029])%")
 _LINE_END = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
