@@ -7,7 +7,7 @@ import faulthandler
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .library import _library
@@ -20,7 +20,8 @@ def explained_bus_errors(output: Path) -> Iterator[None]:
     library = _library()
     if library is None:
         was_enabled = faulthandler.is_enabled()
-        faulthandler.enable()
+        with suppress(OSError, ValueError, AttributeError, RuntimeError):  # stderr is no file
+            faulthandler.enable()
         try:
             yield
         finally:
