@@ -36,7 +36,7 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 INDEX_LIMIT_BYTES = 200_000_000
-INDEX_LIMIT_VALUES = 4_000_000
+INDEX_LIMIT_VALUES = 1_000_000
 """Two for each tensor. The models with the most tensors have about 140,000."""
 CONFIG_LIMIT_BYTES = 10_000_000
 CONFIG_LIMIT_VALUES = 1_000_000

@@ -10,9 +10,10 @@ is what makes a header safe to believe: no range can point outside the file or i
 Format: https://github.com/huggingface/safetensors#format. Some things that the safetensors library
 lets pass are refused here: a key twice (readers disagree on which one counts), a header that does
 not begin with `{` (the format demands it), an entry written as a list or a dtype written as a
-mapping (accidents of its parser), and element types absent from DTYPES. Fields of an entry beyond
-the three that the format defines are ignored, as the library does; within them, and for `-0`, this
-reader is laxer than the library (nesting beyond 128, 1e999), which changes no meaning.
+mapping (accidents of its parser), element types absent from DTYPES, more than VALUE_LIMIT values,
+and entries nested more than NESTING_LIMIT deep. Fields of an entry beyond the three that the format
+defines are ignored, as the library does; within them, and for `-0`, this reader is laxer than the
+library (1e999), which changes no meaning.
 """
 
 from __future__ import annotations

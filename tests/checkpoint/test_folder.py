@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -30,12 +32,20 @@ def write_sharded(folder: Path, weight_map: Mapping[str, object] = WEIGHT_MAP) -
     return folder
 
 
+REMEDY = re.compile(
+    "[Dd]ownload|Correct|Name |Replace|Rename|Give the|Convert|Merge it|in its place|Do not use|"
+    "is one of them meant|readable"
+)
+
+
 def refused(reference: Path | str) -> str:
     """The message open_checkpoint refuses a reference with: one line."""
     with pytest.raises(InputError) as error:
         open_checkpoint(str(reference))
     message = str(error.value)
     assert "\n" not in message
+    assert REMEDY.search(message), message
+    assert len(message) < 5000, message
     return message
 
 
@@ -297,6 +307,39 @@ def test_index_above_the_limit(tmp_path: Path) -> None:
     assert "holds 200,000,001 bytes" in refused(folder)
 
 
+def test_an_index_of_too_many_values_is_not_parsed(tmp_path: Path) -> None:
+    folder = write_sharded(tmp_path)
+    (folder / INDEX_NAME).write_bytes(b'{"a":[' + b"[]," * 500_000 + b"[]]}")
+    assert "holds more than 1,000,000 values" in refused(folder)
+
+
+def test_long_names_of_an_index_are_cut_in_messages(tmp_path: Path) -> None:
+    long = "n" * 1_000_000
+    folder = write_sharded(tmp_path)
+    for weight_map in (
+        {long: 1},
+        {long: f"../{long}"},
+        {long: long},
+        {long: f"{long}.safetensors"},
+        {**WEIGHT_MAP, long: FIRST},
+    ):
+        write_index(folder, weight_map)
+        assert f"'{long[:190]}" in refused(folder) or f"'../{long[:190]}" in refused(folder)
+    (folder / INDEX_NAME).write_text(f'{{"{long}": 1, "{long}": 1}}')
+    assert "twice" in refused(folder)
+
+
+def test_an_index_of_many_files_in_a_folder_of_many(tmp_path: Path) -> None:
+    """100,000 names are looked up among 1,000, not compared with each."""
+    folder = write_sharded(tmp_path)
+    for number in range(1000):
+        (folder / f"m{number}.txt").touch()
+    write_index(folder, {f"t{n}": f"f{n}.safetensors" for n in range(100_000)})
+    start = time.process_time()
+    assert "(100000 of 100000 files)" in refused(folder)
+    assert time.process_time() - start < 2.0
+
+
 def test_stale_index_beside_a_single_file(tmp_path: Path) -> None:
     folder = write_sharded(tmp_path)
     (folder / FIRST).unlink()
@@ -366,6 +409,38 @@ def test_config_that_cannot_be_read(content: bytes, expected: str, tmp_path: Pat
     assert expected in message
 
 
+def test_a_config_of_too_many_values_is_not_parsed(tmp_path: Path) -> None:
+    write_file(tmp_path / "model.safetensors", {"a": ("U8", [1])})
+    (tmp_path / "config.json").write_bytes(b'{"a":[' + b"[]," * 500_000 + b"[]]}")
+    assert "config.json: holds more than 1,000,000 values" in refused(tmp_path)
+
+
+# Names
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """No plan or manifest could hold them."""
+    folder = os.fsencode(tmp_path / "model")
+    os.mkdir(folder)
+    write_file(tmp_path / "model" / "a.safetensors", {"a": ("U8", [1])})
+    os.rename(folder + b"/a.safetensors", folder + b"/\xff.safetensors")
+    for reference in (folder, folder + b"/\xff.safetensors"):
+        message = refused(os.fsdecode(reference))
+        assert "the name '\\udcff.safetensors' is not UTF-8. Rename" in message
+    os.rename(folder + b"/\xff.safetensors", folder + b"/a.safetensors")
+    os.rename(folder, folder + b"\xff")
+    (tmp_path / "link").symlink_to(os.fsdecode(folder + b"\xff"))
+    assert "is not UTF-8. Rename" in refused(tmp_path / "link")
+
+
+def test_names_with_other_characters_are_read(tmp_path: Path) -> None:
+    for name in ("ä\n\u202e.safetensors", "$(x) '\".safetensors"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_file(folder / name, {"a": ("U8", [1])})
+        assert open_checkpoint(str(folder)).files[0].path == name
+
+
 # References that lead nowhere
 
 
@@ -374,6 +449,14 @@ def test_absent_model_names_what_is_near(tmp_path: Path) -> None:
     message = refused(tmp_path / "Llama-3-8b")
     assert f"'{tmp_path / 'Llama-3-8b'}'" in message
     assert "'Llama-3-8B': is one of them meant?" in message
+
+
+def test_absent_model_in_a_folder_of_many(tmp_path: Path) -> None:
+    for number in range(20_000):
+        (tmp_path / f"name-{number}").touch()
+    start = time.process_time()
+    assert "not found" in refused(tmp_path / "name-x")
+    assert time.process_time() - start < 0.2
 
 
 def test_absent_model_shows_the_resolved_path(

@@ -10,6 +10,7 @@ import re
 import struct
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ from lazymerge.checkpoint.header import read_header
 from lazymerge.checkpoint.tensor import DTYPES, TensorInfo
 from lazymerge.errors import InputError
 from safetensors_bytes import entries_for, entry, with_prefix, write_file
+
+REMEDY = re.compile(
+    "[Dd]ownload it again|Write the file again|Convert the model|git lfs pull|Spread"
+)
 
 SOUND, DATA_BYTES = entries_for({"a": ("F32", [2, 3]), "b": ("BF16", [4])})
 
@@ -35,6 +40,8 @@ def broken_file(tmp_path: Path, content: bytes) -> str:
     message = str(error.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
+    assert len(REMEDY.findall(message)) == 1, message
+    assert len(message) < 1000
     return message.removeprefix(f"{path}: ")
 
 
@@ -179,6 +186,16 @@ BROKEN_HEADERS = {
     "no dtype": (as_json({"a": {"shape": [], "data_offsets": [0, 0]}}), 0, "no field 'dtype'"),
     "no shape": (as_json({"a": {"dtype": "U8", "data_offsets": [0, 0]}}), 0, "no field 'shape'"),
     "no offsets": (as_json({"a": {"dtype": "U8", "shape": [0]}}), 0, "no field 'data_offsets'"),
+    "nested in a further field": (
+        b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"x":' + b"[" * 99 + b"]" * 99 + b"}}",
+        0,
+        "tensor 'a': its entry is nested more than 64 deep",
+    ),
+    "surrogate in a further field": (
+        b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"x":["\\uDFFF"]}}',
+        0,
+        "unpaired surrogate",
+    ),
     "dtype unknown": (as_json({"a": entry("Q4_K", [2], 0, 8)}), 8, "tensor 'a': .*\"Q4_K\""),
     "dtype lower case": (as_json({"a": entry("f32", [2], 0, 8)}), 8, '"f32" is not known'),
     "dtype number": (as_json({"a": entry(32, [2], 0, 8)}), 8, "dtype is a number"),
@@ -207,6 +224,13 @@ BROKEN_HEADERS = {
     "offsets of one": (as_json({"a": {**ONE, "data_offsets": [0]}}), 8, "not a list of two"),
     "offsets of three": (as_json({"a": {**ONE, "data_offsets": [0, 8, 9]}}), 8, "list of two"),
     "offsets negative": (as_json({"a": entry("F32", [2], -8, 0)}), 8, "hold -8 and 0"),
+    "offsets past 64 bits": (as_json({"a": entry("F32", [0], 2**64, 2**64)}), 8, "hold 184467"),
+    "offsets of thousands of digits": (
+        # Added to the header's length this would be a number that Python does not print.
+        b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[%s,%s]}}' % ((b"9" * 4300,) * 2),
+        0,
+        "data_offsets hold 99999",
+    ),
     "offsets fraction": (as_json({"a": entry("F32", [2], 0, 8.0)}), 8, "hold 0 and 8.0"),
     "offsets boolean": (as_json({"a": entry("U8", [1], False, True)}), 1, "hold false and true"),
     "offsets out of order": (as_json({"a": entry("F32", [2], 8, 0)}), 8, "out of order"),
@@ -250,6 +274,74 @@ def test_broken_header(case: str, tmp_path: Path) -> None:
     message = broken_file(tmp_path, with_prefix(header, bytes(data_bytes)))
     assert re.search(expected, message), message
     assert len(message) < 500
+
+
+ATTACKS = {
+    # https://github.com/huggingface/safetensors/tree/main/attacks, the three on this format
+    "abuse 1, a length beyond the file": (struct.pack("<Q", 1000) + bytes(100), "truncated inside"),
+    "abuse 2, a header of gigabytes": (
+        struct.pack("<Q", 1_000_000_000) + b"{" * 9,
+        "claims a head",
+    ),
+    "abuse 3, 100,000 tensors in one place": (
+        with_prefix(
+            as_json({f"w{i}": entry("F32", [4], 0, 16) for i in range(100_000)}), bytes(16)
+        ),
+        "'w1': it overlaps 'w0' by 16 bytes",
+    ),
+    # what takes long, or much memory, with a header that fits
+    "numbers of megabytes": (
+        with_prefix(as_json({"a": entry("U8", [2**63] * 200_000, 0, 1)}), b"x"),
+        r"more than 2\^64 elements",
+    ),
+    "numbers of megabytes, and a zero": (
+        with_prefix(as_json({"a": entry("U8", [2**63] * 200_000 + [0], 0, 0)})),
+        r"more than 2\^64 elements",
+    ),
+    "lists": (with_prefix(b'{"a":[' + b"[]," * 2_000_000 + b"[]]}"), "more than 4,000,000 values"),
+    "mappings": (
+        with_prefix(b'{"a":[' + b"{}," * 2_000_000 + b"{}]}"),
+        "more than 4,000,000 values",
+    ),
+    "ones": (
+        with_prefix(as_json({"a": entry("U8", [1] * 4_000_000, 0, 1)}), b"x"),
+        "more than 4,000,000 values",
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks_end_soon_and_in_little_memory(attack: str, tmp_path: Path) -> None:
+    content, expected = ATTACKS[attack]
+    start = time.process_time()
+    message = broken_file(tmp_path, content)
+    elapsed = time.process_time() - start
+    assert re.search(expected, message), message
+    if sys.gettrace() is None:
+        assert elapsed < 2.0
+    tracemalloc.start()  # makes everything slower
+    broken_file(tmp_path, content)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2 * len(content) + 150_000_000
+
+
+LONG = "n" * 1_000_000
+LONG_NAMES = {
+    "entry": {LONG: None},
+    "dtype": {LONG: entry(LONG, [2], 0, 8)},
+    "metadata": {"__metadata__": {LONG: 1}},
+    "overlap": {LONG: entry("U8", [2], 0, 2), f"{LONG}2": entry("U8", [2], 1, 3)},
+    "gap": {LONG: entry("U8", [2], 0, 2), f"{LONG}2": entry("U8", [2], 5, 7)},
+    "cut": {LONG: entry("U8", [2], 0, 2)},
+}
+
+
+@pytest.mark.parametrize("case", LONG_NAMES)
+def test_long_names_are_cut_in_messages(case: str, tmp_path: Path) -> None:
+    assert f"'{LONG[:197]}..." in broken_file(tmp_path, with_prefix(as_json(LONG_NAMES[case])))
+    twice = b'{"%s":1,"%s":1}' % (LONG.encode(), LONG.encode())
+    assert f"'{LONG[:197]}...' twice" in broken_file(tmp_path, with_prefix(twice))
 
 
 @pytest.mark.parametrize("size", range(8))
