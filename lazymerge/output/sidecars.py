@@ -18,7 +18,11 @@ from .writer import sync_folder
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model*",
+    "tokenizer.model",
+    "tokenizer.model.v[0-9]",  # of mistral: v3, v11, v7m1; nothing longer, for that may be code
+    "tokenizer.model.v[0-9][0-9]",
+    "tokenizer.model.v[0-9]m[0-9]",
+    "tokenizer.model.v[0-9][0-9]m[0-9]",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -45,13 +49,18 @@ MAX_SIDECAR_BYTES = 200_000_000
 
 
 def sidecar_files(folder: str) -> tuple[str, ...]:
-    """Relative paths of the files that would be copied from a model's folder, sorted."""
+    """Relative paths of the files that would be copied from a model's folder, sorted.
+
+    Left out without a word are links that leave the model, files too large to be a tokenizer's, and
+    names with unprintable characters or bytes that are not UTF-8, which no manifest could hold.
+    """
     root = Path(folder)
     found = set()
     for candidate in [*root.glob("*"), *root.glob("1_Pooling/*")]:
         name = candidate.relative_to(root).as_posix()
         if (
-            any(fnmatch.fnmatchcase(name, pattern) for pattern in COPIED)
+            name.isprintable()
+            and any(fnmatch.fnmatchcase(name, pattern) for pattern in COPIED)
             and candidate.is_file()
             and not leaves_model(root, name)
             and candidate.stat().st_size <= MAX_SIDECAR_BYTES

@@ -19,7 +19,9 @@ DATA = [
     "spiece.model",
     "tokenizer.json",
     "tokenizer.model",
+    "tokenizer.model.v11",
     "tokenizer.model.v3",
+    "tokenizer.model.v7m1",
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
@@ -42,13 +44,20 @@ OTHER = [
     "1_Pooling/model.safetensors",
     "1_Pooling/run.py",
     "deeper/tokenizer.json",
+    "tokenizer.model.py",
+    "tokenizer.model.so",
+    "tokenizer.model.v3.py",
+    "tokenizer.model.partial",
+    "a\nb.tiktoken",
+    "\u202e.tiktoken",
+    os.fsdecode(b"\xff.tiktoken"),
 ]
 
 
 def fill(folder: Path, names: list[str]) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"content of {name}")
+        (folder / name).write_bytes(os.fsencode(f"content of {name}"))
     return folder
 
 
