@@ -804,7 +804,12 @@ def _suggestion(word: str, known: Collection[str]) -> str | None:
 
 def _suggest(word: str, known: Collection[str]) -> str | None:
     near = _suggestion(word, known)
-    return None if near is None else f"did you mean {near!r}?"
+    if near is None:
+        return None
+    alien = next((c for c in word if c.isprintable() and not c.isascii()), None)
+    # Letters of other alphabets look like those of ours: the two words may look the same.
+    what = "" if alien is None else f" (the character {alien!r} is {alien!a})"
+    return f"did you mean {near!r}?{what}"
 
 
 def _known(signature: Signature) -> str:

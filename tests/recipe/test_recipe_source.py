@@ -219,6 +219,30 @@ def test_aliases_may_repeat_up_to_the_limit() -> None:
     assert len(plain) == 10
 
 
+TAG = "%TAG !{}! tag:x,2000:{}"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_many_directives_end_quickly_in_one_error(end: str) -> None:
+    """libyaml compares each with all before it: half a million took minutes."""
+    for mark in ("", "\ufeff"):
+        text = mark + "".join(TAG.format(n, n) + end for n in range(200_000)) + "--- \na: 1\n"
+        started = time.process_time()
+        (problem,) = problems_of(text)
+        assert "more than 10 directives (lines that begin with %); remove them" in problem
+        assert time.process_time() - started < 2.0
+    if "\n" in end:
+        assert problem.startswith("11:1: ")
+
+
+@pytest.mark.usefixtures("_both_loaders")
+def test_a_few_directives_and_any_other_percent_signs_are_read() -> None:
+    text = "%YAML 1.1\n" + "".join(TAG.format(n, n) + "\n" for n in range(9)) + "---\n"
+    assert read_source(text + "a: 1\n", "r").value == {"a": 1}
+    lines = " %b\n" * 1000
+    assert read_source(f"a: |\n{lines}c: '%'\n", "r").value == {"a": "%b\n" * 1000, "c": "%"}
+
+
 @pytest.mark.usefixtures("_both_loaders")
 @pytest.mark.parametrize("opening", ["[", "{", "- ", "? ", "{a: "])
 def test_deep_nesting_ends_quickly_in_one_error(opening: str) -> None:
