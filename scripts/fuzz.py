@@ -1,17 +1,22 @@
 #!/usr/bin/env python3
 """Feed damaged and hostile files to everything that lazymerge reads.
 
-    python scripts/fuzz.py                            100,000 inputs, over ten minutes
+    python scripts/fuzz.py                            100,000 inputs, in five to ten minutes
     python scripts/fuzz.py --inputs 2000 --seed 7 --targets header journal
-    python scripts/fuzz.py --seed 7 --only header:1234
+    python scripts/fuzz.py --replay fuzz-failures/header-7-1234
 
 Inputs are made from valid ones by altering bytes, pieces, numbers, and parts of their JSON or YAML.
 For each, one of two things must happen: it is accepted, or it is refused by an error that the
-command line turns into a message (LazymergeError). Nothing else may: no other exception, no more
-than SECONDS, no more than MEMORY_BYTES, no file opened outside the folder of models and outputs,
-no process, no connection. Of what is accepted, a target checks what must then be true.
+command line turns into a message (LazymergeError) of at most MESSAGE_CHARACTERS. Nothing else may:
+no other exception, no more than SECONDS, no more than MEMORY_BYTES, nothing read outside the folder
+of models and outputs, nothing written, made, renamed or removed outside the outputs, no process, no
+connection. Of what is accepted, a target checks what must then be true; models and recipes that
+are accepted are merged.
 
 An input that fails is kept, and the command that repeats it printed. Exit 1 if one does.
+
+A new target is a method of Place that puts an input where it belongs and has it read, and a line in
+`targets`: the valid inputs it starts from, and how many of the inputs it gets.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +45,7 @@ from typing import Any
 import lazymerge
 import yaml
 from lazymerge.checkpoint import open_checkpoint, read_header
-from lazymerge.engine.plan import load_plan, make_plan, signatures
+from lazymerge.engine.plan import Resources, load_plan, make_plan, signatures
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
@@ -49,7 +54,7 @@ from lazymerge.output.journal import JOURNAL_PATH, boot_id, read_journal
 from lazymerge.output.lock import LOCK_PATH, OutputLock
 from lazymerge.output.manifest import MERGE_PATH
 from lazymerge.output.status import output_status
-from lazymerge.recipe import parse_recipe
+from lazymerge.recipe import Recipe, load_recipe, parse_recipe
 
 from make_synthetic_checkpoint import LlamaShape, make_checkpoint
 
@@ -59,13 +64,19 @@ SECONDS = 2.0
 MEMORY_BYTES = 1 << 30
 """Of address space, above what the process has before the first input."""
 
+MESSAGE_CHARACTERS = 30_000
+"""A recipe names a hundred problems at most, a line or two each."""
+
+FOLDER = b"{FOLDER}"
+"""In a kept input, what the folder of models was called: another run has another."""
+
 TOKENS = [
     b"", b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"{", b"}", b"[", b"]", b'"', b"'", b":", b",", b"\\",
     b"\\ud800", b"NaN", b"Infinity", b"-1", b"1e999", b"0x10", b"null", b"true", b"[]", b"{}",
     b"18446744073709551616", b"9223372036854775807", b"-9223372036854775808", b"4294967296",
     b"../../../../etc/passwd", b"/etc/passwd", b"..", b".", b"\n", b"\r\n", b"\t", b"#", b"&a ",
     b"*a ", b"<<: ", b"!!python/object/apply:os.system [true]", b"!!binary ", b"---\n",
-    b"%YAML 2.0\n",
+    b"%YAML 2.0\n", b"%TAG !a! tag:b\n" * 20,
     b"[" * 200, b'{"a":' * 100, b"a" * 5000, b"9" * 5000, "\u202e\u0000\ufeff".encode(),
     b"__metadata__", b"data_offsets", b"auto_map", b"weight_map", b"model.safetensors",
 ]  # fmt: skip
@@ -74,6 +85,7 @@ VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**30, 0.5, 1e308, float("nan"),
     float("inf"), "", "x", "../x", "/etc/passwd", "a/b", "\ud800", "\0", "x" * 3000, [], {}, [[]],
     {"": {}}, [1, 2, 3], ["a"] * 50, "BF16", "I64", "linear", "..", "model.safetensors",
+    [2**63] * 30_000,
 ]  # fmt: skip
 
 
@@ -208,6 +220,7 @@ class Place:
                 folder / name, SHAPE, dtype="bfloat16", seed=number, tokenizer=True, shards=2
             )
         (folder / "single").mkdir()
+        self.shard = _short(next(folder.glob("base/*.safetensors")).read_bytes())
         self.recipes = [self._recipe(method) for method in ("ties", "linear", "dare_ties")]
         self.gradients = self.recipes[0].replace(
             b"density: 0.5", b"density: [{filter: mlp, value: [0.1, 0.9]}, {value: 0.3}]"
@@ -267,6 +280,8 @@ class Place:
                              self.header, 40),
             "index": Target(files("base/model.safetensors.index.json"), self.index, 10),
             "config": Target(files("base/config.json"), self.config, 10),
+            "sidecar": Target(files("base/tokenizer.json"), self.sidecar, 1),
+            "name": Target([b"second", "größer als".encode()], self.name, 3),
             "recipe": Target([*self.recipes, self.gradients], self.recipe, 20),
             "plan": Target(files("plan.json"), self.saved_plan, 2),
             "journal": Target(files(f"kept/{JOURNAL_PATH}"), self.journal, 10),
@@ -277,7 +292,7 @@ class Place:
 
     def header(self, data: bytes) -> None:
         path = self.folder / "single" / "model.safetensors"
-        path.write_bytes(data)
+        put(path, data)
         header = read_header(path)
         end = header.bytes_read
         for tensor in sorted(header.tensors, key=lambda tensor: tensor.start):
@@ -286,6 +301,7 @@ class Place:
             end = max(end, tensor.stop_exclusive)
         if end != len(data):
             raise Hostile(f"tensors end at {end}, the file at {len(data)}")
+        self._merge(self._linear("single"))
 
     def index(self, data: bytes) -> None:
         self._open_with("model.safetensors.index.json", data)
@@ -293,44 +309,78 @@ class Place:
     def config(self, data: bytes) -> None:
         self._open_with("config.json", data)
 
-    def _open_with(self, name: str, data: bytes) -> None:
-        path = self.folder / "a" / name
+    def sidecar(self, data: bytes) -> None:
+        copied = self._open_with("tokenizer.json", data, model="base")
+        if (copied / "tokenizer.json").read_bytes() != data:
+            raise Hostile("changes a tokenizer")
+
+    def _open_with(self, name: str, data: bytes, model: str = "a") -> Path:
+        path = self.folder / model / name
         before = path.read_bytes()
-        path.write_bytes(data)
+        put(path, data)
         try:
             checkpoint = open_checkpoint(str(path.parent))
             for tensor in checkpoint.tensors.values():
                 if "/" in tensor.file:
                     raise Hostile(f"reads {tensor.file}")
-            make_plan(parse_recipe(self.recipes[0].decode(), "recipe.yml", signatures()))
+            return self._merge(parse_recipe(self.recipes[0].decode(), "recipe.yml", signatures()))
         finally:
-            path.write_bytes(before)
+            put(path, before)
+
+    def name(self, data: bytes) -> None:
+        """A shard and a vocabulary of this name in a model's folder."""
+        with setting_up():
+            folder = self.folder / "names"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            put(folder / "first.safetensors", self.shard)
+            for suffix in (b".safetensors", b".tiktoken"):
+                try:
+                    with open(os.path.join(os.fsencode(folder), data + suffix), "xb") as stream:
+                        stream.write(self.shard.replace(b".weight", b".weighs"))
+                except (OSError, ValueError):
+                    return  # no name that a file can have, or one in another folder
+        self._merge(self._linear("names"))
+
+    def _linear(self, name: str) -> Recipe:
+        entry = {"model": str(self.folder / name), "parameters": {"weight": 1.0}}
+        text = yaml.safe_dump({"merge_method": "linear", "models": [entry]})
+        return parse_recipe(text, "recipe.yml", signatures())
+
+    def _merge(self, recipe: Recipe) -> Path:
+        """Plans and runs a merge of what was accepted, into an output of its own."""
+        plan = make_plan(recipe, Resources(workers=1))
+        plan.summary()
+        with setting_up():
+            shutil.rmtree(self.folder / "out", ignore_errors=True)
+        run_plan(plan, self.folder / "out", fsync=False)
+        return self.folder / "out"
 
     def recipe(self, data: bytes) -> None:
         path = self.folder / "fuzzed.yml"
-        path.write_bytes(data)
-        lazymerge.plan(path, workers=1).summary()
+        put(path, data)
+        self._merge(load_recipe(path, signatures()))
 
     def saved_plan(self, data: bytes) -> None:
         path = self.folder / "fuzzed.json"
-        path.write_bytes(data)
+        put(path, data)
         load_plan(path).summary()
 
     @contextmanager
-    def _unfinished_with(self, name: str, data: bytes) -> Any:
+    def _unfinished_with(self, name: str, data: bytes) -> Iterator[Path]:
         folder = self.folder / "unfinished"
-        watched = _watched.pop()
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self.kept, folder)
-        (folder / name).write_bytes(data)
-        _watched.append(watched)
+        with setting_up():
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(self.kept, folder)
+            (folder / name).write_bytes(data)
         yield folder
 
     def journal(self, data: bytes) -> None:
         """A run goes on from it, and all is as it should be: its lines have checksums."""
         path = self.folder / "unfinished" / JOURNAL_PATH
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with setting_up():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        put(path, data)
         found = read_journal(self.folder / "unfinished")
         whole = read_journal(self.kept)
         for name, record in found.finished.items():
@@ -352,12 +402,29 @@ class Place:
     def manifest(self, data: bytes) -> None:
         path = self.folder / "complete" / "lazymerge.json"
         before = path.read_bytes()
-        path.write_bytes(data)
+        put(path, data)
         try:
             output_status(path.parent)
             verify_output(path.parent)
         finally:
-            path.write_bytes(before)
+            put(path, before)
+
+
+@contextmanager
+def setting_up() -> Iterator[None]:
+    """While an input is put where it belongs, nothing is watched."""
+    watched = _watched[:]
+    _watched.clear()
+    try:
+        yield
+    finally:
+        _watched.extend(watched)
+
+
+def put(path: Path, data: bytes) -> None:
+    """Writes a file that is about to be read."""
+    with setting_up():
+        path.write_bytes(data)
 
 
 def _short(data: bytes) -> bytes:
@@ -378,7 +445,23 @@ def _short(data: bytes) -> bytes:
 # ------------------------------------------------------------------------------- limits
 
 _watched: list[Path] = []
+"""The folder of models and outputs, while an input is being read."""
+
 _problem: list[str] = []
+
+OUTPUTS = ("out", "unfinished")
+"""Folders in it that may be written to while an input is being read."""
+
+CHANGES = {
+    "os.chmod": 1, "os.chown": 1, "os.link": 2, "os.mkdir": 1, "os.remove": 1, "os.rename": 2,
+    "os.rmdir": 1, "os.setxattr": 1, "os.symlink": 2, "os.truncate": 1, "os.utime": 1,
+}  # fmt: skip
+"""Events of Python for changes of names and files, and how many paths each begins with."""
+
+FORBIDDEN = (
+    "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
+    "pickle.find_class",
+)  # fmt: skip
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -390,20 +473,41 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         if isinstance(path, int):
             return
         name = os.path.abspath(os.fsdecode(path))
-        is_inside = Path(name).is_relative_to(_watched[0])
-        is_for_writing = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        is_python = name.endswith((".py", ".pyc", ".so")) or "/proc/" in name or "/sys/" in name
-        if not is_inside and (is_for_writing or not (is_python or _is_ours(name))):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            if not _is_output(name):
+                _problem.append(f"opens {name} ({mode}) for writing")
+        elif not (Path(name).is_relative_to(_watched[0]) or _is_ours(name)):
             _problem.append(f"opens {name} ({mode})")
-    elif event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork",
-                   "socket.connect", "pickle.find_class"):  # fmt: skip
+    elif event in CHANGES:
+        count = CHANGES[event]
+        paths = arguments[1:count] if event == "os.symlink" else arguments[:count]
+        if any(isinstance(path, int) for path in paths):  # what has been opened
+            return
+        folders = [a for a in arguments[count:] if isinstance(a, int) and a >= 0][-count:]
+        inside = os.readlink(f"/proc/self/fd/{folders[0]}") if event in DIRECTED and folders else ""
+        for path in paths:
+            name = os.path.abspath(os.path.join(inside, os.fsdecode(path)))
+            if not _is_output(name):
+                _problem.append(f"{event} {name}")
+    elif event in FORBIDDEN:
         _problem.append(f"{event} {arguments}")
 
 
+DIRECTED = ("os.remove", "os.rmdir", "os.rename")
+"""Events whose last arguments are descriptors of the folders that their paths start at, or -1."""
+
+
+def _is_output(name: str) -> bool:
+    return any(Path(name).is_relative_to(_watched[0] / output) for output in OUTPUTS)
+
+
 def _is_ours(name: str) -> bool:
-    """Files of Python's and lazymerge's own."""
-    roots = [sys.prefix, sys.base_prefix, str(Path(lazymerge.__file__).parent)]
-    return any(name.startswith(root) for root in roots) or name.endswith("baseline.json")
+    """Files of Python's, the system's and lazymerge's own."""
+    roots = [sys.prefix, sys.base_prefix, str(Path(lazymerge.__file__).parent), "/proc", "/sys"]
+    is_python = name.endswith((".py", ".pyc", ".so"))
+    return (
+        is_python or any(name.startswith(root) for root in roots) or name.endswith("baseline.json")
+    )
 
 
 def _alarm(*_: object) -> None:
@@ -414,6 +518,7 @@ def attempt(target: Target, data: bytes, folder: Path) -> tuple[bool, str | None
     """Whether an input is accepted, and what is wrong with what came of it."""
     _problem.clear()
     _watched.append(folder)
+    start = time.perf_counter()
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     accepted = False
     try:
@@ -422,6 +527,8 @@ def attempt(target: Target, data: bytes, folder: Path) -> tuple[bool, str | None
     except LazymergeError as error:
         if not str(error).strip():
             return False, "an error without a word"
+        if len(str(error)) > MESSAGE_CHARACTERS:
+            return False, f"an error of {len(str(error)):,} characters"
     except Hostile as error:
         return False, str(error)
     except BaseException:
@@ -429,6 +536,8 @@ def attempt(target: Target, data: bytes, folder: Path) -> tuple[bool, str | None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         _watched.clear()
+    if time.perf_counter() - start > SECONDS:  # where the alarm was caught on its way
+        return accepted, f"took more than {SECONDS} s"
     return accepted, _problem[0] if _problem else None
 
 
@@ -448,7 +557,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--targets", nargs="+", help="default: all")
     parser.add_argument("--seed", type=int, help="default: a new one")
-    parser.add_argument("--only", metavar="TARGET:NUMBER", help="one input")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="one input that was kept")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), metavar="DIR")
     parsed = parser.parse_args(arguments)
     seed = secrets.randbits(32) if parsed.seed is None else parsed.seed
@@ -463,19 +572,21 @@ def main(arguments: list[str] | None = None) -> int:
         rows, failures = [], 0
         sys.addaudithook(_audit)
         limit_memory()
+        if parsed.replay:
+            data = parsed.replay.read_bytes().replace(FOLDER, bytes(folder))
+            accepted, problem = attempt(targets[parsed.replay.name.split("-")[0]], data, folder)
+            print(problem or ("accepted" if accepted else "refused"))
+            return 1 if problem else 0
         whole = sum(targets[target].share for target in chosen)
         for label in chosen:
             target = targets[label]
             for data in target.valid:
                 if attempt(target, data, folder) != (True, None):
                     raise AssertionError(f"{label}: a valid input is refused: {data!r}")
-            numbers = range(round(parsed.inputs * target.share / whole))
-            if parsed.only:
-                wanted, _, number = parsed.only.partition(":")
-                numbers = range(int(number), int(number) + 1) if wanted == label else range(0)
             counts: Counter[str] = Counter()
             slowest = 0.0
-            for number in numbers:
+            tried = round(parsed.inputs * target.share / whole)
+            for number in range(tried):
                 data = damaged(target.valid, Random(f"{seed}/{label}/{number}"))
                 start = time.perf_counter()
                 accepted, problem = attempt(target, data, folder)
@@ -484,20 +595,23 @@ def main(arguments: list[str] | None = None) -> int:
                 if problem is None:
                     continue
                 counts["failed"] += 1
-                parsed.keep.mkdir(exist_ok=True)
-                (parsed.keep / f"{label}-{seed}-{number}").write_bytes(data)
-                again = f"python scripts/fuzz.py --seed {seed} --only {label}:{number}"
+                kept = parsed.keep / f"{label}-{seed}-{number}"
+                parsed.keep.mkdir(parents=True, exist_ok=True)
+                kept.write_bytes(data.replace(bytes(folder), FOLDER))
+                again = f"python scripts/fuzz.py --replay {kept}"
                 print(f"{label} {number}: {problem}\n  again: {again}", file=sys.stderr)
             failures += counts["failed"]
             rows.append(
-                f"| {label} | {len(numbers):,} | {counts['accepted']:,} | {counts['refused']:,} | "
+                f"| {label} | {tried:,} | {counts['accepted']:,} | {counts['refused']:,} | "
                 f"{slowest * 1000:.0f} ms | {counts['failed']} |"
             )
             print(rows[-1], file=sys.stderr)
     print("| input | tried | accepted | refused | slowest | wrong |")
     print("| --- | --- | --- | --- | --- | --- |")
     print("\n".join(rows))
-    print(f"\nseed {seed}, {time.perf_counter() - began:.0f} s")
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = time.perf_counter() - began
+    print(f"\nseed {seed}, {seconds:.0f} s, peak memory {peak_bytes / 2**20:.0f} MiB")
     return 1 if failures else 0
 
 
