@@ -11,6 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def printable(text: str) -> str:
+    """A text with whatever would steer a terminal shown as an escape; line breaks stay.
+
+    Names from files may hold anything.
+    """
+    return "".join(
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 class LazymergeError(Exception):
     """A failure at run time (exit code 1)."""
 

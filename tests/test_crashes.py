@@ -27,15 +27,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 SHARES = {
-    "kill": range(2, 122, 9),
-    "tear": range(6, 122, 20),
+    "kill": range(2, 132, 9),
+    "tear": range(6, 132, 20),
     "again": range(3),
     "replace": range(3),
     "late": range(3),
     "signal": range(4),
     "journal": range(4),
-    "fail": range(4, 122, 13),
-    "sync": range(3),
+    "fail": range(4, 132, 13),
+    "once": range(5, 132, 13),
+    "sync": range(4),
     "read": range(1, 4),
     "power": range(10),
 }

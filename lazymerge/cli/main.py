@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..engine import torch_loading
-from ..errors import LazymergeError
+from ..errors import LazymergeError, printable
 from ..version import __version__
 from . import inspect, methods, plan, resume, run, running, schema, status, verify
 
@@ -114,10 +114,6 @@ def command() -> NoReturn:
 
 
 def _say(message: str) -> None:
-    """A message on stderr, every line under the program's name.
-
-    Names from files may hold anything; what would steer the terminal is shown as an escape.
-    """
+    """A message on stderr, every line under the program's name."""
     for line in message.splitlines():
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        print(f"lazymerge: {shown}", file=sys.stderr)
+        print(f"lazymerge: {printable(line)}", file=sys.stderr)

@@ -33,15 +33,22 @@ def resume(
 
     Memory, workers and the like may be others: the bytes do not depend on them.
     """
+    from rich.text import Text
+
     from .. import api
+    from ..engine.finishing import faults
     from ..engine.preparing import tidy_up
+    from ..errors import LazymergeError
     from ..output.folder import is_unfinished
-    from ..output.manifest import MANIFEST_NAME
+    from ..output.manifest import MANIFEST_NAME, read_document
     from .console import messages
     from .status import status
 
     if (output / MANIFEST_NAME).is_file() and not is_unfinished(output):
         tidy_up(output)
+        wrong = faults(read_document(output / MANIFEST_NAME), output)
+        if wrong:
+            raise LazymergeError("\n".join([*wrong, "make it again: lazymerge run … --overwrite"]))
         if as_json:
             status(output, as_json=True)
         elif not quiet:
@@ -51,6 +58,9 @@ def resume(
     made = api.plan_of_unfinished(
         output, memory=memory, workers=workers, read_mode=read_mode.value, vram=vram
     )
+    if not quiet:  # the folder says which, and it may come from somebody else
+        folders = ", ".join(checkpoint.folder for checkpoint in made.checkpoints.values())
+        messages().print(Text(f"reads {folders}"), soft_wrap=True)
     run_and_report(
         made,
         output,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -125,9 +125,10 @@ def says_how_to_resume(output: Path, *, quiet: bool) -> Iterator[None]:
         from ..output.lock import LockedError
 
         if not quiet and not isinstance(error, LockedError) and is_unfinished(output):
-            done = len(read_journal(output).finished)
-            advice.append(
-                f"{done} finished {'tensor is' if done == 1 else 'tensors are'} kept; "
-                f"go on with: lazymerge resume {shlex.quote(str(output))}"
-            )
+            with suppress(OSError):  # what went wrong first is what is to be said
+                done = len(read_journal(output).finished)
+                advice.append(
+                    f"{done} finished {'tensor is' if done == 1 else 'tensors are'} kept; "
+                    f"go on with: lazymerge resume {shlex.quote(str(output))}"
+                )
         raise

@@ -84,6 +84,11 @@ def verify(
                 if found.recomputed
                 else ""
             )
+            for name in found.edited:
+                console.print(
+                    Text.assemble(("notice", "yellow"), f" {name} was edited after the merge"),
+                    soft_wrap=True,
+                )
             results().print(
                 Text.assemble(
                     ("whole", "green"),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import is_plain_name
 from ..checkpoint.tensor import DTYPES
+from ..errors import InputError
 from ..graph.node import Write
 from ..methods import METHODS
 from ..output.card import model_card
+from ..output.checksum import file_checksum
 from ..output.layout import INDEX_NAME, index_json
-from ..output.manifest import CHECKSUM, write_text
+from ..output.manifest import CHECKSUM, MANIFEST_NAME, count, write_text
 from ..output.sidecars import copy_sidecars
 from ..version import __version__
 from .blocks import elements_per_block
@@ -38,13 +41,21 @@ def span_elements(plan: Plan, write: Write) -> int:
     return SPAN_BLOCKS * elements_per_block(plan.execution.device, row)
 
 
-def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> None:
-    """Writes index, config, tokenizer files and model card."""
+def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> tuple[str, ...]:
+    """Writes index, config, tokenizer files and model card; returns their names.
+
+    Raises:
+        OSError: one cannot be written.
+        LazymergeError: a tokenizer file cannot be read.
+    """
+    files = []
     if len(plan.shards) > 1:
         write_text(folder / INDEX_NAME, index_json(plan.shards), fsync=fsync)
+        files.append(INDEX_NAME)
     if plan.config is not None:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
         write_text(folder / "config.json", text, fsync=fsync)
+        files.append("config.json")
     copy_sidecars(plan.sidecar_folder, plan.sidecars, folder, fsync=fsync)
     signature = METHODS[plan.recipe.merge_method].signature
     card = model_card(
@@ -58,14 +69,24 @@ def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> None:
         __version__,
     )
     write_text(folder / "README.md", card, fsync=fsync)
+    return (*files, *plan.sidecars, "README.md")
 
 
 def manifest(
-    plan: Plan, beginning: Mapping[str, Any], checksums: Mapping[str, str], report: RunReport
+    plan: Plan,
+    beginning: Mapping[str, Any],
+    checksums: Mapping[str, str],
+    beside: Sequence[str],
+    folder: Path,
+    report: RunReport,
 ) -> dict[str, Any]:
     """The manifest of a complete output.
 
     beginning: its first half. checksums: of all tensors, by name.
+    beside: names of the small files in the folder.
+
+    Raises:
+        OSError: one of them cannot be read.
     """
     writes = {write.name: write for write in plan.graph.writes}
     return {
@@ -83,6 +104,8 @@ def manifest(
             "bytes_written": report.bytes_written,
             "resumed_tensors": report.resumed_tensors,
         },
+        "shards": {shard.file: shard.size_bytes for shard in plan.shards},
+        "files": {name: file_checksum(folder / name) for name in beside},
         "checksum": CHECKSUM,
         "tensors": {
             tensor.name: {
@@ -96,3 +119,37 @@ def manifest(
             for tensor in shard.tensors
         },
     }
+
+
+def faults(document: Mapping[str, Any], folder: Path) -> list[str]:
+    """What a look at the files shows to be missing from a complete output, or too short or long;
+    one sentence each.
+
+    document: its manifest.
+
+    Raises:
+        InputError: the manifest is damaged.
+    """
+    try:
+        sizes = {name: count(size) for name, size in document["shards"].items()}
+        names = [*sizes, *document["files"]]
+        if not all(is_plain_name(part) for name in names for part in name.split("/")):
+            raise ValueError("a file's name leads elsewhere")
+        unlike = (
+            document["output"]["tensors"] != len(document["tensors"])
+            or {entry["file"] for entry in document["tensors"].values()} != sizes.keys()
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / MANIFEST_NAME} is damaged ({error!r})") from error
+    found = []
+    if unlike:
+        found.append(f"{folder / MANIFEST_NAME} does not list all tensors and shards")
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path} is missing")
+            continue
+        size = path.stat().st_size
+        if size != sizes.get(name, size):
+            found.append(f"{path} holds {size:,} bytes, the manifest says {sizes[name]:,}")
+    return found

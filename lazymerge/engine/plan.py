@@ -10,8 +10,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import blake2b
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -98,6 +99,7 @@ class Plan:
     tensors: how each output tensor comes about, in the order of the graph's writes.
     notices: what a person should know before running it.
     shards: the output files and every tensor's place in them.
+    max_shard_bytes: of tensor data in each, where a tensor alone is not larger.
     memory: what the run may and will occupy.
     config: the output's config.json, None where no model has one.
     sidecars: files copied from `sidecar_folder`.
@@ -110,6 +112,7 @@ class Plan:
     tensors: tuple[ResolvedTensor, ...]
     notices: tuple[str, ...]
     shards: tuple[Shard, ...]
+    max_shard_bytes: int
     memory: MemoryPlan
     config: Mapping[str, object] | None
     sidecar_folder: str
@@ -148,13 +151,14 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what the output's bytes depend on: operations, inputs, layout, version, class of
-        device.
+        """Hash of what the output's bytes depend on: operations, inputs, layout, versions of
+        lazymerge and torch, class of device.
 
         Neither the memory limit nor the number of workers is part of it.
         """
         content = {
             "version": __version__,
+            "torch": torch_version(),
             "device": self.execution.device,
             "writes": [write.id for write in self.graph.writes],
             "shards": [(shard.file, shard.size_bytes) for shard in self.shards],
@@ -289,6 +293,7 @@ class Plan:
         return {
             "format": PLAN_FORMAT,
             "lazymerge": __version__,
+            "torch": torch_version(),
             "fingerprint": self.fingerprint,
             "recipe": self.recipe_dict(),
             "totals": {
@@ -307,6 +312,7 @@ class Plan:
             "notices": list(self.notices),
             "models": self.models_dict(),
             "output": {
+                "max_shard_bytes": self.max_shard_bytes,
                 "shards": [
                     {
                         "file": shard.file,
@@ -387,6 +393,7 @@ def make_plan(
             [OutputTensor(w.name, w.dtype, w.shape) for w in compiled.graph.writes],
             max_shard_bytes,
         ),
+        max_shard_bytes=max_shard_bytes,
         memory=_memory(compiled.graph, tasks, resources),
         config=_output_config(source, compiled),
         sidecar_folder=source.folder,
@@ -444,6 +451,11 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
             f"{path} was made by lazymerge {document.get('lazymerge')}, this is {__version__}; "
             "plan the recipe again"
         )
+    if document.get("torch") != torch_version():
+        raise InputError(
+            f"{path} was made with torch {document.get('torch')}, this is {torch_version()}; "
+            "plan the recipe again"
+        )
     try:
         return _plan_from(document, resources or Resources(), str(path))
     except (
@@ -486,9 +498,9 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     _check_reads(graph, checkpoints, path)
     output = document["output"]
     _check_sidecars(output, checkpoints[recipe.base_model or recipe.models[0].model], path)
+    max_shard_bytes = _of_kind(output["max_shard_bytes"], int)
     shards = lay_out(
-        [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes],
-        _max_shard_bytes_of(output["shards"]),
+        [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes], max_shard_bytes
     )
     plan = Plan(
         recipe=recipe,
@@ -497,6 +509,7 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         tensors=_resolved_tensors(document["tensors"], graph, checkpoints),
         notices=tuple(_of_kind(notice, str) for notice in document["notices"]),
         shards=shards,
+        max_shard_bytes=max_shard_bytes,
         memory=_memory(graph, tensor_tasks(graph), resources),
         config=_of_kind(output["config"], dict, type(None)),
         sidecar_folder=output["sidecar_folder"],
@@ -506,6 +519,12 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     if plan.fingerprint != document["fingerprint"]:
         raise InputError(f"{path} was altered after it was made; plan the recipe again")
     return plan
+
+
+@cache
+def torch_version() -> str:
+    """The version of torch that is installed, without importing it."""
+    return installed_version("torch")
 
 
 def dtype_shares(checkpoint: Checkpoint) -> dict[str, int]:
@@ -666,15 +685,6 @@ def _config_notices(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
         if checkpoint.config is not None
     }
     return [f"configs disagree on {conflict}" for conflict in config_conflicts(configs)]
-
-
-def _max_shard_bytes_of(shards: list[dict[str, Any]]) -> int:
-    """A maximum that reproduces saved shards: the layout depends on nothing else."""
-    sizes = []
-    for shard in shards:
-        ranges = [t["bytes"] for t in shard["tensors"].values()]
-        sizes.append(sum(stop - start for start, stop in ranges))
-    return max(sizes, default=0)
 
 
 def _first_difference(model: dict[str, Any], folder: str, now: list[dict[str, Any]]) -> str:

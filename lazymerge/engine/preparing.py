@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InputError, LazymergeError
 from ..output.folder import (
     OWN_FOLDER,
+    REPLACED_PATH,
     check_disk,
     check_output_folder,
     clear_output_folder,
@@ -21,12 +22,16 @@ from ..output.lock import OutputLock
 from ..output.manifest import MANIFEST_NAME, MERGE_PATH, read_document, write_document
 from ..output.recovery import NOTHING, Recovery, is_doubted, recover
 from ..output.writer import ShardWriter, sync_folder, write_error
-from .finishing import span_bytes
+from .finishing import faults, span_bytes
 from .plan import Plan, read_folders
 from .report import Observer
 from .stages import bytes_read
-from .unfinished import beginning_of_manifest, check_hashes, check_is_same_merge
-from .unfinished import hash_inputs as hashes_of
+from .unfinished import (
+    beginning_of_manifest,
+    check_hashes,
+    check_is_same_merge,
+    content_hashes,
+)
 
 
 def tidy_up(folder: Path) -> None:
@@ -40,20 +45,19 @@ def tidy_up(folder: Path) -> None:
 
 
 def remove_beginnings(folder: Path) -> None:
-    for path in (JOURNAL_PATH, MERGE_PATH):
+    for path in (JOURNAL_PATH, MERGE_PATH, REPLACED_PATH):
         with suppress(OSError):  # the manifest is there: the output is complete
             (folder / path).unlink()
 
 
 def is_complete(plan: Plan, folder: Path) -> bool:
-    """Whether a folder's manifest is that of this plan, and its files are as long as they must."""
+    """Whether a folder's manifest is that of this plan, and its files are there and as long as they
+    must be."""
     try:
-        if read_document(folder / MANIFEST_NAME).get("fingerprint") != plan.fingerprint:
-            return False
-        sizes = [(folder / shard.file).stat().st_size for shard in plan.shards]
-    except (InputError, OSError):
+        document = read_document(folder / MANIFEST_NAME)
+        return document.get("fingerprint") == plan.fingerprint and not faults(document, folder)
+    except InputError:
         return False
-    return sizes == [shard.size_bytes for shard in plan.shards]
 
 
 def check_output(plan: Plan, folder: Path, *, overwrite: bool) -> bool:
@@ -100,9 +104,7 @@ def prepare(
     recovery, length = NOTHING, 0
     believed: dict[str, Finished] = {}
     if resumes:
-        beginning = read_document(folder / MERGE_PATH)
-        if hash_inputs or "input_checksums" in beginning:
-            check_hashes(beginning.get("input_checksums"), hashes_of(plan.checkpoints))
+        beginning = _beginning_to_go_on_with(plan, folder, observer, hash_inputs=hash_inputs)
         try:
             journal = read_journal(folder)
         except OSError as error:
@@ -122,7 +124,7 @@ def prepare(
         check_disk(folder, plan.bytes_written, overwrite=overwrite)
         beginning = beginning_of_manifest(plan)
         if hash_inputs:
-            beginning["input_checksums"] = hashes_of(plan.checkpoints)
+            beginning["input_checksums"] = content_hashes(plan.checkpoints)
         clear_output_folder(folder, fsync=fsync)
     writer = ShardWriter(
         folder,
@@ -133,18 +135,15 @@ def prepare(
         finished=recovery.finished,
     )
     try:
-        if not resumes:
-            try:
-                write_document(folder / MERGE_PATH, beginning, fsync=fsync)
-            except OSError as error:
-                raise write_error(folder / MERGE_PATH, error) from error
+        _write_beginning(folder, beginning, fsync=fsync)
         journal_file = Journal(folder, plan.fingerprint, length, fsync=fsync)
         try:
             for name in believed.keys() - recovery.finished.keys():
                 journal_file.lost(name)
             if fsync:  # what says that the folder is ours, before anything that is to be ours
-                for made_or_filled in (folder, *(new.parent for new in made)):
-                    sync_folder(made_or_filled)
+                for changed in {folder, folder.absolute().parent, *(new.parent for new in made)}:
+                    with suppress(PermissionError):  # one that may be entered and not listed
+                        sync_folder(changed)
             writer.create()
             if fsync:
                 sync_folder(folder)
@@ -158,6 +157,35 @@ def prepare(
             clear_output_folder(folder)
         raise
     return Prepared(recovery, writer, journal_file, beginning)
+
+
+def _beginning_to_go_on_with(
+    plan: Plan, folder: Path, observer: Observer, *, hash_inputs: bool
+) -> dict[str, Any]:
+    """The first half of an unfinished output's manifest, with the inputs' contents compared where
+    that was or is asked for.
+
+    Raises:
+        InputError: an input has other contents.
+    """
+    beginning = read_document(folder / MERGE_PATH)
+    if "input_checksums" in beginning:
+        check_hashes(beginning["input_checksums"], content_hashes(plan.checkpoints))
+    elif hash_inputs:
+        observer.noted(
+            "the merge was begun without --hash-inputs: contents are compared from now on, what "
+            "they were before is not known"
+        )
+        beginning["input_checksums"] = content_hashes(plan.checkpoints)
+    return beginning
+
+
+def _write_beginning(folder: Path, beginning: dict[str, Any], *, fsync: bool) -> None:
+    """Also when a run goes on: the one before may not have waited for the disk."""
+    try:
+        write_document(folder / MERGE_PATH, beginning, fsync=fsync)
+    except OSError as error:
+        raise write_error(folder / MERGE_PATH, error) from error
 
 
 def _tell(plan: Plan, recovery: Recovery, observer: Observer) -> None:

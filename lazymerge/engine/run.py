@@ -18,14 +18,9 @@ from xxhash import xxh3_128_hexdigest
 
 from ..errors import InputError, LazymergeError
 from ..graph.node import Read, Write
-from ..output.folder import (
-    clear_output_folder,
-)
+from ..output.folder import clear_output_folder
 from ..output.lock import OutputLock
-from ..output.manifest import (
-    MANIFEST_NAME,
-    write_document,
-)
+from ..output.manifest import MANIFEST_NAME, write_document
 from ..output.writer import sync_folder, write_error
 from . import torch_loading
 from .baseline import peak_resident_bytes, resident_bytes, store_baseline
@@ -113,14 +108,9 @@ def run_plan(
         tidy_up(folder)
         return _nothing_to_do(plan, folder, observer)
     check_output(plan, folder, overwrite=overwrite)
-    made = [f for f in (folder.absolute(), *folder.absolute().parents) if not f.exists()]
-    lock = OutputLock(folder)
-    try:
-        if lock.taken_over is not None:
-            observer.noted(f"{lock.taken_over} was writing {folder} and ended before it was done")
+    with _locked(folder, observer) as (lock, made):
         # once more, now that nobody else writes
         if not overwrite and is_complete(plan, folder):
-            lock.release()
             return _nothing_to_do(plan, folder, observer)
         resumes = check_output(plan, folder, overwrite=overwrite)
         prepared = prepare(
@@ -134,8 +124,8 @@ def run_plan(
             hash_inputs=hash_inputs,
             made=made,
         )
-        try:
-            report = _run(
+        with _closed_at_the_end(prepared, folder, lock):
+            return _run(
                 plan,
                 folder,
                 prepared,
@@ -145,26 +135,47 @@ def run_plan(
                 device=device,
                 strict=strict,
             )
-        except _AbandonedError as error:
-            _close_later(error.running, prepared, lock)
-            raise
-        except BaseException as error:
-            prepared.writer.close()
-            prepared.journal.close()
-            if _is_to_be_removed(prepared, error):
-                prepared.writer.discard()
-                clear_output_folder(folder)
-            raise
+
+
+@contextmanager
+def _locked(folder: Path, observer: Observer) -> Iterator[tuple[OutputLock, Sequence[Path]]]:
+    """The output's lock, and the folders that were made for it. Those are removed if they hold
+    nothing when the block fails."""
+    made = [f for f in (folder.absolute(), *folder.absolute().parents) if not f.exists()]
+    lock = None
+    try:
+        lock = OutputLock(folder)
+        if lock.taken_over is not None:
+            observer.noted(f"{lock.taken_over} was writing {folder} and ended before it was done")
+        yield lock, made
     except _AbandonedError:
         raise  # what a worker may be writing to stays open, and locked, until it has ended
     except BaseException:
-        lock.release()
+        if lock is not None:
+            lock.release()
         with suppress(OSError):  # what holds anything stays
             for made_folder in made:
                 made_folder.rmdir()
         raise
     lock.release()
-    return report
+
+
+@contextmanager
+def _closed_at_the_end(prepared: Prepared, folder: Path, lock: OutputLock) -> Iterator[None]:
+    """Closes an output's files. If the block fails and nobody could go on with what is there, they
+    are removed."""
+    try:
+        yield
+    except _AbandonedError as error:
+        _close_later(error.running, prepared, lock)
+        raise
+    except BaseException as error:
+        prepared.writer.close()
+        prepared.journal.close()
+        if _is_to_be_removed(prepared, error) and not lock.is_lost:
+            prepared.writer.discard()
+            clear_output_folder(folder)
+        raise
 
 
 def _close_later(running: Sequence[threading.Event], prepared: Prepared, lock: OutputLock) -> None:
@@ -249,7 +260,7 @@ def _run(
     plan: Plan,
     folder: Path,
     prepared: Prepared,
-    output_lock: OutputLock,
+    held: OutputLock,
     *,
     fsync: bool,
     observer: Observer,
@@ -331,12 +342,14 @@ def _run(
             if device is not None:
                 for worker in workers:
                     device.pin(worker.arena)
-            _work(scheduler, workers, output_lock.touch)
+            _work(scheduler, workers, held.check)
     finally:
         files.close()
     writer.close()
+    store_baseline(plan.memory.libraries)
+    held.check()
     try:
-        write_beside_weights(plan, folder, fsync=fsync)
+        beside = write_beside_weights(plan, folder, fsync=fsync)
         if fsync:
             sync_folder(folder)
     except OSError as error:
@@ -355,7 +368,7 @@ def _run(
     try:
         checksums = {name: record.checksum for name, record in before.items()}
         checksums |= prepared.checksums
-        document = manifest(plan, prepared.beginning, checksums, report)
+        document = manifest(plan, prepared.beginning, checksums, beside, folder, report)
         write_document(folder / MANIFEST_NAME, document, fsync=fsync)
         if fsync:
             sync_folder(folder)
@@ -363,7 +376,6 @@ def _run(
         raise write_error(folder / MANIFEST_NAME, error) from error
     prepared.journal.close()
     remove_beginnings(folder)
-    store_baseline(plan.memory.libraries)
     return report
 
 
@@ -407,11 +419,11 @@ class _AbandonedError(KeyboardInterrupt):
 
 
 def _work(
-    scheduler: Scheduler, workers: Sequence[Worker], wake: Callable[[], None] = lambda: None
+    scheduler: Scheduler, workers: Sequence[Worker], check: Callable[[], None] = lambda: None
 ) -> None:
     """Runs all workers to the end; an error or an interruption stops them first.
 
-    wake: is called every WAKE_SECONDS.
+    check: is called every WAKE_SECONDS; if it raises, the workers are stopped.
 
     Waits for events and not by Thread.join: a join that Ctrl-C interrupts may take a thread that
     still runs for one that has ended, and a worker must not write on while the output is being
@@ -434,7 +446,7 @@ def _work(
             thread.start()
         for ended in ends:
             while not ended.wait(WAKE_SECONDS):
-                wake()
+                check()
     except BaseException as error:
         scheduler.stop()
         # one that has no number yet, for start() was interrupted, will find no work any more

@@ -10,41 +10,39 @@ first thing that differs is named.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128
-
 from ..checkpoint import Checkpoint
 from ..errors import InputError, LazymergeError, RecipeError
+from ..output.checksum import file_checksum
 from ..output.folder import is_unfinished
-from ..output.manifest import MANIFEST_NAME, MERGE_PATH, read_document
+from ..output.manifest import MANIFEST_NAME, MERGE_PATH, count, read_document
 from ..recipe import parse_recipe
 from ..version import __version__
-from .plan import Plan, Resources, make_plan, signatures
-
-HASHED_AT_ONCE_BYTES = 1 << 20
+from .plan import Plan, Resources, make_plan, signatures, torch_version
 
 
 def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
     """What is known of an output before its first byte."""
     return {
         "lazymerge": __version__,
-        "torch": installed_version("torch"),
+        "torch": torch_version(),
         "fingerprint": plan.fingerprint,
         "recipe": plan.recipe_dict(),
         "models": [
-            {**model, "path": os.path.abspath(model["reference"])} for model in plan.models_dict()
+            {**model, "path": os.path.abspath(os.path.expanduser(model["reference"]))}
+            for model in plan.models_dict()
         ],
         "device": plan.execution.device,
         "output": {
             "tensors": len(plan.tensors),
             "bytes": sum(tensor.size_bytes for s in plan.shards for tensor in s.tensors),
-            "largest_shard_bytes": max(s.size_bytes - s.header_bytes for s in plan.shards),
+            "max_shard_bytes": plan.max_shard_bytes,
         },
     }
 
@@ -63,18 +61,24 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
         saved = document["recipe"]
         paths = {model["reference"]: model["path"] for model in document["models"]}
         text, path, seed = saved["text"], saved["path"], saved["seed"]
-        device, version = document["device"], document["lazymerge"]
-        largest, fingerprint = document["output"]["largest_shard_bytes"], document["fingerprint"]
-        strings = [text, path, device, version, fingerprint, *paths, *paths.values()]
+        device, version, torch = document["device"], document["lazymerge"], document["torch"]
+        fingerprint = document["fingerprint"]
+        max_shard_bytes = count(document["output"]["max_shard_bytes"])
+        strings = [text, path, device, version, torch, fingerprint, *paths, *paths.values()]
         if not all(isinstance(value, str) for value in strings):
             raise TypeError("text expected")
-        if not all(isinstance(value, int) for value in (seed, largest)):
+        if type(seed) is not int:
             raise TypeError("number expected")
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{where} is damaged ({error!r})") from error
     if version != __version__:
         raise InputError(
             f"{where} was written by lazymerge {version}, this is {__version__}: another version "
+            "may compute other bytes"
+        )
+    if torch != torch_version():
+        raise InputError(
+            f"{where} was written with torch {torch}, this is {torch_version()}: another version "
             "may compute other bytes"
         )
     if resources.device not in (None, device):
@@ -89,7 +93,7 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
     plan = make_plan(
         recipe,
         replace(resources, device=device),
-        max_shard_bytes=largest,
+        max_shard_bytes=max_shard_bytes,
         truncate_embeddings=True,  # changes nothing where rows agree, and else it was given
         paths=paths,
     )
@@ -153,10 +157,12 @@ def difference(document: Mapping[str, Any], plan: Plan) -> str:
     then: Any = document
     now = beginning_of_manifest(plan)
     try:
-        if then["lazymerge"] != now["lazymerge"]:
-            return f"it was begun by lazymerge {then['lazymerge']}, this is {now['lazymerge']}"
-        if then["recipe"]["text"] != now["recipe"]["text"]:
-            return _recipe_difference(then["recipe"], now["recipe"])
+        for software in ("lazymerge", "torch"):
+            if then[software] != now[software]:
+                return f"it was begun by {software} {then[software]}, this is {now[software]}"
+        found = _recipe_difference(then["recipe"]["text"], now["recipe"]["text"])
+        if found is not None:
+            return found
         if then["recipe"]["seed"] != now["recipe"]["seed"]:
             return f"its seed was {then['recipe']['seed']}, now it is {now['recipe']['seed']}"
         if then["device"] != now["device"]:
@@ -165,28 +171,46 @@ def difference(document: Mapping[str, Any], plan: Plan) -> str:
         if found is not None:
             return found
         if then["output"] != now["output"]:
-            return (
-                f"its output was {then['output']['tensors']} tensors of "
-                f"{then['output']['bytes']:,} bytes in shards of at most "
-                f"{then['output']['largest_shard_bytes']:,}, now it is {now['output']['tensors']} "
-                f"of {now['output']['bytes']:,} in at most {now['output']['largest_shard_bytes']:,}"
-            )
+            return f"its output was {_output(then['output'])}, now it is {_output(now['output'])}"
     except (AttributeError, KeyError, TypeError) as error:
         return f"its {MERGE_PATH} is damaged ({error!r})"
     return "the operations differ, though the recipe does not: has a plugin changed?"
 
 
-def _recipe_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    before, after = then["text"].splitlines(), now["text"].splitlines()
+def _output(facts: Mapping[str, Any]) -> str:
+    tensors, size, most = (count(facts[key]) for key in ("tensors", "bytes", "max_shard_bytes"))
+    return f"{tensors} tensors of {size:,} bytes in shards of at most {most:,}"
+
+
+_COMMENT = re.compile(r"(?<!\S)#.*$")
+
+
+def _recipe_difference(before: str, after: str) -> str | None:
+    """The first line in which two recipes differ by more than comments and empty lines."""
+    then, now = _lines(before), _lines(after)
     number = next(
-        (n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
-        min(len(before), len(after)),
+        (n for n, (a, b) in enumerate(zip(then, now, strict=False)) if a[1] != b[1]),
+        min(len(then), len(now)),
     )
-    lines = [
-        repr(lines[number].strip()) if number < len(lines) else "nothing"
-        for lines in (before, after)
-    ]
-    return f"the recipe has changed: line {number + 1} was {lines[0]}, now it is {lines[1]}"
+    if number == len(then) == len(now):
+        return None
+    if number == len(then):
+        what = f"line {now[number][0]} is new: {now[number][1].strip()!r}"
+    elif number == len(now):
+        what = f"line {then[number][0]} is gone: {then[number][1].strip()!r}"
+    else:
+        place, line = now[number]
+        what = f"line {place} was {then[number][1].strip()!r}, now it is {line.strip()!r}"
+    return f"the recipe has changed: {what}"
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    """The lines that say something, with their numbers."""
+    lines = (
+        (number, _COMMENT.sub("", line).rstrip())
+        for number, line in enumerate(text.splitlines(), 1)
+    )
+    return [(number, line) for number, line in lines if line]
 
 
 def _model_difference(then: list[Any], now: list[Any]) -> str | None:
@@ -237,27 +261,22 @@ def _first_changed_file(models: list[Any]) -> str | None:
     return None
 
 
-def hash_inputs(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+def content_hashes(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
     """The xxh3_128 of every input file's whole content, by path.
 
     Raises:
         LazymergeError: one cannot be read.
     """
     hashes: dict[str, str] = {}
-    buffer = memoryview(bytearray(HASHED_AT_ONCE_BYTES))
     for checkpoint in checkpoints.values():
         for file in checkpoint.files:
             path = os.path.join(checkpoint.folder, file.path)
             if path in hashes:
                 continue
-            content = xxh3_128()
             try:
-                with open(path, "rb", buffering=0) as stream:
-                    while count := stream.readinto(buffer):
-                        content.update(buffer[:count])
+                hashes[path] = file_checksum(Path(path))
             except OSError as error:
                 raise LazymergeError(f"reading {path}: {error.strerror}") from error
-            hashes[path] = content.hexdigest()
     return hashes
 
 
@@ -268,7 +287,7 @@ def check_hashes(then: object, now: Mapping[str, str]) -> None:
         InputError: one has not.
     """
     if not isinstance(then, dict):
-        return
+        raise InputError(f"input_checksums in {MERGE_PATH} is no mapping: the file is damaged")
     for path, content in now.items():
         if path in then and then[path] != content:
             raise InputError(

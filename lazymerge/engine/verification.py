@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -17,9 +18,10 @@ from typing import Any
 from ..checkpoint import is_plain_name, read_header
 from ..checkpoint.tensor import DTYPES, TensorInfo
 from ..errors import InputError
-from ..output.checksum import tensor_checksum
+from ..output.checksum import file_checksum, tensor_checksum
 from ..output.layout import OutputTensor, lay_out
 from ..output.manifest import CHECKSUM, MANIFEST_NAME, read_document
+from .finishing import faults
 from .plan import Plan, Resources
 from .run import run_plan
 from .unfinished import plan_again
@@ -31,6 +33,8 @@ class Verification:
 
     tensors, bytes: that were read.
     problems: one line each; none if all is as the manifest says.
+    edited: small files (config, model card and the like) that are not as they were written, which
+        is no fault: people may edit them.
     recomputed: names of the tensors that were merged again.
     seed: that they were drawn by.
     """
@@ -38,6 +42,7 @@ class Verification:
     tensors: int
     bytes: int
     problems: tuple[str, ...]
+    edited: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     seed: int | None = None
 
@@ -79,10 +84,12 @@ def verify_output(
             raise ValueError("its checksums are of another kind")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error!r})") from error
-    problems: list[str] = []
+    problems = faults(manifest, folder)
     size = 0
     for file in sorted({entry.file for entry in entries.values()}):
         of_file = {name: entry for name, entry in entries.items() if entry.file == file}
+        if not (folder / file).is_file():
+            continue  # it has been said
         size += _check_file(folder / file, of_file, problems, checked or (lambda *_: None))
     drawn: tuple[str, ...] = ()
     if recompute > 0:
@@ -90,7 +97,21 @@ def verify_output(
         names = sorted(entries)
         drawn = tuple(Random(seed).sample(names, min(recompute, len(names))))
         problems += _recompute(manifest, path, drawn, entries, resources or Resources())
-    return Verification(len(entries), size, tuple(problems), drawn, seed)
+    edited = _edited(manifest["files"], folder)
+    return Verification(len(entries), size, tuple(problems), edited, drawn, seed)
+
+
+def _edited(files: dict[str, str], folder: Path) -> tuple[str, ...]:
+    """Names of the small files whose contents are not what was written.
+
+    files: their checksums, by name.
+    """
+    edited = []
+    for name, checksum in files.items():
+        with suppress(OSError):  # one that is missing is a fault, and has been said
+            if (folder / name).is_file() and file_checksum(folder / name) != checksum:
+                edited.append(name)
+    return tuple(edited)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +130,7 @@ def _entry(entry: Any) -> _Entry:
         raise TypeError(f"{entry!r}")
     if not is_plain_name(file):
         raise ValueError(f"file {file!r}")
-    if not all(isinstance(number, int) for number in (*shape, span)) or span <= 0:
+    if not all(type(number) is int for number in (*shape, span)) or not 0 < span < 1 << 63:
         raise TypeError(f"{entry!r}")
     return _Entry(file, dtype, tuple(shape), span, checksum)
 
@@ -164,7 +185,10 @@ def _recompute(
     entries: dict[str, _Entry],
     resources: Resources,
 ) -> list[str]:
-    plan = part_of_plan(plan_again(manifest, where, resources), names)
+    whole = plan_again(manifest, where, resources)
+    if {tensor.name for tensor in whole.tensors} != entries.keys():
+        raise InputError(f"{where} is damaged: its tensors are not those of its recipe")
+    plan = part_of_plan(whole, names)
     with tempfile.TemporaryDirectory(prefix="lazymerge-verify-") as folder:
         run_plan(plan, folder, fsync=False)
         again = read_document(Path(folder) / MANIFEST_NAME)["tensors"]
@@ -179,11 +203,13 @@ def part_of_plan(plan: Plan, names: Collection[str]) -> Plan:
     """The same merge, of some of its tensors only."""
     graph = plan.graph.only([write.id for write in plan.graph.writes if write.name in names])
     outputs = [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes]
+    size = sum(tensor.size_bytes for tensor in outputs)
     return replace(
         plan,
         graph=graph,
         tensors=tuple(tensor for tensor in plan.tensors if tensor.name in names),
-        shards=lay_out(outputs, max(1, sum(tensor.size_bytes for tensor in outputs))),
+        shards=lay_out(outputs, size),
+        max_shard_bytes=size,
         config=None,
         sidecars=(),
     )

@@ -1,8 +1,9 @@
-"""A tensor's checksum, from the file that holds it."""
+"""The checksum of a tensor, from the file that holds it, and of a whole file."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
@@ -33,3 +34,17 @@ def tensor_checksum(descriptor: int, start: int, stop: int, span_bytes: int) -> 
             start += count
         digests.append(span.digest())
     return xxh3_128_hexdigest(b"".join(digests))
+
+
+def file_checksum(path: Path) -> str:
+    """The xxh3_128 of a whole file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    content = xxh3_128()
+    buffer = memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            content.update(buffer[:count])
+    return content.hexdigest()

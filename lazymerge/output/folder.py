@@ -13,7 +13,7 @@ from ..errors import DoesNotFitError, InputError
 from ..sizes import format_bytes
 from .journal import JOURNAL_PATH
 from .layout import INDEX_NAME
-from .lock import LOCK_PATH
+from .lock import LOCK_PATH, MOVED_PATTERN
 from .manifest import MANIFEST_NAME, MERGE_PATH
 from .sidecars import COPIED
 from .writer import PARTIAL_SUFFIX, sync_folder
@@ -33,15 +33,19 @@ Anything else is somebody's and stays."""
 OWN_FOLDER = ".lazymerge"
 """What a run keeps in the output while it is not complete."""
 
+REPLACED_PATH = f"{OWN_FOLDER}/replaced"
+"""Says, while an earlier output is being removed, that what is left of it is lazymerge's."""
+
 OWN_FOLDERS = {
     OWN_FOLDER: (
         "plan.json",
-        *(Path(path).name for path in (JOURNAL_PATH, LOCK_PATH, MERGE_PATH)),
+        *(Path(path).name for path in (JOURNAL_PATH, LOCK_PATH, MERGE_PATH, REPLACED_PATH)),
         Path(MERGE_PATH).name + PARTIAL_SUFFIX,
+        MOVED_PATTERN,
     ),
     "1_Pooling": ("config.json", "config.json" + PARTIAL_SUFFIX),
 }
-"""Folders in an output, and the files in them, that --overwrite may remove."""
+"""Folders in an output, and patterns of the files in them, that --overwrite may remove."""
 
 PLAN_PATH = f"{OWN_FOLDER}/plan.json"
 """Where `lazymerge plan -o OUT` leaves the plan; a folder that holds nothing else is empty."""
@@ -56,9 +60,10 @@ def is_own(entry: Path) -> bool:
     A folder is when there is nothing in it but files that a merge writes.
     """
     if entry.is_dir() and not entry.is_symlink():
-        files = OWN_FOLDERS.get(entry.name)
-        return files is not None and all(
-            child.name in files and (child.is_symlink() or child.is_file())
+        patterns = OWN_FOLDERS.get(entry.name)
+        return patterns is not None and all(
+            any(fnmatch.fnmatchcase(child.name, pattern) for pattern in patterns)
+            and (child.is_symlink() or child.is_file())
             for child in entry.iterdir()
         )
     name = entry.name.removesuffix(PARTIAL_SUFFIX)
@@ -164,27 +169,50 @@ def clear_output_folder(output: Path, *, fsync: bool = False) -> None:
 
     fsync: whatever happens to the machine: nothing is gone from disk while the manifest is there.
 
-    The lock stays. What says that an earlier output is complete goes first and what says that it is
-    not last, so that a crash in between leaves neither for the other.
+    The lock stays. What says that an earlier output is complete goes first, and what says that the
+    folder is lazymerge's goes last, so that whoever comes upon a half removed output may go on.
     """
     output.mkdir(parents=True, exist_ok=True)
+    own = output / OWN_FOLDER
+    entries = [entry for entry in output.iterdir() if is_own(entry)]
+    if any(entry != own for entry in entries) and (own in entries or not os.path.lexists(own)):
+        _mark_as_replaced(output, fsync=fsync)
     if (output / MANIFEST_NAME).exists():
         (output / MANIFEST_NAME).unlink()
         if fsync:
             sync_folder(output)
-    entries = sorted(output.iterdir(), key=lambda entry: entry.name == OWN_FOLDER)
     for entry in entries:
-        if not is_own(entry):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            children = sorted(entry.iterdir(), key=lambda child: child == output / MERGE_PATH)
-            for child in children:
-                if child != output / LOCK_PATH:
-                    child.unlink()
-            with suppress(OSError):  # it holds the lock
-                entry.rmdir()
-        else:
-            entry.unlink()
+        if entry != own:
+            _remove(entry)
+    if fsync:
+        sync_folder(output)
+    if own.is_dir() and is_own(own):
+        _remove(own, stays=output / LOCK_PATH, last=output / REPLACED_PATH)
+
+
+def _mark_as_replaced(output: Path, *, fsync: bool) -> None:
+    marker = output / REPLACED_PATH
+    marker.parent.mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    if fsync:
+        sync_folder(marker.parent)
+        sync_folder(output)
+
+
+def _remove(entry: Path, *, stays: Path | None = None, last: Path | None = None) -> None:
+    """Removes a file, or a folder and the files in it.
+
+    stays: a file that is left. last: a file that is removed after all others.
+    """
+    if not entry.is_dir() or entry.is_symlink():
+        entry.unlink(missing_ok=True)
+        return
+    for child in sorted(entry.iterdir(), key=lambda child: child == last):
+        if child != stays:
+            child.unlink(missing_ok=True)
+    with suppress(OSError):  # it holds what stays
+        entry.rmdir()
 
 
 def _check_parent(output: Path) -> None:

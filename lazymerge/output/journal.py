@@ -23,12 +23,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
-from .writer import sync_folder, write_error
+from .writer import open_own, sync_folder, write_error
 
 JOURNAL_PATH = ".lazymerge/journal"
 JOURNAL_FORMAT = 1
@@ -36,6 +37,12 @@ JOURNAL_FORMAT = 1
 
 MAX_LINE_BYTES = 1 << 20
 """No tensor has a longer name; what has no line end for so long is no journal."""
+
+MAX_RECORDS = 1_000_000
+"""More are not kept in memory: an index has no more tensors. A record takes some 600 bytes."""
+
+MOST_BYTES = 1 << 62
+"""No file is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,8 @@ def read_journal(folder: Path) -> JournalContents:
     finished: dict[str, Finished] = {}
     length = 0
     for record, end in _records(folder / JOURNAL_PATH):
+        if max(len(sessions), len(finished)) >= MAX_RECORDS:
+            break
         try:
             if not fingerprint:
                 if record["format"] != JOURNAL_FORMAT:
@@ -120,7 +129,7 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Records and the byte after each, up to the first that is not whole."""
     end = 0
     try:
-        stream = path.open("rb")
+        stream = os.fdopen(open_own(path, os.O_RDONLY), "rb")
     except FileNotFoundError:
         return
     with stream:
@@ -154,6 +163,12 @@ def _number(value: Any) -> float:
     return value
 
 
+def _place(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MOST_BYTES:
+        raise TypeError
+    return value
+
+
 def _session(record: dict[str, Any]) -> Session:
     boot = record["boot"]
     if not isinstance(boot, str):
@@ -162,7 +177,7 @@ def _session(record: dict[str, Any]) -> Session:
 
 
 def _finished(record: dict[str, Any], session: Session) -> Finished:
-    start, stop = (int(_number(place)) for place in record["bytes"])
+    start, stop = (_place(place) for place in record["bytes"])
     return Finished(
         name=_text(record["tensor"]),
         file=_text(record["file"]),
@@ -189,13 +204,19 @@ class Journal:
         """
         self._path = folder / JOURNAL_PATH
         self._lock = threading.Lock()
+        self._descriptor = -1
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            flags |= getattr(os, "O_NOFOLLOW", 0)
-            self._descriptor = os.open(self._path, flags, 0o666)
-            os.ftruncate(self._descriptor, length)
+            self._begin(fingerprint, length, fsync=fsync)
         except OSError as error:
+            self.close()
             raise write_error(self._path, error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, fingerprint: str, length: int, *, fsync: bool) -> None:
+        self._descriptor = open_own(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.ftruncate(self._descriptor, length)
         if not length:
             self._append({"format": JOURNAL_FORMAT, "fingerprint": fingerprint})
         session = this_session()
@@ -203,11 +224,8 @@ class Journal:
             {"boot": session.boot, "pid": session.pid, "host": session.host, "at": session.at}
         )
         if fsync:
-            try:
-                os.fsync(self._descriptor)
-                sync_folder(self._path.parent)
-            except OSError as error:
-                raise write_error(self._path, error) from error
+            os.fsync(self._descriptor)
+            sync_folder(self._path.parent)
 
     def finished(
         self, name: str, file: str, place: tuple[int, int], checksum: str, *, is_nonfinite: bool
@@ -261,6 +279,7 @@ def this_session() -> Session:
     return Session(boot_id(), os.getpid(), socket.gethostname() or "?", round(time.time(), 3))
 
 
+@cache
 def boot_id() -> str:
     """What is the same until this machine is started again; empty where the system does not tell.
 

@@ -1,10 +1,13 @@
 """One process at a time on an output: OUT/.lazymerge/lock.
 
 Who holds it has an advisory lock on the file (flock), which the system takes away when the process
-ends, however it ends; and has written its name into the file, for messages. Where filesystems do
-not lock, and between machines whose shared filesystem locks for each of them alone, what the file
-says decides: its owner is taken for alive if a process of that number and that start time runs on
-this machine, or, on another machine, if the file was touched within the last ALIVE_SECONDS.
+ends, however it ends; and has written its name into the file. On one machine whose filesystem
+locks, that settles it. Elsewhere what the file says decides: its owner is taken for alive if a
+process of that number and that start time runs on this machine, or, on another machine, if the
+file was touched within the last ALIVE_SECONDS. A thread of the owner touches it.
+
+The file is made by one of several that try (O_EXCL). What an owner elsewhere has left is moved
+away under a name of its own, which again one of several can do, and made anew.
 """
 
 from __future__ import annotations
@@ -12,15 +15,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, LazymergeError
 from .journal import boot_id, this_session
-from .writer import write_error
+from .writer import open_own, write_error
 
 try:
     import fcntl
@@ -29,14 +34,21 @@ except ImportError:  # Windows: what the file says decides
 
 LOCK_PATH = ".lazymerge/lock"
 
+MOVED_PATTERN = "lock.*"
+"""Locks of owners that are gone, for the moment between being moved away and being removed."""
+
 TOUCH_SECONDS = 10.0
-"""How often a run touches its lock."""
+"""How often a lock that is held is touched."""
 
 ALIVE_SECONDS = 60.0
 """A lock of another machine that has not been touched for so long, six times, is nobody's."""
 
 NAMED_SECONDS = 0.5
-"""How long to wait for whoever has just taken the lock to write its name."""
+"""How long to wait for whoever has just made the lock to write its name, or for who only looks at
+it (`lazymerge status`) to let go."""
+
+MOST_TRIES = 100
+"""Folder and file may vanish between two calls, when others release theirs; not so often."""
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -64,6 +76,10 @@ class LockedError(InputError):
     """Another process is at work on the output (exit code 2)."""
 
 
+class LockLostError(LazymergeError):
+    """The lock is gone, or another's, while it should be held (exit code 1)."""
+
+
 class OutputLock:
     """The lock of an output folder, held from when it is made until it is released."""
 
@@ -74,60 +90,117 @@ class OutputLock:
             LockedError: another process holds it; the message names it.
             LazymergeError: the lock cannot be written.
         """
+        self._folder = folder
         self._path = folder / LOCK_PATH
+        self._descriptor = -1
+        self._released = threading.Event()
+        self._toucher = threading.Thread(target=self._keep_touching, name="lock", daemon=True)
         self.taken_over: Owner | None = None
         """Whose it was, if its owner ended without releasing it."""
+        self.is_lost = False
+        """Whether somebody else has removed it or taken it away."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = self._open(folder)
-            self._write()
+            for _ in range(MOST_TRIES):
+                with suppress(FileNotFoundError):
+                    if self._take():
+                        break
+            else:
+                raise LazymergeError(f"{self._path} comes and goes; try again")
+            self._toucher.start()
         except OSError as error:
+            self.release()
             raise write_error(self._path, error) from error
-        self._touched = time.monotonic()
+        except BaseException:
+            self.release()
+            raise
 
-    def _open(self, folder: Path) -> int:
-        while True:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
-            descriptor = os.open(self._path, flags, 0o666)
-            try:
-                is_free = _try_lock(descriptor)
-                owner = _owner(descriptor) if is_free is not False else _holder(descriptor)
+    def _take(self) -> bool:
+        """Tries once; False: others have been quicker, or have just let go.
+
+        Raises:
+            FileNotFoundError: the folder was removed meanwhile.
+            LockedError: another holds it.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = open_own(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            is_new = True
+        except FileExistsError:
+            descriptor = open_own(self._path, os.O_RDWR)
+            is_new = False
+        try:
+            is_free = _wait_for_lock(descriptor)
+            if is_new and is_free is not False:
+                owner = None
+            else:
+                owner = _wait_for_name(descriptor)
                 if is_free is False or (owner and _is_alive(owner, descriptor, is_free)):
                     raise LockedError(
-                        f"{folder} is being written by {owner or 'another process'}; wait for it, "
-                        f"or stop it and go on with: lazymerge resume {folder}"
+                        f"{self._folder} is being written by {owner or 'another process'}; wait "
+                        f"for it, or stop it and go on with: lazymerge resume {self._folder}"
                     )
-                if _is_at(descriptor, self._path):
-                    self.taken_over = owner
-                    return descriptor
-            except BaseException:
+                self.taken_over = self.taken_over or owner
+            if not _is_at(descriptor, self._path):
+                return False
+            if not is_new and not (is_free and owner and owner.boot == boot_id()):
+                self._move_away(descriptor)
+                return False
+            self._descriptor, descriptor = descriptor, -1
+            _write_owner(self._descriptor)
+            if _is_at(self._descriptor, self._path):
+                return True
+            self._descriptor, descriptor = -1, self._descriptor
+            return False
+        finally:
+            if descriptor >= 0:
                 os.close(descriptor)
-                raise
-            os.close(descriptor)  # its owner removed it while we waited to be told
 
-    def _write(self) -> None:
-        session = this_session()
-        owner = Owner(session.pid, session.host, session.boot, _start_ticks(session.pid))
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(asdict(owner)).encode() + b"\n", 0)
+    def _move_away(self, descriptor: int) -> None:
+        """Removes a lock whose owner is gone, and no other that has come in its place."""
+        moved = self._path.with_name(f"{self._path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        self._path.rename(moved)
+        if not _is_at(descriptor, moved):  # of one that was quicker: give it back
+            with suppress(OSError):
+                os.link(moved, self._path)
+        moved.unlink()
+
+    def _keep_touching(self) -> None:
+        """Says that the owner is alive, until the lock is released; what is to happen if the lock
+        is lost is for `check` to say."""
+        while not self._released.wait(TOUCH_SECONDS):
+            self.touch()
 
     def touch(self) -> None:
-        """Says that the owner is alive; does so at most every TOUCH_SECONDS."""
-        now = time.monotonic()
-        if now - self._touched >= TOUCH_SECONDS:
-            self._touched = now
-            with suppress(OSError):
-                os.utime(self._descriptor)
+        """Says that the owner is alive, and looks whether the lock is still its own."""
+        with suppress(OSError):
+            if not _is_at(self._descriptor, self._path):
+                self.is_lost = True
+            os.utime(self._descriptor)
+
+    def check(self) -> None:
+        """Raises:
+        LockLostError: somebody has removed the lock, so that another process may be writing.
+        """
+        if self.is_lost:
+            raise LockLostError(
+                f"{self._path} was removed or replaced while it was held: another process may be "
+                f"writing {self._folder} now; look with: lazymerge status {self._folder}"
+            )
 
     def release(self) -> None:
         """Removes the lock, and its folder if nothing else is in it. May be called again."""
+        self._released.set()
+        if self._toucher.ident is not None and self._toucher is not threading.current_thread():
+            self._toucher.join()
         descriptor, self._descriptor = self._descriptor, -1
-        if descriptor < 0:
-            return
-        with suppress(OSError):
-            if _is_at(descriptor, self._path):
-                self._path.unlink()
-        os.close(descriptor)
+        if descriptor >= 0:
+            with suppress(OSError):
+                if _is_at(descriptor, self._path):
+                    self._path.unlink()
+            os.close(descriptor)
+            with suppress(OSError):
+                for moved in self._path.parent.glob(MOVED_PATTERN):
+                    moved.unlink()
         with suppress(OSError):
             self._path.parent.rmdir()
 
@@ -135,11 +208,11 @@ class OutputLock:
 def lock_owner(folder: Path) -> Owner | None:
     """The living process that holds an output's lock; None if there is none."""
     try:
-        descriptor = os.open(folder / LOCK_PATH, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = open_own(folder / LOCK_PATH, os.O_RDONLY)
     except OSError:
         return None
     try:
-        is_free = _try_lock(descriptor)
+        is_free = _try_lock(descriptor, to_look=True)
         owner = _owner(descriptor)
         if owner is not None and (is_free is False or _is_alive(owner, descriptor, is_free)):
             return owner
@@ -148,12 +221,15 @@ def lock_owner(folder: Path) -> Owner | None:
         os.close(descriptor)  # and with it the lock
 
 
-def _try_lock(descriptor: int) -> bool | None:
-    """Whether the file's lock could be taken; None where there are no locks."""
+def _try_lock(descriptor: int, *, to_look: bool = False) -> bool | None:
+    """Whether the file's lock could be taken; None where there are no locks.
+
+    to_look: together with others that only look.
+    """
     if fcntl is None:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if to_look else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
@@ -161,6 +237,32 @@ def _try_lock(descriptor: int) -> bool | None:
             return None
         raise
     return True
+
+
+def _wait_for_lock(descriptor: int) -> bool | None:
+    """As _try_lock; a lock whose holder has no name yet may be held by one that only looks."""
+    deadline = time.monotonic() + NAMED_SECONDS
+    while (is_free := _try_lock(descriptor)) is False and time.monotonic() < deadline:
+        owner = _owner(descriptor)
+        if owner is not None and _is_alive(owner, descriptor, None):
+            break
+        time.sleep(NAMED_SECONDS / 50)
+    return is_free
+
+
+def _wait_for_name(descriptor: int) -> Owner | None:
+    """The owner that a lock names; who has just made it may be about to write its name."""
+    deadline = time.monotonic() + NAMED_SECONDS
+    while (owner := _owner(descriptor)) is None and time.monotonic() < deadline:
+        time.sleep(NAMED_SECONDS / 50)
+    return owner
+
+
+def _write_owner(descriptor: int) -> None:
+    session = this_session()
+    owner = Owner(session.pid, session.host, session.boot, _start_ticks(session.pid))
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(asdict(owner)).encode() + b"\n", 0)
 
 
 def _is_alive(owner: Owner, descriptor: int, is_free: bool | None) -> bool:
@@ -172,9 +274,20 @@ def _is_alive(owner: Owner, descriptor: int, is_free: bool | None) -> bool:
         if is_free:
             return False
         return owner.started == _start_ticks(owner.pid) and _exists(owner.pid)
-    if owner.host == this_session().host and (owner.boot or is_free):
-        return False  # this machine was started again, or does not tell and does lock
-    return time.time() - os.fstat(descriptor).st_mtime < ALIVE_SECONDS
+    is_named_alike = owner.host == this_session().host
+    if is_named_alike and not owner.boot and is_free:
+        return False  # a machine that does not tell when it was started, and does lock
+    touched = os.fstat(descriptor).st_mtime
+    if is_named_alike and touched < time.time() - _seconds_since_boot():
+        return False  # this machine, before it was started again
+    return time.time() - touched < ALIVE_SECONDS
+
+
+def _seconds_since_boot() -> float:
+    """How long this machine has been running; without end where the system does not tell."""
+    with suppress(AttributeError, OSError):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return float("inf")
 
 
 def _exists(pid: int) -> bool:
@@ -194,19 +307,6 @@ def _start_ticks(pid: int) -> int:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         return int(text.rpartition(")")[2].split()[19])
     return 0
-
-
-def _holder(descriptor: int) -> Owner | None:
-    """Who holds a lock that could not be taken: it may be about to write its name over that of the
-    one before."""
-    deadline = time.monotonic() + NAMED_SECONDS
-    while True:
-        owner = _owner(descriptor)
-        if owner is not None and _is_alive(owner, descriptor, None):
-            return owner
-        if time.monotonic() > deadline:
-            return owner
-        time.sleep(NAMED_SECONDS / 50)
 
 
 def _owner(descriptor: int) -> Owner | None:

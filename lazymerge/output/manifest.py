@@ -47,6 +47,17 @@ def read_document(path: Path) -> dict[str, Any]:
     return document
 
 
+def count(value: object) -> int:
+    """A number of bytes or tensors from a document.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError(f"{str(value)[:40]!r} is no count")
+    return value
+
+
 def write_text(path: Path, text: str, *, fsync: bool) -> None:
     """Writes a small file so that it has either its old contents or all of the new.
 

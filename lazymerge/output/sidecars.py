@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..checkpoint import leaves_model
+from ..errors import LazymergeError
 from .writer import sync_folder
 
 COPIED = (
@@ -44,6 +44,9 @@ COPIED = (
 )
 """Patterns of what is copied, relative to the model's folder."""
 
+PIECE_BYTES = 1 << 20
+"""Held in memory of a file that is copied."""
+
 MAX_SIDECAR_BYTES = 200_000_000
 """A larger file is no tokenizer. The largest in use (a 256k vocabulary) are below 40 MB."""
 
@@ -73,6 +76,10 @@ def copy_sidecars(folder: str, files: Sequence[str], output: Path, *, fsync: boo
     """Copies files' contents (never links) from a model's folder into the output.
 
     fsync: waits until they are on disk.
+
+    Raises:
+        OSError: one cannot be written.
+        LazymergeError: one cannot be read.
     """
     for name in files:
         target = output / name
@@ -81,11 +88,23 @@ def copy_sidecars(folder: str, files: Sequence[str], output: Path, *, fsync: boo
         target.parent.mkdir(exist_ok=True)
         partial = target.with_name(target.name + ".partial")
         partial.unlink(missing_ok=True)  # of a run that was killed; or somebody's link
-        with (Path(folder) / name).open("rb") as source, partial.open("xb") as stream:
-            shutil.copyfileobj(source, stream)
+        with partial.open("xb") as stream:
+            for piece in _pieces(Path(folder) / name):
+                stream.write(piece)
             if fsync:
                 stream.flush()
                 os.fsync(stream.fileno())
         partial.rename(target)
         if fsync and target.parent != output:
             sync_folder(target.parent)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as stream:
+            while piece := stream.read(PIECE_BYTES):
+                yield piece
+    except OSError as error:
+        raise LazymergeError(
+            f"cannot read {path}: {error.strerror}; it is copied into the output: make it readable"
+        ) from error

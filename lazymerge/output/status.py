@@ -11,7 +11,7 @@ from ..errors import InputError
 from .folder import is_unfinished
 from .journal import JournalContents, read_journal
 from .lock import Owner, lock_owner
-from .manifest import MANIFEST_NAME, MERGE_PATH, read_document
+from .manifest import MANIFEST_NAME, MERGE_PATH, count, read_document
 
 State = Literal["complete", "running", "unfinished"]
 
@@ -97,12 +97,12 @@ def _facts(document: dict[str, Any]) -> dict[str, Any]:
     facts = {
         "recipe": document["recipe"]["path"],
         "fingerprint": document["fingerprint"],
-        "total_tensors": document["output"]["tensors"],
-        "total_bytes": document["output"]["bytes"],
+        "total_tensors": count(document["output"]["tensors"]),
+        "total_bytes": count(document["output"]["bytes"]),
     }
-    for value, kind in zip(facts.values(), (str, str, int, int), strict=True):
-        if not isinstance(value, kind):
-            raise TypeError(f"{value!r} is no {kind.__name__}")
+    for key in ("recipe", "fingerprint"):
+        if not isinstance(facts[key], str):
+            raise TypeError(f"{key} is no text")
     return facts
 
 

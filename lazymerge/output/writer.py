@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ class ShardWriter:
             os.close(descriptor)
 
     def discard(self) -> None:
-        """Removes every file this writer has made, complete or not."""
+        """Removes every file under the names of its shards, complete or not, whoever made it."""
         self.close()
         for shard in self._all_shards:
             self._partial(shard).unlink(missing_ok=True)
@@ -164,12 +165,24 @@ class ShardWriter:
 
 
 def open_shard(path: Path) -> int:
-    """A descriptor of a shard that is there, for reading and writing.
+    """A descriptor of a shard that is there, for reading and writing. As open_own."""
+    return open_own(path, os.O_RDWR)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of a file that lazymerge has made or makes. Links are not followed, and pipes
+    not waited for: an output may come from somebody else.
 
     Raises:
-        OSError: it cannot be opened, or is a link.
+        OSError: it cannot be opened, or is no regular file.
     """
-    return os.open(path, os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+    for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"):
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import yaml
@@ -25,8 +25,8 @@ SHAPE = LlamaShape(hidden=32, intermediate=64, layers=2, heads=4, kv_heads=4, vo
 SHARD_BYTES = 25_000
 TIMEOUT_SECONDS = 60
 
-USUAL_CALLS = 122
-"""Calls of an undisturbed run."""
+USUAL_CALLS = {True: 68, False: 132}
+"""Calls of an undisturbed run into one shard, or into several."""
 
 
 @cache
@@ -55,6 +55,7 @@ class Bench:
 
     folder: has room for all of it. options: of every run.
     count_calls: find out how many there are; else a number that was right once is taken.
+    is_one_shard: the output is one file; else several.
     """
 
     def __init__(
@@ -64,11 +65,14 @@ class Bench:
         options: Sequence[str] = (),
         *,
         count_calls: bool = True,
+        is_one_shard: bool = False,
     ) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder = folder
         self.output = folder / "out"
         self.recipe = folder / "recipe.yml"
-        self._options = [*options]
+        self._options = ["--max-shard-size", "1GB" if is_one_shard else str(SHARD_BYTES), *options]
+        self._counts_calls = count_calls
         self._shim = build_shim(folder)
         for number, name in enumerate(("base", "a", "b")):
             make_checkpoint(folder / name, SHAPE, dtype="bfloat16", seed=number, tokenizer=True)
@@ -89,7 +93,12 @@ class Bench:
         ended = self.run()
         assert ended.code == 0, ended.err
         self.expected = contents(self.output)
-        self.calls = self._count_calls() if count_calls else USUAL_CALLS
+        self.calls = self._count_calls() if count_calls else USUAL_CALLS[is_one_shard]
+
+    @cached_property
+    def in_one_shard(self) -> Bench:
+        """Another bench, whose output is one file."""
+        return Bench(self.folder / "one-shard", count_calls=self._counts_calls, is_one_shard=True)
 
     @property
     def can_inject(self) -> bool:
@@ -120,8 +129,6 @@ class Bench:
             str(self.recipe),
             "-o",
             str(self.output),
-            "--max-shard-size",
-            str(SHARD_BYTES),
             "--workers",
             "2",
             *self._options,
@@ -133,7 +140,21 @@ class Bench:
 
     def faults(self, **more: object) -> dict[str, str]:
         """Variables for faults in the output."""
-        return {"ROOT": str(self.output), **{key: str(value) for key, value in more.items()}}
+        self._struck.unlink(missing_ok=True)
+        return {
+            "ROOT": str(self.output),
+            "STRUCK": str(self._struck),
+            **{key: str(value) for key, value in more.items()},
+        }
+
+    @property
+    def _struck(self) -> Path:
+        return self.folder / "struck"
+
+    @property
+    def was_struck(self) -> bool:
+        """Whether the faults that were asked for last have struck."""
+        return self._struck.exists()
 
     def _count_calls(self) -> int:
         """Calls of an undisturbed run into an empty folder that change its files."""

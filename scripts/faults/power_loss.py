@@ -7,6 +7,7 @@ last one perhaps torn at a sector; for names, either the first so many or any su
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -136,6 +137,7 @@ class Disk:
                 Path(path).mkdir()
             else:
                 Path(path).write_bytes(survivors(inode, random))
+                os.utime(path, (1, 1))  # before the machine was started again
 
 
 def survivors(inode: Inode, random: Random) -> bytes:

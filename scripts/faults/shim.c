@@ -5,8 +5,10 @@
  *   FAULTS_KILL_AT=N         SIGKILL before the N-th call (and in the middle of it, if it writes and
  *                            FAULTS_TEAR is set: half of the bytes are written)
  *   FAULTS_FAIL_AT=N         the N-th call and all that follow ...
+ *   FAULTS_FAIL_COUNT=C      ... or so many of them ...
  *   FAULTS_ERRNO=E           ... fail with this error
  *   FAULTS_FAIL_CALL=NAME    only calls of this name are counted and fail
+ *   FAULTS_STRUCK=FILE       is made when a fault strikes
  *   FAULTS_LOG=FILE          every call is appended to this file, with what it wrote, so that the
  *                            state after a power failure can be put together (power_loss.py)
  *
@@ -97,17 +99,24 @@ static void record(const char *name, const char *path, const void *other, size_t
 
 enum { GO_ON, TEAR, FAIL };
 
+static void strikes(void) {
+    const char *path = getenv("FAULTS_STRUCK");
+    if (path) close(REAL(open)(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0666));
+}
+
 /* Counts a call; kills the process if its time has come. */
 static int reached(const char *name) {
     const char *only = getenv("FAULTS_FAIL_CALL");
-    long number;
+    long number, first = number_of("FAULTS_FAIL_AT"), count = number_of("FAULTS_FAIL_COUNT");
     if (only ? strcmp(only, name) != 0 : strcmp(name, "read") == 0) return GO_ON;
     number = ++calls;
     if (number == number_of("FAULTS_KILL_AT")) {
+        strikes();
         if (getenv("FAULTS_TEAR")) return TEAR;
         kill(getpid(), SIGKILL);
     }
-    if (number_of("FAULTS_FAIL_AT") > 0 && number >= number_of("FAULTS_FAIL_AT")) {
+    if (first > 0 && number >= first && (count < 0 || number < first + count)) {
+        strikes();
         errno = (int)number_of("FAULTS_ERRNO");
         return FAIL;
     }

@@ -6,14 +6,24 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lazymerge.errors import DoesNotFitError, LazymergeError
 from lazymerge.output import lock as lock_module
 from lazymerge.output.journal import boot_id
-from lazymerge.output.lock import ALIVE_SECONDS, LOCK_PATH, LockedError, OutputLock, lock_owner
+from lazymerge.output.lock import (
+    ALIVE_SECONDS,
+    LOCK_PATH,
+    LockedError,
+    LockLostError,
+    OutputLock,
+    lock_owner,
+)
 
 HOLDER = """
 import sys, time
@@ -104,8 +114,57 @@ class TestWhereTheFileDecides:
 
     def test_this_machine_before_it_was_started_again(self, tmp_path: Path) -> None:
         host = lock_module.this_session().host
-        write_owner(tmp_path, host=host, boot="earlier")
+        write_owner(tmp_path, 1e9, host=host, boot="earlier")
         OutputLock(tmp_path).release()
+
+    def test_another_machine_of_the_same_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It has touched the lock since this machine was started."""
+        monkeypatch.setattr(lock_module, "_seconds_since_boot", lambda: 1000.0)
+        write_owner(tmp_path, host=lock_module.this_session().host, boot="of another machine")
+        with pytest.raises(LockedError):
+            OutputLock(tmp_path)
+        monkeypatch.setattr(lock_module, "_seconds_since_boot", lambda: 5.0)
+        write_owner(tmp_path, 10, host=lock_module.this_session().host, boot="earlier")
+        OutputLock(tmp_path).release()
+
+    @pytest.mark.parametrize("is_left", [False, True] * 10)
+    def test_of_many_that_try_one_has_it(self, tmp_path: Path, is_left: bool) -> None:
+        """Also where all of them find one whose owner is gone."""
+        if is_left:
+            write_owner(tmp_path, 1e6, boot="of another machine")
+        start = threading.Barrier(4)
+
+        def take() -> OutputLock | None:
+            start.wait()
+            try:
+                return OutputLock(tmp_path)
+            except LockedError:
+                return None
+
+        with ThreadPoolExecutor(4) as pool:
+            taken = [pool.submit(take) for _ in range(4)]
+            held = [lock for lock in (future.result() for future in taken) if lock]
+        assert len(held) == 1
+        held[0].touch()
+        held[0].check()
+        held[0].release()
+        assert [*tmp_path.iterdir()] == []
+
+    def test_the_lock_of_another_is_neither_removed_nor_kept(self, tmp_path: Path) -> None:
+        lock = OutputLock(tmp_path)
+        (tmp_path / LOCK_PATH).unlink()
+        other = OutputLock(tmp_path)
+        lock.touch()
+        with pytest.raises(LockLostError, match="was removed or replaced while it was held"):
+            lock.check()
+        lock.release()
+        assert (tmp_path / LOCK_PATH).exists()
+        other.touch()
+        other.check()
+        other.release()
+        assert [*tmp_path.iterdir()] == []
 
     @pytest.mark.parametrize(
         ("age", "is_alive"), [(0.0, True), (ALIVE_SECONDS / 2, True), (ALIVE_SECONDS * 2, False)]
@@ -125,15 +184,74 @@ def test_another_machine_whose_locks_are_not_seen_here(tmp_path: Path) -> None:
         OutputLock(tmp_path)
 
 
-def test_a_run_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_is_held_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "TOUCH_SECONDS", 0.01)
     lock = OutputLock(tmp_path)
     os.utime(tmp_path / LOCK_PATH, (1, 1))
-    lock.touch()  # not yet time
-    assert (tmp_path / LOCK_PATH).stat().st_mtime == 1
-    monkeypatch.setattr(lock_module, "TOUCH_SECONDS", 0.0)
-    lock.touch()
+    deadline = time.monotonic() + 10
+    while (tmp_path / LOCK_PATH).stat().st_mtime < 1e9 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert (tmp_path / LOCK_PATH).stat().st_mtime > 1e9
     lock.release()
+    assert "lock" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_who_looks_does_not_keep_others_from_beginning(tmp_path: Path) -> None:
+    """lazymerge status, again and again."""
+    stopped = threading.Event()
+
+    def look() -> None:
+        while not stopped.is_set():
+            lock_owner(tmp_path)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(200):
+            OutputLock(tmp_path).release()
+    finally:
+        stopped.set()
+        looking.join()
+
+
+def test_folder_and_file_come_and_go(tmp_path: Path) -> None:
+    """Two that take and release it in turns, one of whom removes the folder under the other."""
+
+    def take() -> None:
+        for _ in range(200):
+            while True:
+                try:
+                    lock = OutputLock(tmp_path)
+                except LockedError:
+                    continue
+                lock.release()
+                break
+
+    with ThreadPoolExecutor(2) as pool:
+        for taken in [pool.submit(take) for _ in range(2)]:
+            taken.result(60)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lock_module, "_write_owner", fail)
+    with pytest.raises(DoesNotFitError):
+        OutputLock(tmp_path)
+    assert [*tmp_path.iterdir()] == []
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".lazymerge").mkdir()
+    os.mkfifo(tmp_path / LOCK_PATH)
+    assert lock_owner(tmp_path) is None
+    with pytest.raises(LazymergeError, match="cannot write"):
+        OutputLock(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,31 @@ def test_a_new_and_an_empty_folder_are_fine_and_stay_as_they_are(tmp_path: Path)
     check_output_folder(tmp_path / "new" / "deeper", [], overwrite=False)
     check_output_folder(tmp_path, [], overwrite=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_an_output_whose_removal_was_interrupted_can_still_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsync: bool
+) -> None:
+    """After any number of its files."""
+    for count in range(len(OUTPUT) + 1):
+        out = fill(tmp_path / str(count), *OUTPUT)
+        left = count
+
+        def unlink(self: Path, missing_ok: bool = False) -> None:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            with suppress(FileNotFoundError):
+                os.unlink(self)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", unlink)
+            clear_output_folder(out, fsync=fsync)
+        check_output_folder(out, [], overwrite=True)
+        clear_output_folder(out, fsync=fsync)
+        assert list(out.iterdir()) == []
 
 
 def test_a_folder_with_a_plan_alone_is_empty(tmp_path: Path) -> None:

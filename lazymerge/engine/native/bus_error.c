@@ -4,7 +4,9 @@
  * touched, and the process is gone without a word. While inputs are mapped, this handler says which
  * file is shorter than it was, and how to go on, and ends the process with exit code 1.
  *
- * It calls nothing but write, fstat, strlen and _exit, which a signal handler may (POSIX, 2.4.3).
+ * It calls nothing but write, fstat, strlen, sigaction and _exit, which a signal handler may (POSIX,
+ * 2.4.3). A bus error of another kind (a misaligned address, a signal that somebody sent) is left to
+ * whoever handled them before.
  */
 #include <signal.h>
 #include <stdint.h>
@@ -23,16 +25,26 @@ static Watched *watched;
 static int watched_count;
 static char *advice;
 static struct sigaction before;
-static int is_installed;
+static int users; /* merges that map inputs in this process at this time */
 
 static void say(const char *text) {
     ssize_t ignored = write(STDERR_FILENO, text, strlen(text));
     (void)ignored;
 }
 
-static void on_bus_error(int number) {
+static void on_bus_error(int number, siginfo_t *information, void *context) {
     int found = 0;
-    (void)number;
+    (void)context;
+    if (information->si_code != BUS_ADRERR) {
+#ifdef BUS_MCEERR_AR
+        if (information->si_code != BUS_MCEERR_AR)
+#endif
+        {
+            sigaction(number, &before, NULL);
+            if (information->si_code <= 0) raise(number); /* sent: it does not come again by itself */
+            return;
+        }
+    }
     say("\nlazymerge: ");
     for (int i = 0; i < watched_count && !found; i++) {
         struct stat status;
@@ -47,20 +59,22 @@ static void on_bus_error(int number) {
     _exit(1);
 }
 
-/* What is said after the file's name; the handler is there from now on. Returns 0 if it could be
- * installed. */
+/* What is said after the file's name; the handler is there from now on, until lm_bus_error_end has
+ * been called as often. Callers take turns. Returns 0 if it could be installed. */
 int lm_bus_error_begin(const char *text) {
     struct sigaction action;
-    free(advice);
-    advice = strdup(text);
-    if (!advice) return -1;
-    if (is_installed) return 0;
+    char *copy = strdup(text), *old = advice;
+    if (!copy) return -1;
+    advice = copy;
+    free(old);
+    if (users++) return 0;
     memset(&action, 0, sizeof action);
-    action.sa_handler = on_bus_error;
+    action.sa_sigaction = on_bus_error;
+    action.sa_flags = SA_SIGINFO;
     sigemptyset(&action.sa_mask);
-    if (sigaction(SIGBUS, &action, &before)) return -1;
-    is_installed = 1;
-    return 0;
+    if (sigaction(SIGBUS, &action, &before) == 0) return 0;
+    users--;
+    return -1;
 }
 
 /* Adds a file that must not become shorter than it is. Callers take turns. */
@@ -74,10 +88,10 @@ int lm_bus_error_watch(int descriptor, int64_t size, const char *path) {
     return 0;
 }
 
-/* Everything as it was. */
+/* Everything as it was, when the last has called this. Callers take turns. */
 void lm_bus_error_end(void) {
-    if (is_installed) sigaction(SIGBUS, &before, NULL);
-    is_installed = 0;
+    if (!users || --users) return;
+    sigaction(SIGBUS, &before, NULL);
     for (int i = 0; i < watched_count; i++) free(watched[i].path);
     watched_count = 0;
 }

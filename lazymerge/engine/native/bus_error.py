@@ -9,8 +9,12 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 
+from ...errors import printable
 from .library import _library
+
+_turn = Lock()
 
 
 @contextmanager
@@ -32,16 +36,20 @@ def explained_bus_errors(output: Path) -> Iterator[None]:
         "\nwhat is finished is kept; with the file as it was, go on with: "
         f"lazymerge resume {shlex.quote(str(output))}\n"
     )
-    library.lm_bus_error_begin(os.fsencode(advice))
+    with _turn:
+        is_installed = library.lm_bus_error_begin(printable(advice).encode()) == 0
     try:
         yield
     finally:
-        library.lm_bus_error_end()
+        if is_installed:
+            with _turn:
+                library.lm_bus_error_end()
 
 
 def watch_for_bus_errors(descriptor: int, path: str) -> None:
-    """Has a file named if it becomes shorter. Callers take turns."""
+    """Has a file named if it becomes shorter."""
     library = _library()
     if library is not None:
         size = ctypes.c_int64(os.fstat(descriptor).st_size)
-        library.lm_bus_error_watch(descriptor, size, os.fsencode(path))
+        with _turn:
+            library.lm_bus_error_watch(descriptor, size, printable(path).encode())
