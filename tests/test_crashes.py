@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -162,6 +163,44 @@ def test_a_file_that_shrinks_under_its_mapping(tmp_path: Path) -> None:
     first, second = done.stderr.strip().splitlines()
     assert first == f"lazymerge: {path} became shorter while it was being read"
     assert second.endswith("go on with: lazymerge resume 'an output'")
+
+
+SENT_BUS_ERROR = """
+    import os, signal
+    from pathlib import Path
+    from lazymerge.engine.native.bus_error import explained_bus_errors
+
+    with explained_bus_errors(Path("an output")):
+        with explained_bus_errors(Path("another")):  # two merges in one process
+            pass
+        os.kill(os.getpid(), signal.SIGBUS)
+"""
+
+
+@needs_kernels
+def test_a_bus_error_that_is_not_of_an_input() -> None:
+    """It is left to whoever handles those."""
+    script = textwrap.dedent(SENT_BUS_ERROR)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -signal.SIGBUS
+    assert done.stderr == ""
+
+
+@needs_kernels
+def test_names_in_last_words_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "\x1b[31mred.safetensors"
+    path.write_bytes(bytes(100_000))
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BUS_ERROR), str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "\\x1b[31mred.safetensors became shorter" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]

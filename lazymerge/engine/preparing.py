@@ -21,7 +21,7 @@ from ..output.journal import JOURNAL_PATH, Finished, Journal, read_journal
 from ..output.lock import OutputLock
 from ..output.manifest import MANIFEST_NAME, MERGE_PATH, read_document, write_document
 from ..output.recovery import NOTHING, Recovery, is_doubted, recover
-from ..output.writer import ShardWriter, sync_folder, write_error
+from ..output.writer import ShardWriter, sync_file, sync_folder, write_error
 from .finishing import faults, span_bytes
 from .plan import Plan, read_folders
 from .report import Observer
@@ -135,7 +135,10 @@ def prepare(
         finished=recovery.finished,
     )
     try:
-        _write_beginning(folder, beginning, fsync=fsync)
+        if not resumes:
+            _write_beginning(folder, beginning, fsync=fsync)
+        elif fsync:  # the run before may not have waited for the disk
+            sync_file(folder / MERGE_PATH)
         journal_file = Journal(folder, plan.fingerprint, length, fsync=fsync)
         try:
             for name in believed.keys() - recovery.finished.keys():
@@ -177,11 +180,11 @@ def _beginning_to_go_on_with(
             "they were before is not known"
         )
         beginning["input_checksums"] = content_hashes(plan.checkpoints)
+        _write_beginning(folder, beginning, fsync=True)
     return beginning
 
 
 def _write_beginning(folder: Path, beginning: dict[str, Any], *, fsync: bool) -> None:
-    """Also when a run goes on: the one before may not have waited for the disk."""
     try:
         write_document(folder / MERGE_PATH, beginning, fsync=fsync)
     except OSError as error:

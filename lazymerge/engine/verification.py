@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -85,6 +86,8 @@ def verify_output(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error!r})") from error
     problems = faults(manifest, folder)
+    if sum(entry.size_bytes for entry in entries.values()) != manifest["output"].get("bytes"):
+        problems.append(f"{path} does not list all bytes")
     size = 0
     for file in sorted({entry.file for entry in entries.values()}):
         of_file = {name: entry for name, entry in entries.items() if entry.file == file}
@@ -121,6 +124,10 @@ class _Entry:
     shape: tuple[int, ...]
     span_elements: int
     checksum: str
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].item_bytes
 
 
 def _entry(entry: Any) -> _Entry:

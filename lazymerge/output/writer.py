@@ -185,6 +185,22 @@ def open_own(path: Path, flags: int) -> int:
     return descriptor
 
 
+def sync_file(path: Path) -> None:
+    """Waits until a file that is there is on disk.
+
+    Raises:
+        LazymergeError: the system cannot say that it is.
+    """
+    try:
+        descriptor = open_own(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames within a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

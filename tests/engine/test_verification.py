@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 from lazymerge.engine.verification import verify_output
-from lazymerge.errors import InputError
+from lazymerge.errors import InputError, LazymergeError
 from safetensors.torch import load_file, save_file
 
 from conftest import write_checkpoint
@@ -96,6 +97,66 @@ def test_damage_is_named(out: Path, damage: Callable[[Path], Any], messages: lis
     problems = "\n".join(verify_output(out).problems)
     for message in messages:
         assert re.search(message, problems), problems
+
+
+def test_a_shard_that_is_missing_from_the_manifest_too(out: Path) -> None:
+    path = out / "lazymerge.json"
+    document = json.loads(path.read_text())
+    lost = document["tensors"].pop(NAMES[2])["file"]
+    document["tensors"] = {n: t for n, t in document["tensors"].items() if t["file"] != lost}
+    path.write_text(json.dumps(document))
+    (out / lost).unlink()
+    problems = "\n".join(verify_output(out).problems)
+    assert "does not list all tensors and shards" in problems
+    assert f"{lost} is missing" in problems
+    with pytest.raises(InputError, match="its tensors are not those of its recipe"):
+        verify_output(out, recompute=1)
+
+
+def test_small_files(out: Path) -> None:
+    """May be edited, and not go missing."""
+    names = ["model.safetensors.index.json", "README.md"]
+    assert sorted(json.loads((out / "lazymerge.json").read_text())["files"]) == sorted(names)
+    (out / "README.md").write_text("# My model")
+    found = verify_output(out)
+    assert (found.problems, found.edited) == ((), ("README.md",))
+    (out / names[0]).unlink()
+    found = verify_output(out)
+    assert found.problems == (f"{out / names[0]} is missing",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("shards"),
+        lambda m: m.update(shards=[]),
+        lambda m: m.update(shards={"../evil": 5}),
+        lambda m: m.update(files={"../../etc/passwd": "x"}),
+        lambda m: m.update(files=None),
+        lambda m: m.update(output={"tensors": "many"}),
+        lambda m: m["output"].update(bytes=10**400),
+        lambda m: m["tensors"].update(extra=m["tensors"][NAMES[0]]),
+        lambda m: m["tensors"][NAMES[0]].update(span_elements=10**400),
+        lambda m: m["tensors"][NAMES[0]].update(file=["x"]),
+        lambda m: m["tensors"][NAMES[0]].update(shape=[True]),
+        lambda m: m.update(torch="0.1"),
+        lambda m: m["output"].update(max_shard_bytes="x"),
+        lambda m: m["recipe"].update(seed=1.5),
+    ],
+)
+def test_manifests_that_somebody_has_altered(out: Path, change: Callable[[Any], Any]) -> None:
+    """They are refused, or what is wrong is said; no other error comes of them."""
+    path = out / "lazymerge.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    try:
+        said = "\n".join(verify_output(out, recompute=2).problems)
+    except LazymergeError as error:
+        said = str(error)
+    assert "lazymerge.json" in said
+    with suppress(InputError):
+        lazymerge.status(out)
 
 
 def test_a_manifest_that_agrees_with_wrong_bytes(out: Path) -> None:
