@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ..engine.plan import Plan
     from ..engine.report import RunReport
 
+MOST_SHOWN = 3
+"""Tensors with inf or nan that a run names on the terminal."""
+
 advice: list[str] = []
 """What main says last, after what went wrong."""
 
@@ -90,14 +93,14 @@ def _report(made: Plan, report: RunReport) -> None:
 
     console = messages()
     if report.nonfinite:
-        named = ", ".join(report.nonfinite[:3])
-        more = len(report.nonfinite) - 3
+        for tensor in report.nonfinite[:MOST_SHOWN]:
+            console.print(Text.assemble(("warning", "yellow"), f" {tensor}"), soft_wrap=True)
+        more = len(report.nonfinite) - MOST_SHOWN
+        others = (
+            f" {more} more tensors hold inf or nan (lazymerge.json lists them);" if more > 0 else ""
+        )
         console.print(
-            Text.assemble(
-                ("warning", "yellow"),
-                f" inf or nan in {named}{f' and {more} more' if more > 0 else ''}"
-                "; --strict makes it an error",
-            ),
+            Text.assemble(("warning", "yellow"), f"{others} --strict makes that an error"),
             soft_wrap=True,
         )
     if report.seconds:  # else there was nothing to do, and it has been said

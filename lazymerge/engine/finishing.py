@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def manifest(
             "measured_bytes": report.measured_bytes,
             "measured_vram_bytes": report.measured_vram_bytes,
         },
-        "nonfinite": list(report.nonfinite),
+        "nonfinite": [asdict(tensor) for tensor in report.nonfinite],
         "device_name": report.device,
         "run": {
             "seconds": round(report.seconds, 3),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from .nonfinite import NonfiniteTensor
 
 
 class Observer(Protocol):
@@ -49,7 +52,7 @@ class RunReport:
     resumed_tensors: tensors that an earlier run had finished; none of their bytes is counted.
     measured_bytes: the process's peak resident set.
     measured_vram_bytes: the most that was allocated on an accelerator; device: its name.
-    nonfinite: names of the output tensors that hold inf or nan, in the order of the output.
+    nonfinite: the output tensors that hold inf or nan, in the order of the output.
     """
 
     output: str
@@ -59,5 +62,5 @@ class RunReport:
     measured_bytes: int
     measured_vram_bytes: int | None = None
     device: str | None = None
-    nonfinite: tuple[str, ...] = ()
+    nonfinite: tuple[NonfiniteTensor, ...] = ()
     resumed_tensors: int = 0

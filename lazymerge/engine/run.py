@@ -31,6 +31,7 @@ from .finishing import manifest, write_beside_weights
 from .inputs import InputFiles
 from .memory import available_memory_bytes
 from .native.bus_error import explained_bus_errors
+from .nonfinite import examine
 from .plan import Plan
 from .preparing import Prepared, check_output, is_complete, prepare, remove_beginnings, tidy_up
 from .readahead import ReadAhead
@@ -362,7 +363,7 @@ def _run(
         measured_bytes=peak_resident_bytes(),
         measured_vram_bytes=None if device is None else device.peak_bytes(),
         device=None if device is None else device.name,
-        nonfinite=tuple(w.name for w in plan.graph.writes if w.name in nonfinite),
+        nonfinite=examine(plan, folder, nonfinite),
         resumed_tensors=len(before),
     )
     try:

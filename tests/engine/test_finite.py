@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lazymerge.checkpoint.tensor import TensorInfo
 from lazymerge.engine.finite import MASKS, has_nonfinite
+from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.native import library
+from lazymerge.engine.nonfinite import NonfiniteTensor, count_nonfinite
 from lazymerge.engine.plan import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.errors import LazymergeError
@@ -87,15 +94,54 @@ RECIPE = {
 def test_a_run_names_the_tensors(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, RECIPE, spoilt_models())
     report = run_plan(plan, tmp_path / "out", fsync=False)
-    assert report.nonfinite == ("a", "c")
+    first, second = report.nonfinite
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    assert first == NonfiniteTensor("a", "F32", 70, 1, 0, {one: 1, two: 0})
+    assert second == NonfiniteTensor("c", "F32", 9, 0, 1, {one: 0, two: 1})
+    assert str(first) == f"a holds 1 inf among 70 elements; in the inputs: 1 in {one}"
     manifest = json.loads((tmp_path / "out" / "lazymerge.json").read_text())
-    assert manifest["nonfinite"] == ["a", "c"]
+    assert manifest["nonfinite"] == [asdict(first), asdict(second)]
+
+
+def test_leaving_the_range_of_the_output(tmp_path: Path) -> None:
+    models = {name: {"a": torch.full((300, 300), 60000.0)} for name in ("one", "two")}
+    models["two"]["a"][0, 0] = 1.0
+    recipe: dict[str, Any] = {
+        "merge_method": "linear",
+        "models": [{"model": name, "parameters": {"weight": 1.0}} for name in models],
+        "parameters": {"normalize": False},
+        "out_dtype": "float16",
+    }
+    plan = plan_of(tmp_path, recipe, models)
+    (found,) = run_plan(plan, tmp_path / "out", fsync=False).nonfinite
+    assert (found.elements, found.inf, found.nan) == (90_000, 89_999, 0)
+    assert [*found.inputs.values()] == [0, 0]
+    assert str(found).endswith(
+        "none in the inputs, so it is the merge that leaves the range of F16"
+    )
+
+
+@pytest.mark.parametrize("dtype", list(MASKS))
+@given(data=st.data())
+def test_they_are_counted(dtype: str, data: st.DataObject, tmp_path_factory: Any) -> None:
+    codes = data.draw(st.binary(min_size=8, max_size=400).map(lambda b: b[: len(b) // 8 * 8]))
+    values = torch.frombuffer(bytearray(codes), dtype=TORCH[dtype]).double()
+    path = tmp_path_factory.mktemp("counted") / "tensor"
+    path.write_bytes(b"xx" + codes)
+    tensor = TensorInfo("t", dtype, (len(values),), path.name, 2, 2 + len(codes))
+    files = InputFiles()
+    try:
+        found = count_nonfinite(files, str(path), tensor)
+    finally:
+        files.close()
+    assert found == (int(values.isinf().sum()), int(values.isnan().sum()))
 
 
 def test_copies_are_looked_at_too(tmp_path: Path) -> None:
     recipe = {"merge_method": "passthrough", "models": [{"model": "one"}]}
     plan = plan_of(tmp_path, recipe, spoilt_models())
-    assert run_plan(plan, tmp_path / "out", fsync=False).nonfinite == ("a",)
+    (found,) = run_plan(plan, tmp_path / "out", fsync=False).nonfinite
+    assert (found.name, [*found.inputs.values()]) == ("a", [1])
 
 
 def test_strict_runs_stop_and_leave_nothing(tmp_path: Path) -> None:

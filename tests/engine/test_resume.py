@@ -393,7 +393,9 @@ def test_inf_of_an_earlier_run_is_told(recipe: Path, tmp_path: Path) -> None:
     plan = begin(recipe, tmp_path / "out")
     with pytest.raises(LazymergeError, match=f"{NAMES[0]} of the merge holds inf or nan"):
         run_plan(plan, tmp_path / "out", strict=True)
-    assert run_plan(plan, tmp_path / "out").nonfinite == (NAMES[0],)
+    (found,) = run_plan(plan, tmp_path / "out").nonfinite
+    assert found.name == NAMES[0]
+    assert found.inputs[str(tmp_path / "a")] == found.elements == 2000
 
 
 def test_while_another_process_is_at_it(recipe: Path, tmp_path: Path) -> None:
