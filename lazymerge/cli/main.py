@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -63,13 +64,16 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def main() -> NoReturn:
-    """Runs the command line and exits."""
+def main(program: Callable[[], object] = lambda: app(standalone_mode=False)) -> NoReturn:
+    """Runs the command line and exits.
+
+    program: what to run; returns its exit code, or something else for 0.
+    """
     for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: stop in good order; a second one, at once
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(getattr(signal, name), _interrupt)
     try:
-        code = app(standalone_mode=False)
+        code = program()
         if code == EXIT_INTERRUPTED:  # what newer versions of typer make of Ctrl-C
             raise KeyboardInterrupt
     except _UsageError as error:
@@ -94,7 +98,7 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def command() -> NoReturn:
+def command(run: Callable[[], NoReturn] = main) -> NoReturn:
     """The console script: `main`, then the quickest way out.
 
     Python takes 0.3 to 0.8 s to take torch apart again at exit (measured with torch 2.13), and
@@ -102,7 +106,7 @@ def command() -> NoReturn:
     """
     torch_loading.is_own_process = True
     try:
-        main()
+        run()
     except SystemExit as exit_:
         code = exit_.code
     try:

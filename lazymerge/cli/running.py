@@ -40,7 +40,7 @@ def run_and_report(
     overwrite: bool = False,
     no_fsync: bool,
     strict: bool,
-    recheck: bool,
+    recheck: bool = False,
     hash_inputs: bool = False,
     quiet: bool,
     as_json: bool,
