@@ -4,6 +4,7 @@ memory by torch, computes."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lazymerge
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, Family, outputs, perturbed
 
@@ -36,27 +38,33 @@ def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
 
-def test_a_merge_of_whole_models(family: Family, tmp_path: Path) -> None:
+def write_merge(base: Any, fine_tunes: dict[str, Any], folder: Path) -> Path:
+    """Writes the models and the recipe of their merge; returns the recipe's path."""
+    for name, model in {"base": base, **fine_tunes}.items():
+        model.save_pretrained(folder / name)
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "models": [
+            {"model": str(folder / name), "parameters": {"weight": weight}}
+            for name, weight in WEIGHTS.items()
+        ],
+    }
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yml"
+
+
+def models_of(family: Family) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(1)
     base = family.make()
-    fine_tunes = {
+    return base, {
         name: perturbed(copy.deepcopy(base), seed) for seed, name in enumerate(WEIGHTS, 2)
     }
-    for name, model in {"base": base, **fine_tunes}.items():
-        model.save_pretrained(tmp_path / name)
-    (tmp_path / "recipe.yml").write_text(
-        yaml.safe_dump(
-            {
-                "merge_method": "task_arithmetic",
-                "base_model": str(tmp_path / "base"),
-                "models": [
-                    {"model": str(tmp_path / name), "parameters": {"weight": weight}}
-                    for name, weight in WEIGHTS.items()
-                ],
-            }
-        )
-    )
-    plan = lazymerge.plan(tmp_path / "recipe.yml")
+
+
+def test_a_merge_of_whole_models(family: Family, tmp_path: Path) -> None:
+    base, fine_tunes = models_of(family)
+    plan = lazymerge.plan(write_merge(base, fine_tunes, tmp_path))
     assert plan.notices == ()
     lazymerge.run(plan, tmp_path / "out", fsync=False)
     loaded, said = family.load(tmp_path / "out")
@@ -71,3 +79,39 @@ def test_a_merge_of_whole_models(family: Family, tmp_path: Path) -> None:
     found = outputs(loaded.eval())
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found, outputs(expected), rtol=1e-3, atol=1e-4)
+
+
+def other_llava(name: str) -> str:
+    """As some versions of transformers name a llava's tensors."""
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    if name.startswith("language_model.model."):
+        return name.replace("language_model.model.", "model.language_model.")
+    return f"model.{name}"
+
+
+@pytest.mark.parametrize(
+    ("family_name", "rename"),
+    [
+        ("llava", other_llava),
+        ("llama", lambda name: f"_orig_mod.{name}"),
+        ("bert", lambda name: name.removeprefix("bert.")),
+    ],
+)
+def test_other_names_for_the_same_tensors(
+    family_name: str, rename: Callable[[str], str], tmp_path: Path
+) -> None:
+    recipe = write_merge(*models_of(FAMILIES[family_name]), tmp_path)
+    lazymerge.run(lazymerge.plan(recipe), tmp_path / "out", fsync=False)
+    path = tmp_path / "first" / "model.safetensors"
+    save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path)
+    plan = lazymerge.plan(recipe)
+    (notice,) = plan.notices
+    assert f"{tmp_path}/first has other names for the same tensors: " in notice
+    plan.save(tmp_path / "plan.json")
+    lazymerge.run(lazymerge.plan(tmp_path / "plan.json"), tmp_path / "again", fsync=False)
+    assert lazymerge.verify(tmp_path / "again", recompute=3).problems == ()
+    for shard in plan.shards:
+        assert (tmp_path / "out" / shard.file).read_bytes() == (
+            tmp_path / "again" / shard.file
+        ).read_bytes()

@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from ..architecture import LayerStacks, find_layer_stacks, is_vocabulary
 from ..architecture.config import config_conflicts, output_config
+from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.tensor import DTYPES
 from ..errors import InputError, InputErrors
@@ -374,7 +375,7 @@ def make_plan(
         DoesNotFitError: the memory does not suffice.
     """
     resources = resources or Resources()
-    checkpoints = _open_all(recipe, paths or {})
+    checkpoints, renamings = _aligned(recipe, _open_all(recipe, paths or {}))
     compiled = compile_recipe(recipe, checkpoints, truncate_embeddings=truncate_embeddings)
     verify_graph(compiled.graph)
     tasks = tensor_tasks(compiled.graph)
@@ -386,6 +387,7 @@ def make_plan(
         tensors=compiled.tensors,
         notices=(
             *_recipe_notices(recipe),
+            *renamings,
             *compiled.notices,
             *_config_notices(checkpoints),
         ),
@@ -640,6 +642,24 @@ def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]
     if problems:
         raise InputErrors(problems)
     return checkpoints
+
+
+def _aligned(
+    recipe: Recipe, checkpoints: dict[str, Checkpoint]
+) -> tuple[dict[str, Checkpoint], list[str]]:
+    """The checkpoints, with names as the base writes them, or the first model where there is no
+    base; and a sentence for each whose names are others."""
+    reference = checkpoints[recipe.base_model or recipe.models[0].model]
+    aligned, sentences = {}, []
+    for name, checkpoint in checkpoints.items():
+        names = renamed(checkpoint.tensors, reference.tensors)
+        if names:
+            tensors = {names[old]: tensor for old, tensor in checkpoint.tensors.items()}
+            checkpoint = replace(checkpoint, tensors=tensors)
+            old, new = example(names)
+            sentences.append(f"{name} has other names for the same tensors: {old} is {new}")
+        aligned[name] = checkpoint
+    return aligned, sentences
 
 
 def _memory(graph: Graph, tasks: tuple[TensorTask, ...], resources: Resources) -> MemoryPlan:

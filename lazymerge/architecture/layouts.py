@@ -1,0 +1,140 @@
+"""Names of the same tensors that differ between exports of a model.
+
+`AutoModel` writes `layers.0.…` where `AutoModelForCausalLM` writes `model.layers.0.…`; versions of
+transformers disagree on where a language model lies within one that sees; torch.compile and
+distributed training put a word before everything. The tables below are the whole knowledge: nothing
+here knows what a tensor is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+Renaming = tuple[tuple[str, str], ...]
+"""Prefixes and what stands in their place. The first that fits a name counts."""
+
+WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+"""What torch.compile, distributed training and adapters put before every name."""
+
+LAYOUTS: tuple[tuple[Renaming, Renaming], ...] = (
+    # models with a language model within them: llava, gemma 3, mistral 3, …
+    (
+        (
+            ("language_model.model.", "model.language_model."),
+            ("language_model.lm_head.", "lm_head."),
+            ("vision_tower.", "model.vision_tower."),
+            ("multi_modal_projector.", "model.multi_modal_projector."),
+            ("image_newline", "model.image_newline"),
+        ),
+        (
+            ("model.language_model.", "language_model.model."),
+            ("lm_head.", "language_model.lm_head."),
+            ("model.vision_tower.", "vision_tower."),
+            ("model.multi_modal_projector.", "multi_modal_projector."),
+            ("model.image_newline", "image_newline"),
+        ),
+    ),
+    # qwen 2 and 2.5 VL
+    (
+        (("visual.", "model.visual."), ("model.", "model.language_model.")),
+        (("model.visual.", "visual."), ("model.language_model.", "model.")),
+    ),
+    # clip's vision model, as it was written until transformers 5
+    (
+        (("vision_tower.vision_model.", "vision_tower."),),
+        (("vision_tower.", "vision_tower.vision_model."),),
+    ),
+    (
+        (("model.vision_tower.vision_model.", "model.vision_tower."),),
+        (("model.vision_tower.", "model.vision_tower.vision_model."),),
+    ),
+)
+"""Pairs of renamings, each the other's inverse."""
+
+MOST_ROUNDS = 3
+"""How often renamings are looked for, one or two at a time: a wrapper and a prefix, a layout, a
+part of it."""
+
+SAMPLE = 300
+"""Names that renamings are tried on; a model may have a hundred thousand."""
+
+
+def renamed(names: Collection[str], reference: Collection[str]) -> dict[str, str]:
+    """Other names for a model's tensors, under which more of them are those of the reference.
+
+    names: of the model's tensors. reference: those of the model whose names the output has.
+
+    Returns new names by old ones; empty if none fit better than their own.
+    """
+    known = frozenset(reference)
+    current = {name: name for name in names}
+    for _ in range(MOST_ROUNDS):
+        steps = _steps(current.values(), known)
+        changed = {old: _renamed(new, steps, known) for old, new in current.items()}
+        if not steps or len(set(changed.values())) < len(changed):
+            break
+        if _matches(changed.values(), known) <= _matches(current.values(), known):
+            break
+        current = changed
+    return {} if all(old == new for old, new in current.items()) else current
+
+
+def _steps(names: Collection[str], known: frozenset[str]) -> tuple[Renaming, ...]:
+    """The renaming, or the two, by which most of some names become known; none if all are, or none
+    makes more so."""
+    sample = sorted(names)[:: max(1, len(names) // SAMPLE)]
+    singles = [(renaming,) for renaming in _candidates(names, known)]
+    pairs = [(first, second) for (first,) in singles for (second,) in singles if first != second]
+    best: tuple[Renaming, ...] = ()
+    matches = _matches(sample, known)
+    for steps in (*singles, *pairs):
+        if matches == len(sample):
+            break
+        found = _matches([_renamed(name, steps, known) for name in sample], known)
+        if found > matches:
+            best, matches = steps, found
+    return best
+
+
+def _matches(names: Collection[str], known: Collection[str]) -> int:
+    return sum(name in known for name in names)
+
+
+def _renamed(name: str, steps: tuple[Renaming, ...], known: Collection[str]) -> str:
+    """A name after some steps; one that is known stays."""
+    for renaming in steps:
+        if name in known:
+            break
+        name = _rename(name, renaming)
+    return name
+
+
+def _rename(name: str, renaming: Renaming) -> str:
+    for before, after in renaming:
+        if name.startswith(before):
+            return after + name[len(before) :]
+    return name
+
+
+def _candidates(names: Collection[str], known: Collection[str]) -> list[Renaming]:
+    """What is worth a try: the tables, and single first words taken away or put before."""
+    wrapped: list[Renaming] = [((wrapper, ""),) for wrapper in WRAPPERS]
+    tables = [renaming for pair in LAYOUTS for renaming in pair]
+    taken = [((word, ""),) for word in _common_first_words(names)]
+    put = [(("", word),) for word in _common_first_words(known)]
+    return [*wrapped, *tables, *taken, *put]
+
+
+def _common_first_words(names: Collection[str], most: int = 3) -> list[str]:
+    """The first words of names, the most frequent first, each with its dot."""
+    counts: dict[str, int] = {}
+    for name in names:
+        word, dot, _ = name.partition(".")
+        if dot:
+            counts[word + dot] = counts.get(word + dot, 0) + 1
+    return sorted(counts, key=lambda word: -counts[word])[:most]
+
+
+def example(names: Mapping[str, str]) -> tuple[str, str]:
+    """An old name and its new one, for people."""
+    return next((old, new) for old, new in names.items() if old != new)
