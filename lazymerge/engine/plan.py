@@ -18,11 +18,12 @@ from typing import Any, get_args
 
 from ..architecture import LayerStacks, find_layer_stacks, is_vocabulary
 from ..architecture.config import config_conflicts, output_config
+from ..architecture.fused import is_rows_of, taken_apart
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.tensor import DTYPES
 from ..errors import InputError, InputErrors
-from ..graph.compile import CompiledMerge, ResolvedTensor, compile_recipe, leading_rows
+from ..graph.compile import CompiledMerge, ResolvedTensor, compile_recipe
 from ..graph.export import graph_from_json, graph_to_json
 from ..graph.graph import Graph
 from ..graph.node import Read
@@ -547,7 +548,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _check_reads(graph: Graph, checkpoints: Mapping[str, Checkpoint], path: str) -> None:
-    """Every Read of a loaded graph must be a tensor of its models, or its leading rows: a plan
+    """Every Read of a loaded graph must be a tensor of its models, or some of its rows: a plan
     that someone has edited must not reach other files.
 
     Raises:
@@ -562,8 +563,7 @@ def _check_reads(graph: Graph, checkpoints: Mapping[str, Checkpoint], path: str)
         if not isinstance(node, Read):
             continue
         tensor = known.get((node.folder, node.tensor.file, node.tensor.name))
-        rows = node.shape[0] if node.shape else 0
-        if tensor is None or node.tensor not in (tensor, leading_rows(tensor, rows)):
+        if tensor is None or not is_rows_of(node.tensor, tensor):
             raise InputError(
                 f"{path} reads {node.tensor.name} from {node.folder} where there is no such "
                 "tensor; plan the recipe again"
@@ -658,6 +658,12 @@ def _aligned(
             checkpoint = replace(checkpoint, tensors=tensors)
             old, new = example(names)
             sentences.append(f"{name} has other names for the same tensors: {old} is {new}")
+        parts = taken_apart(checkpoint.tensors, reference.tensors)
+        if parts.keys() != checkpoint.tensors.keys():
+            checkpoint = replace(checkpoint, tensors=parts)
+            sentences.append(
+                f"{name} holds projections as one that {reference.reference} has apart"
+            )
         aligned[name] = checkpoint
     return aligned, sentences
 
