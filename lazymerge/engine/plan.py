@@ -18,9 +18,9 @@ from typing import Any, get_args
 
 from ..architecture import LayerStacks, find_layer_stacks, is_vocabulary
 from ..architecture.config import config_conflicts, output_config
-from ..architecture.fused import is_rows_of, taken_apart
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.fused import is_rows_of, taken_apart
 from ..checkpoint.tensor import DTYPES
 from ..errors import InputError, InputErrors
 from ..graph.compile import CompiledMerge, ResolvedTensor, compile_recipe

@@ -11,7 +11,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from lazymerge.architecture.fused import is_rows_of, rows_of, taken_apart
+from lazymerge.checkpoint.fused import is_rows_of, rows_of, taken_apart
 from lazymerge.checkpoint.tensor import TensorInfo
 
 from conftest import write_checkpoint
