@@ -32,6 +32,7 @@ def model_card(
     }
     if hub_ids:
         metadata["base_model"] = hub_ids
+        metadata["base_model_relation"] = "merge"
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
     listed = "\n".join(
         f"- {model}" + (" (base)" if model == base_model else "") for model in models

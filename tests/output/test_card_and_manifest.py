@@ -43,6 +43,7 @@ def test_front_matter_and_text() -> None:
         "library_name": "transformers",
         "tags": ["merge", "mergekit", "lazymerge"],
         "base_model": ["org/base"],
+        "base_model_relation": "merge",
     }
     assert "# merged\n\nA merge of models, made with lazymerge 1.2.3.\n" in text
     assert "`ties`: Trims and elects. ([source](https://arxiv.org/abs/2306.01708))\n" in text
