@@ -138,7 +138,7 @@ def output_config(
     config = copy.deepcopy(dict(base_config))
     if dtype_torch_name is not None:
         changed = [
-            _replace(inner, _DTYPE_KEYS, dtype_torch_name) for _, inner in _configs_within(config)
+            _replace(inner, _DTYPE_KEYS, dtype_torch_name) for _, inner in configs_within(config)
         ]
         if not any(changed):
             config[_DTYPE_KEYS[0]] = dtype_torch_name
@@ -164,15 +164,13 @@ def config_conflicts(configs: Mapping[str, Mapping[str, object]]) -> list[Confli
     """
     stated: dict[str, dict[str, object]] = {}
     reasons: dict[str, str] = {}
-    paths = dict.fromkeys(
-        path for config in configs.values() for path, _ in _configs_within(config)
-    )
+    paths = dict.fromkeys(path for config in configs.values() for path, _ in configs_within(config))
     for path in paths:
         for key, compared in _COMPARED.items():
             dotted = f"{path}.{key}" if path else key
             reasons[dotted] = compared.reason
             for model, config in configs.items():
-                inner = dict(_configs_within(config)).get(path)
+                inner = dict(configs_within(config)).get(path)
                 if inner is None:
                     continue
                 value = _stated(inner, key)
@@ -187,7 +185,7 @@ def config_conflicts(configs: Mapping[str, Mapping[str, object]]) -> list[Confli
     ]
 
 
-def _configs_within(
+def configs_within(
     config: Mapping[str, object], path: str = ""
 ) -> Iterator[tuple[str, dict[str, object]]]:
     """A config and those within it, each with its dotted path ("" for the config itself)."""
@@ -197,7 +195,7 @@ def _configs_within(
             key.endswith("_config") and key not in _NOT_MODEL_CONFIGS
         )
         if is_config and isinstance(value, dict):
-            yield from _configs_within(value, f"{path}.{key}" if path else key)
+            yield from configs_within(value, f"{path}.{key}" if path else key)
 
 
 def _replace(config: dict[str, object], keys: tuple[str, ...], value: object) -> bool:

@@ -70,7 +70,7 @@ def _view(checkpoint: Checkpoint, *, with_tensors: bool) -> RenderableType:
 
     from ..architecture import find_layer_stacks
     from ..engine.plan import dtype_shares
-    from ..graph.compile import natural_order
+    from ..graph.targets import natural_order
     from ..sizes import format_bytes, format_count
 
     facts = Table.grid(padding=(0, 2))

@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from ..architecture import LayerStacks, find_layer_stacks, is_vocabulary
 from ..architecture.config import config_conflicts, output_config
+from ..architecture.layer_config import with_layers
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.fused import is_rows_of, taken_apart
@@ -380,7 +381,8 @@ def make_plan(
     compiled = compile_recipe(recipe, checkpoints, truncate_embeddings=truncate_embeddings)
     verify_graph(compiled.graph)
     tasks = tensor_tasks(compiled.graph)
-    source = checkpoints[recipe.base_model or recipe.models[0].model]
+    source = checkpoints[recipe.main_model]
+    config, config_notices = _output_config(source, compiled, checkpoints)
     return Plan(
         recipe=recipe,
         checkpoints=checkpoints,
@@ -390,6 +392,7 @@ def make_plan(
             *_recipe_notices(recipe),
             *renamings,
             *compiled.notices,
+            *config_notices,
             *_config_notices(checkpoints),
         ),
         shards=lay_out(
@@ -398,7 +401,7 @@ def make_plan(
         ),
         max_shard_bytes=max_shard_bytes,
         memory=_memory(compiled.graph, tasks, resources),
-        config=_output_config(source, compiled),
+        config=config,
         sidecar_folder=source.folder,
         sidecars=(
             sidecar_files(source.folder)
@@ -500,7 +503,7 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     verify_graph(graph)
     _check_reads(graph, checkpoints, path)
     output = document["output"]
-    _check_sidecars(output, checkpoints[recipe.base_model or recipe.models[0].model], path)
+    _check_sidecars(output, checkpoints[recipe.main_model], path)
     max_shard_bytes = _of_kind(output["max_shard_bytes"], int)
     shards = lay_out(
         [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes], max_shard_bytes
@@ -629,11 +632,9 @@ def _check_sidecars(output: Mapping[str, Any], source: Checkpoint, path: str) ->
 
 def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]:
     """Opens every model of a recipe; the errors of all of them are raised at once."""
-    references = [] if recipe.base_model is None else [recipe.base_model]
-    references += [entry.model for entry in recipe.models]
     checkpoints: dict[str, Checkpoint] = {}
     problems: list[str] = []
-    for reference in dict.fromkeys(references):
+    for reference in recipe.references:
         try:
             opened = open_checkpoint(paths.get(reference, reference))
             checkpoints[reference] = replace(opened, reference=reference)
@@ -649,7 +650,7 @@ def _aligned(
 ) -> tuple[dict[str, Checkpoint], list[str]]:
     """The checkpoints, with names as the base writes them, or the first model where there is no
     base; and a sentence for each whose names are others."""
-    reference = checkpoints[recipe.base_model or recipe.models[0].model]
+    reference = checkpoints[recipe.main_model]
     aligned, sentences = {}, []
     for name, checkpoint in checkpoints.items():
         names = renamed(checkpoint.tensors, reference.tensors)
@@ -679,10 +680,13 @@ def _memory(graph: Graph, tasks: tuple[TensorTask, ...], resources: Resources) -
     return plan_memory(graph, tasks, limit, workers, resources.execution)
 
 
-def _output_config(source: Checkpoint, compiled: CompiledMerge) -> dict[str, object] | None:
-    """The source's config with the output's dtype, and its rows where embeddings were cut."""
+def _output_config(
+    source: Checkpoint, compiled: CompiledMerge, checkpoints: Mapping[str, Checkpoint]
+) -> tuple[dict[str, object] | None, list[str]]:
+    """The source's config with the output's dtype, its rows where embeddings were cut, and its
+    layers where they were put together from slices; and what it cannot say of them."""
     if source.config is None:
-        return None
+        return None, []
     sizes: Counter[str] = Counter()
     rows = None
     for write in compiled.graph.writes:
@@ -692,7 +696,12 @@ def _output_config(source: Checkpoint, compiled: CompiledMerge) -> dict[str, obj
         if is_vocabulary(write.name) and before is not None and before.shape != write.shape:
             rows = write.shape[0]
     dtype = DTYPES[sizes.most_common(1)[0][0]].torch_name if sizes else None
-    return output_config(source.config, dtype, rows)
+    config, said = output_config(source.config, dtype, rows), []
+    for stack, layers in compiled.origins.items():
+        origins = [(checkpoints[model].config, number) for model, number in layers]
+        config, sentences = with_layers(config, stack, origins)
+        said += sentences
+    return config, said
 
 
 def _recipe_notices(recipe: Recipe) -> list[str]:

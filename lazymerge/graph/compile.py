@@ -12,7 +12,6 @@ All problems of all tensors are gathered and raised once.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,10 +22,11 @@ from ..checkpoint.tensor import DTYPES, FLOAT_DTYPES_BY_TORCH_NAME, Checkpoint, 
 from ..errors import InputError, InputErrors
 from ..methods import METHODS, Contribution, Method, TensorMerge
 from ..recipe.model import Conditions, Recipe, Setting, evaluate
-from ..recipe.signature import BaseModel, Parameter, Scalar, Scope
+from ..recipe.signature import Parameter, Scalar, Scope
 from . import operations  # noqa: F401  (registers the shared operations)
 from .graph import Graph
 from .node import Read, Write
+from .targets import LayerOrigins, Source, Target, find_targets
 
 MOST_PROBLEMS_SHOWN = 20
 
@@ -54,21 +54,18 @@ class CompiledMerge:
     tensors: how each output tensor comes about, in the order of the writes.
     notices: what a person should know before running it; one sentence each.
     stacks: the layer stacks of the output.
+    origins: of its layers, where they are put together from slices.
     """
 
     graph: Graph
     tensors: tuple[ResolvedTensor, ...]
     notices: tuple[str, ...]
     stacks: LayerStacks
+    origins: LayerOrigins
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A model in the role it plays in the recipe."""
-
-    model: str
-    checkpoint: Checkpoint
-    settings: Mapping[str, Setting]
+Having = Mapping[Source, TensorInfo]
+"""The models that have a tensor, the base first, and the tensor."""
 
 
 @dataclass(slots=True)
@@ -101,18 +98,6 @@ def compile_recipe(
     return _Compiler(recipe, checkpoints, truncate_embeddings).compile()
 
 
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key under which layers.2 comes before layers.10; no two names have the same.
-
-    Numbers are compared by length, then as text: names may hold digits that int() refuses.
-    """
-    key = []
-    for place, part in enumerate(re.split(r"([0-9]+)", name)):
-        digits = part.lstrip("0")
-        key.append((len(digits), digits) if place % 2 else (-1, part))
-    return [*key, (-2, name)]
-
-
 class _Compiler:
     def __init__(
         self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], truncate_embeddings: bool
@@ -123,30 +108,17 @@ class _Compiler:
         self.graph = Graph()
         self.notices = _Notices()
         self.problems: list[str] = []
-        signature = self.method.signature
-        listed = [
-            _Source(entry.model, checkpoints[entry.model], entry.parameters)
-            for entry in recipe.models
-        ]
-        self.base: _Source | None = None
-        if recipe.base_model is not None and signature.base is not BaseModel.UNUSED:
-            settings = next((s.settings for s in listed if s.model == recipe.base_model), {})
-            self.base = _Source(recipe.base_model, checkpoints[recipe.base_model], settings)
-        self.models = [
-            source for source in listed if self.base is None or source.model != self.base.model
-        ]
-        self.places = {source.model: place for place, source in enumerate(self.models)}
-        participants = [*([self.base] if self.base else []), *self.models]
-        self.participants = participants
-        names = {name for source in participants for name in source.checkpoint.tensors}
-        self.names = sorted(names, key=natural_order)
-        self.stacks = find_layer_stacks(self.names)
+        found = find_targets(recipe, checkpoints, self.method.signature.base)
+        self.targets, self.origins = found.targets, found.origins
+        self.names = [target.name for target in self.targets]
+        for name in found.left_out:
+            self.notices.add(f"copied from {recipe.main_model}, since no module has it", name)
 
     def compile(self) -> CompiledMerge:
         tensors = []
-        for name in self.names:
+        for target in self.targets:
             try:
-                resolved = self._tensor(name)
+                resolved = self._tensor(target)
             except InputError as error:
                 self.problems.append(str(error))
                 continue
@@ -160,12 +132,18 @@ class _Compiler:
             self.graph.without_unused(),  # a model of density 0, say, is not even read
             tuple(tensors),
             (*self.notices.sentences(), *self._unmatched_filters()),
-            self.stacks,
+            find_layer_stacks(self.names),
+            self.origins,
         )
 
-    def _tensor(self, name: str) -> ResolvedTensor | None:
-        having = [s for s in self.participants if name in s.checkpoint.tensors]
-        lacking = [s for s in self.participants if name not in s.checkpoint.tensors]
+    def _tensor(self, target: Target) -> ResolvedTensor | None:
+        name = target.name
+        having = {
+            source: source.checkpoint.tensors[inner]
+            for source, inner in target.inputs
+            if inner in source.checkpoint.tensors
+        }
+        lacking = [source for source, _ in target.inputs if source not in having]
         if lacking:
             if not is_optional(name):
                 raise InputError(
@@ -173,9 +151,9 @@ class _Compiler:
                     f"present in {_models(having)}; "
                     "models of one architecture are needed"
                 )
-            if self.base is not None and self.base in lacking:
+            if lacking[0].is_base:
                 self.notices.add(
-                    f"left out, since the base model {self.base.model} has no such tensor", name
+                    f"left out, since the base model {lacking[0].model} has no such tensor", name
                 )
                 return None
             self.notices.add(f"merged without {_models(lacking)}, which lack the tensor", name)
@@ -183,74 +161,71 @@ class _Compiler:
         shape = next(iter(reads.values())).shape
         is_float = self._is_float(name, reads)
         least = self.method.signature.min_models
+        first = next(iter(having)).model
         if not is_float:
             source = self._identical(name, reads)
             method = "copy"
-        elif len(having) < least or prod(shape) == 0:
-            if len(having) < least:
-                self.notices.add(f"copied from {having[0].model} alone", name)
-            source = self.graph.add(reads[having[0].model])
+        elif target.is_copied or len(having) < least or prod(shape) == 0:
+            if len(having) < len(target.inputs):
+                self.notices.add(f"copied from {first} alone", name)
+            source = self.graph.add(reads[first])
             method = "copy"
         else:
-            return self._merge(name, shape, having, reads)
+            return self._merge(target, shape, having, reads)
         self.graph.add(Write(name, self._output_dtype(reads, is_float), shape, source))
         return ResolvedTensor(name, method, {}, {s.model: {} for s in having})
 
     def _merge(
         self,
-        name: str,
+        target: Target,
         shape: tuple[int, ...],
-        having: Sequence[_Source],
+        having: Having,
         reads: Mapping[str, Read],
     ) -> ResolvedTensor:
-        depth = self.stacks.depth(name)
         signature = self.method.signature
+        inner_names = {source.model: inner for source, inner in target.inputs}
         shared = {
-            p.name: self._resolve(p, [self.recipe.parameters], name, depth, None)
+            p.name: self._resolve(p, target.scopes, target.name, target.depth, None)
             for p in signature.parameters
             if p.scope is Scope.GLOBAL
         }
         contributions = {}
         for source in having:
-            is_base = self.base is not None and source.model == self.base.model
+            scopes = (source.settings, *target.scopes)
+            inner = inner_names[source.model]
             values = {
-                p.name: self._resolve(
-                    p, [source.settings, self.recipe.parameters], name, depth, source.model
-                )
+                p.name: self._resolve(p, scopes, inner, target.depth, source.model)
                 for p in signature.parameters
-                if p.scope is Scope.MODEL or (p.scope is Scope.NON_BASE and not is_base)
+                if p.scope is Scope.MODEL or (p.scope is Scope.NON_BASE and not source.is_base)
             }
             node = self.graph.add(reads[source.model])
-            place = self.places.get(source.model, 0)
-            contributions[source.model] = Contribution(source.model, node, values, place)
-        base = None if self.base is None else contributions[self.base.model]
+            contributions[source] = Contribution(source.model, node, values, source.place)
         merge = TensorMerge(
-            name=name,
+            name=target.name,
             shape=shape,
-            base=base,
-            models=tuple(c for c in contributions.values() if c is not base),
+            base=next((c for s, c in contributions.items() if s.is_base), None),
+            models=tuple(c for s, c in contributions.items() if not s.is_base),
             parameters=shared,
             graph=self.graph,
             seed=self.recipe.seed,
         )
         result = self.method.build(merge)
-        self.graph.add(Write(name, self._output_dtype(reads, True), shape, result))
+        self.graph.add(Write(target.name, self._output_dtype(reads, True), shape, result))
         by_model = {c.model: c.parameters for c in contributions.values()}
-        return ResolvedTensor(name, signature.name, shared, by_model)
+        return ResolvedTensor(target.name, signature.name, shared, by_model)
 
-    def _reads(self, name: str, having: Sequence[_Source]) -> dict[str, Read]:
+    def _reads(self, name: str, having: Having) -> dict[str, Read]:
         """One Read per model, of one shape.
 
         Raises:
             InputError: the shapes differ.
         """
-        infos = {source.model: source.checkpoint.tensors[name] for source in having}
+        infos = {source.model: info for source, info in having.items()}
+        folders = {source.model: source.checkpoint.folder for source in having}
         shapes = {info.shape for info in infos.values()}
         if len(shapes) > 1:
             infos = self._common_rows(name, infos)
-        return {
-            source.model: Read(source.checkpoint.folder, infos[source.model]) for source in having
-        }
+        return {model: Read(folders[model], info) for model, info in infos.items()}
 
     def _common_rows(self, name: str, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         shapes = {model: info.shape for model, info in infos.items()}
@@ -337,16 +312,22 @@ class _Compiler:
     def _unmatched_filters(self) -> list[str]:
         """Filters that match no tensor: a misspelt name, most likely."""
         notices = []
-        scopes: list[tuple[str, Mapping[str, Setting]]] = [("", self.recipe.parameters)]
-        scopes += [(f" of model {entry.model}", entry.parameters) for entry in self.recipe.models]
+        recipe = self.recipe
+        scopes: list[tuple[str, Mapping[str, Setting]]] = [("", recipe.parameters)]
+        scopes += [(f" of module {module.name}", module.parameters) for module in recipe.modules]
+        slices = [*recipe.slices, *(piece for m in recipe.modules for piece in m.slices)]
+        scopes += [(f" of slice {n}", piece.parameters) for n, piece in enumerate(slices, 1)]
+        scopes += [(f" of model {entry.model}", entry.parameters) for entry in recipe.entries]
+        names = {inner for target in self.targets for _, inner in target.inputs}
+        names |= {*self.names}
         for owner, settings in scopes:
             for parameter, setting in settings.items():
                 for text in setting_filters(setting):
-                    if not any(text in name for name in self.names):
+                    if not any(text in name for name in names):
                         notices.append(
                             f"filter {text!r} of parameter {parameter}{owner} matches no tensor"
                         )
-        return notices
+        return list(dict.fromkeys(notices))
 
 
 def setting_filters(setting: Setting) -> list[str]:
@@ -366,7 +347,7 @@ def leading_rows(info: TensorInfo, rows: int) -> TensorInfo:
     )
 
 
-def _models(sources: Iterable[_Source]) -> str:
+def _models(sources: Iterable[Source]) -> str:
     return ", ".join(source.model for source in sources)
 
 

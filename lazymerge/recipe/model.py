@@ -44,22 +44,68 @@ class ModelEntry:
 
     model: the model reference as written.
     parameters: settings of this entry.
+    layer_range: first layer and the one after the last, of a slice's source; None: all.
     position: where the entry's reference stands.
     parameter_positions: where each parameter's key stands.
     """
 
     model: str
     parameters: Mapping[str, Setting] = field(default_factory=dict)
+    layer_range: tuple[int, int] | None = None
     position: Position | None = field(default=None, compare=False)
     parameter_positions: Mapping[str, Position] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of the output's layers, merged from as many layers of each of its sources.
+
+    sources: with a layer range each, all of one length; no model twice.
+    base_model: in place of the recipe's; None: that one.
+    parameters: settings of this slice.
+    """
+
+    sources: tuple[ModelEntry, ...]
+    base_model: str | None = None
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    position: Position | None = field(default=None, compare=False)
+
+    @property
+    def layer_count(self) -> int:
+        start, stop = self.sources[0].layer_range or (0, 0)
+        return stop - start
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A part of the output with a layer stack of its own, or none.
+
+    name: as written.
+    models: merged as wholes, if there are no slices.
+    slices: the module's layers, one run after the other.
+    parameters: settings of this module.
+    """
+
+    name: str
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    position: Position | None = field(default=None, compare=False)
+
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """All entries of models and sources, in the order of the recipe."""
+        return (*self.models, *(source for piece in self.slices for source in piece.sources))
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """A validated recipe.
+    """A validated recipe. Of models, slices and modules one is given.
 
     merge_method: name of a known method.
     models: in recipe order, as written; a base that is not listed is not among them.
+    slices: of the output's layers, one after the other.
+    modules: parts of the output, in recipe order.
     base_model: reference of the base, or None.
     parameters: top-level settings.
     dtype, out_dtype: torch dtype names (float32, bfloat16, float16, float64 …) or None.
@@ -84,6 +130,27 @@ class Recipe:
     method_position: Position | None = field(default=None, compare=False)
     parameter_positions: Mapping[str, Position] = field(default_factory=dict, compare=False)
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
+    slices: tuple[Slice, ...] = ()
+    modules: tuple[Module, ...] = ()
+
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """All entries of models and sources, in the order of the recipe."""
+        whole = Module("", self.models, self.slices)
+        return (*whole.entries, *(e for module in self.modules for e in module.entries))
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All models, each once: the base, and the others in the order of the recipe."""
+        slices = [*self.slices, *(piece for module in self.modules for piece in module.slices)]
+        named = [self.base_model, *(entry.model for entry in self.entries)]
+        named += [piece.base_model for piece in slices]
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    @property
+    def main_model(self) -> str:
+        """The model that config and tokenizer come from, and whose names the output has."""
+        return self.references[0]
 
 
 def evaluate(setting: Setting, tensor_name: str, depth: float) -> Scalar | None:

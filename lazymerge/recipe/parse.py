@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import Position, Problem, RecipeError
-from .model import Condition, Conditions, Gradient, ModelEntry, Recipe, Setting
+from .model import Condition, Conditions, Gradient, ModelEntry, Module, Recipe, Setting, Slice
 from .signature import BaseModel, Parameter, Scalar, Scope, Signature
 from .source import (
     PROBLEM_LIMIT,
@@ -67,25 +67,32 @@ _DTYPE_NICKNAMES = {
 TOP_LEVEL_KEYS = (
     "merge_method",
     "models",
+    "slices",
+    "modules",
     "base_model",
     "dtype",
     "out_dtype",
     "parameters",
     "seed",
 )
+CONTENT_KEYS = ("models", "slices", "modules")
+"""One of them says what is merged."""
 MODEL_KEYS = ("model", "parameters")
+SOURCE_KEYS = ("model", "layer_range", "parameters")
+SLICE_KEYS = ("sources", "base_model", "parameters")
+MODULE_KEYS = ("models", "slices", "parameters")
 CONDITION_KEYS = ("value", "filter")
 
 LATER_TOP_LEVEL_KEYS = (
-    "slices",
-    "modules",
     "tokenizer_source",
     "tokenizer",
     "chat_template",
     "name",
 )
-LATER_MODEL_KEYS = ("layer_range",)
 """Words of mergekit's language that this version does not speak yet."""
+
+MOST_LAYERS = 1_000_000
+"""No stack has more: lazymerge.architecture.layers."""
 
 _NOT_YET = "not supported yet by this version of lazymerge"
 
@@ -154,15 +161,55 @@ class _Settings:
 
 @dataclass(frozen=True, slots=True)
 class _ModelItem:
-    """One item of the `models` list as far as it could be read.
+    """One item of a list of models or sources as far as it could be read.
 
+    place: where it stands, in words ("models[0]").
     reference: None where it is missing or wrong.
     position: of the reference, or of the item.
+    layer_range: None where it is missing, wrong or has no place.
     """
 
+    place: str
     reference: str | None
     position: Position
     block: _Settings
+    layer_range: tuple[int, int] | None = None
+
+    def entry(self) -> ModelEntry:
+        return ModelEntry(
+            str(self.reference),
+            self.block.settings,
+            self.layer_range,
+            self.position,
+            self.block.positions,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Models that are merged with each other.
+
+    place: where they are listed, in words; position: of that.
+    base: their base, or None.
+    blocks: `parameters` that hold for all of them, the nearest first.
+    lists_base: the base must be among the items.
+    """
+
+    place: str
+    position: Position
+    items: list[_ModelItem]
+    base: str | None
+    blocks: tuple[_Settings, ...]
+    lists_base: bool = False
+
+
+@dataclass(slots=True)
+class _Content:
+    """What a recipe, or one of its modules, says is merged."""
+
+    models: list[_ModelItem] = field(default_factory=list)
+    slices: list[Slice] = field(default_factory=list)
+    groups: list[_Group] = field(default_factory=list)
 
 
 class _Parser:
@@ -180,29 +227,32 @@ class _Parser:
     def recipe(self) -> Recipe:
         entries = self._root.entries
         self._signature = self._merge_method()
-        top = self._parameters(entries.get("parameters"), None)
+        top = self._parameters(entries.get("parameters"))
         self._top_level_keys(top)
         base = self._base_model()
-        items = self._models(base)
+        content = _Content()
+        modules: list[Module] = []
+        key = self._content_key(self._root, "", CONTENT_KEYS)
+        if key == "modules":
+            modules = self._modules(entries[key].node, base, top, content)
+        elif key is not None:
+            self._content(entries[key], key, "", base, (top,), content)
         dtype = self._dtype("dtype")
         out_dtype = self._dtype("out_dtype")
         seed = self._seed()
-        if self._signature is not None and items is not None:
-            self._check_base(self._signature, base)
-            self._check_count(self._signature, items, base)
-            self._check_required(self._signature, top, items, base)
+        if self._signature is not None:
+            self._check_base(self._signature, base, content.groups)
+            for group in content.groups:
+                self._check_count(self._signature, group)
+                self._check_required(self._signature, group)
         if self._problems:
             raise recipe_error(self._path, self._problems)
         assert self._signature is not None
-        assert items is not None
         return Recipe(
             merge_method=self._signature.name,
-            models=tuple(
-                ModelEntry(
-                    str(item.reference), item.block.settings, item.position, item.block.positions
-                )
-                for item in items
-            ),
+            models=tuple(item.entry() for item in content.models),
+            slices=tuple(content.slices) if not modules else (),
+            modules=tuple(modules),
             base_model=base,
             parameters=top.settings,
             dtype=dtype,
@@ -227,7 +277,7 @@ class _Parser:
                 if not _is_null(entry.node):
                     self._report(f"{key!r} is {_NOT_YET}", entry.key_position)
                 continue
-            self._stray_key(key, entry, TOP_LEVEL_KEYS, top, model=None)
+            self._stray_key(key, entry, TOP_LEVEL_KEYS, top)
 
     def _merge_method(self) -> Signature | None:
         entry = self._root.entries.get("merge_method")
@@ -254,28 +304,191 @@ class _Parser:
             return None
         return self._reference(entry.node, "base_model")
 
-    def _models(self, base: str | None) -> list[_ModelItem] | None:
-        """None where the list itself is missing or wrong."""
-        entry = self._root.entries.get("models")
-        if entry is None:
-            instead = any(self._has(key) for key in ("slices", "modules"))
-            if not instead and not self._is_misspelt("models"):
-                self._report(
-                    "no models are given; list them: models: [{model: <path>}, ...]",
-                    self._root.position,
-                )
+    def _content_key(self, node: MapNode, place: str, keys: tuple[str, ...]) -> str | None:
+        """Which of models, slices and modules is given; None, reported, unless it is one alone."""
+        present = [key for key in keys if key in node.entries]
+        given = [key for key in present if not _is_null(node.entries[key].node)] or present[:1]
+        if len(given) > 1:
+            first, second = (node.entries[key] for key in given[:2])
+            self._report(
+                f"{given[0]!r} (line {first.key_position.line}) and {given[1]!r} cannot stand "
+                "beside each other: say what is merged once",
+                second.key_position,
+            )
             return None
-        node = entry.node
+        if given:
+            return given[0]
+        if place:
+            self._report(f"{place} has neither 'models' nor 'slices'", node.position)
+        elif not any(self._is_misspelt(key) for key in keys):
+            self._report(
+                "no models are given; list them: models: [{model: <path>}, ...]", node.position
+            )
+        return None
+
+    def _modules(
+        self, node: Node, base: str | None, top: _Settings, content: _Content
+    ) -> list[Module]:
+        if not isinstance(node, MapNode) or not node.entries:
+            self._report(
+                "'modules' must be a mapping (name: {models: ...} or name: {slices: ...}), "
+                f"not {describe(node)}",
+                node.position,
+            )
+            return []
+        modules = []
+        for name, entry in node.entries.items():
+            place = f"modules.{name}"
+            if not isinstance(entry.node, MapNode):
+                self._report(
+                    f"{place} must be a mapping with 'models' or 'slices', "
+                    f"not {describe(entry.node)}",
+                    entry.node.position,
+                )
+                continue
+            block = self._parameters(entry.node.entries.get("parameters"), place)
+            for key, stray in entry.node.entries.items():
+                if key not in MODULE_KEYS:
+                    self._stray_key(key, stray, MODULE_KEYS, block, place)
+            own = _Content()
+            own_key = self._content_key(entry.node, place, ("models", "slices"))
+            if own_key is not None:
+                self._content(entry.node.entries[own_key], own_key, place, base, (block, top), own)
+            content.groups += own.groups
+            modules.append(
+                Module(
+                    name,
+                    tuple(item.entry() for item in own.models),
+                    tuple(own.slices),
+                    block.settings,
+                    entry.key_position,
+                )
+            )
+        return modules
+
+    def _content(
+        self,
+        entry: Entry,
+        key: str,
+        module: str,
+        base: str | None,
+        blocks: tuple[_Settings, ...],
+        content: _Content,
+    ) -> None:
+        """Reads `models` or `slices`.
+
+        entry: of the key. module: whose they are, in words; empty for the recipe itself.
+        blocks: `parameters` that hold here.
+        """
+        place = f"{module}.{key}" if module else key
+        if key == "slices":
+            self._slices(entry.node, place, base, blocks, content)
+            return
+        items = self._items(entry.node, place, base, MODEL_KEYS)
+        if items is not None:
+            content.models = items
+            content.groups.append(_Group(place, entry.key_position, items, base, blocks))
+
+    def _slices(
+        self,
+        node: Node,
+        place: str,
+        base: str | None,
+        blocks: tuple[_Settings, ...],
+        content: _Content,
+    ) -> None:
         if not isinstance(node, ListNode):
             self._report(
-                f"'models' must be a list (- model: <path> ...), not {describe(node)}",
+                f"{place!r} must be a list (- sources: ...), not {describe(node)}", node.position
+            )
+            return
+        if not node.items:
+            self._report(f"{place!r} is empty; at least one slice is needed", node.position)
+        for index, item in enumerate(node.items):
+            self._slice(item, f"{place}[{index}]", base, blocks, content)
+
+    def _slice(
+        self,
+        node: Node,
+        place: str,
+        base: str | None,
+        blocks: tuple[_Settings, ...],
+        content: _Content,
+    ) -> None:
+        if not isinstance(node, MapNode):
+            self._report(
+                f"{place} must be a mapping with 'sources', not {describe(node)}", node.position
+            )
+            return
+        own_base = None
+        entry = node.entries.get("base_model")
+        if entry is not None and not _is_null(entry.node):
+            own_base = self._reference(entry.node, "base_model")
+        block = self._parameters(node.entries.get("parameters"), place)
+        for key, stray in node.entries.items():
+            if key == "residual_weight":
+                if not _is_null(stray.node):
+                    self._report(
+                        "'residual_weight' does nothing, in mergekit neither; remove it",
+                        stray.key_position,
+                    )
+            elif key not in SLICE_KEYS:
+                self._stray_key(key, stray, SLICE_KEYS, block, place)
+        entry = node.entries.get("sources")
+        if entry is None:
+            self._report(f"{place} has no 'sources'", node.position)
+            return
+        of_slice = own_base or base
+        items = self._items(entry.node, f"{place}.sources", of_slice, SOURCE_KEYS)
+        if items is None:
+            return
+        self._check_lengths(items)
+        content.groups.append(
+            _Group(
+                f"{place}.sources",
+                entry.key_position,
+                items,
+                of_slice,
+                (block, *blocks),
+                lists_base=True,
+            )
+        )
+        content.slices.append(
+            Slice(tuple(item.entry() for item in items), own_base, block.settings, node.position)
+        )
+
+    def _check_lengths(self, items: list[_ModelItem]) -> None:
+        """All sources of a slice must have as many layers."""
+        known = [item for item in items if item.layer_range is not None]
+        lengths = [stop - start for start, stop in (item.layer_range or (0, 0) for item in known)]
+        for item, length in zip(known, lengths, strict=True):
+            if length != lengths[0]:
+                self._report(
+                    f"{item.place} has {_layers_text(length)}, {known[0].place} "
+                    f"{_layers_text(lengths[0])}; the sources of a slice must have as many",
+                    item.position,
+                )
+
+    def _items(
+        self, node: Node, place: str, base: str | None, keys: tuple[str, ...]
+    ) -> list[_ModelItem] | None:
+        """A list of models or sources; None where it is wrong as a whole.
+
+        keys: what an item may hold.
+        """
+        if not isinstance(node, ListNode):
+            self._report(
+                f"{place!r} must be a list (- model: <path> ...), not {describe(node)}",
                 node.position,
             )
             return None
         if not node.items:
-            self._report("'models' is empty; at least one model is needed", node.position)
+            self._report(f"{place!r} is empty; at least one model is needed", node.position)
             return None
-        items = [self._model(item, index, base) for index, item in enumerate(node.items)]
+        items = [
+            self._model(item, f"{place}[{index}]", base, keys)
+            for index, item in enumerate(node.items)
+        ]
         first_lines: dict[str, int] = {}
         for item in items:
             if item.reference is None:
@@ -291,40 +504,70 @@ class _Parser:
                 first_lines[item.reference] = item.position.line
         return items
 
-    def _model(self, node: Node, index: int, base: str | None) -> _ModelItem:
+    def _model(self, node: Node, place: str, base: str | None, keys: tuple[str, ...]) -> _ModelItem:
         if not isinstance(node, MapNode):
             hint = ""
             if isinstance(node, ScalarNode) and isinstance(node.value, str):
                 hint = f"; write: model: {quote(node.value)}"
             self._report(
-                f"models[{index}] must be a mapping with the key 'model', "
-                f"not {describe(node)}{hint}",
+                f"{place} must be a mapping with the key 'model', not {describe(node)}{hint}",
                 node.position,
             )
-            return _ModelItem(None, node.position, _Settings(mentioned=self._all_parameters()))
+            everything = _Settings(mentioned=self._all_parameters())
+            return _ModelItem(place, None, node.position, everything)
         entry = node.entries.get("model")
         reference = None
         position = node.position
         if entry is None:
             few = islice(node.entries, PROBLEM_LIMIT)
-            if not any(_suggestion(key, MODEL_KEYS) == "model" for key in few):
-                self._report(f"models[{index}] has no 'model: <path>'", position)
+            if not any(_suggestion(key, keys) == "model" for key in few):
+                self._report(f"{place} has no 'model: <path>'", position)
         else:
             position = entry.node.position
             reference = self._reference(entry.node, "model")
         block = self._parameters(
             node.entries.get("parameters"),
-            index,
+            place,
+            is_entry=True,
             is_base=reference is not None and reference == base,
         )
         for key, stray in node.entries.items():
-            if key in MODEL_KEYS:
+            if key in keys:
                 continue
-            if key in LATER_MODEL_KEYS:
-                self._report(f"{key!r} (of slices) is {_NOT_YET}", stray.key_position)
+            if key == "layer_range":
+                self._report(
+                    "'layer_range' has its place in the sources of slices: "
+                    "slices: [{sources: [{model: <path>, layer_range: [0, 8]}]}]",
+                    stray.key_position,
+                )
                 continue
-            self._stray_key(key, stray, MODEL_KEYS, block, model=index)
-        return _ModelItem(reference, position, block)
+            self._stray_key(key, stray, keys, block, place, is_entry=True)
+        layer_range = self._layer_range(node, place) if "layer_range" in keys else None
+        return _ModelItem(place, reference, position, block, layer_range)
+
+    def _layer_range(self, node: MapNode, place: str) -> tuple[int, int] | None:
+        entry = node.entries.get("layer_range")
+        if entry is None:
+            self._report(f"{place} has no 'layer_range: [first, stop]'", node.position)
+            return None
+        items = entry.node.items if isinstance(entry.node, ListNode) else ()
+        numbers = [_convert(item.value, int) for item in items if isinstance(item, ScalarNode)]
+        if len(items) != 2 or len(numbers) != 2 or None in numbers:
+            self._report(
+                "'layer_range' must be two whole numbers, [first, stop], "
+                f"not {describe(entry.node)}",
+                entry.node.position,
+            )
+            return None
+        start, stop = (int(number or 0) for number in numbers)
+        if not 0 <= start < stop <= MOST_LAYERS:
+            self._report(
+                f"'layer_range' [{number_text(start)}, {number_text(stop)}] holds no layers: the "
+                "first is counted from 0, the second comes after the last",
+                entry.node.position,
+            )
+            return None
+        return start, stop
 
     def _reference(self, node: Node, key: str) -> str | None:
         """A model reference, as written."""
@@ -374,13 +617,18 @@ class _Parser:
     # Parameters
 
     def _parameters(
-        self, entry: Entry | None, model: int | None, *, is_base: bool = False
+        self,
+        entry: Entry | None,
+        place: str = "",
+        *,
+        is_entry: bool = False,
+        is_base: bool = False,
     ) -> _Settings:
         """The settings of a `parameters` block.
 
         entry: of the key `parameters`, if it is there.
-        model: index of the model the block is of; None for the top level.
-        is_base: whether that model is the base.
+        place: whose block it is; empty for the top level.
+        is_entry: it is that of a model. is_base: and that model is the base.
         """
         block = _Settings()
         if entry is None or _is_null(entry.node):
@@ -393,7 +641,9 @@ class _Parser:
             block.mentioned = self._all_parameters()
             return block
         for name, setting_entry in node.entries.items():
-            parameter = self._parameter(name, setting_entry, block, model, is_base=is_base)
+            parameter = self._parameter(
+                name, setting_entry, block, is_entry=is_entry, is_base=is_base
+            )
             setting = self._setting(setting_entry.node, name, parameter)
             if parameter is not None and setting is not None:
                 block.settings[name] = setting
@@ -401,7 +651,7 @@ class _Parser:
         return block
 
     def _parameter(
-        self, name: str, entry: Entry, block: _Settings, model: int | None, *, is_base: bool
+        self, name: str, entry: Entry, block: _Settings, *, is_entry: bool, is_base: bool
     ) -> Parameter | None:
         """The parameter a key in a `parameters` block names; None, reported, if it cannot."""
         signature = self._signature
@@ -416,7 +666,7 @@ class _Parser:
             message = f"{signature.name} has no parameter {quote(name)}"
             self._report(message + self._elsewhere(name, signature, near), entry.key_position)
             return None
-        if model is not None and parameter.scope is Scope.GLOBAL:
+        if is_entry and parameter.scope is Scope.GLOBAL:
             self._report(
                 f"{name!r} is one value for the whole merge, not one per model; "
                 "move it to the top-level 'parameters'",
@@ -580,24 +830,25 @@ class _Parser:
         entry: Entry,
         known: tuple[str, ...],
         block: _Settings,
-        model: int | None,
+        place: str = "",
+        *,
+        is_entry: bool = False,
     ) -> None:
         """Reports a key that does not belong where it stands, and says where it does."""
         signature = self._signature
-        place = "the top level" if model is None else f"models[{model}]"
         names = signature.by_name if signature is not None else self._all_parameters()
         if key in names:
             block.mentioned.add(key)
             scope = signature.by_name[key].scope if signature is not None else None
             target = (
                 "the top-level 'parameters'"
-                if model is None or scope is Scope.GLOBAL
-                else f"the 'parameters' of models[{model}]"
+                if not place or (is_entry and scope is Scope.GLOBAL)
+                else f"the 'parameters' of {place}"
             )
             self._report(f"{key!r} is a parameter; move it under {target}", entry.key_position)
             return
         hint = _suggest(key, known)
-        if hint is None and model is not None and key in TOP_LEVEL_KEYS:
+        if hint is None and place and key in TOP_LEVEL_KEYS:
             self._report(
                 f"{key!r} belongs at the top level of the recipe, not in {place}",
                 entry.key_position,
@@ -612,11 +863,14 @@ class _Parser:
                 hint = f"it is a parameter of {', '.join(methods[:4])}, not of {signature.name}"
         if hint is None:
             hint = "known here: " + ", ".join(known)
-        self._report(f"unknown key {quote(key)} at {place}; {hint}", entry.key_position)
+        where = place or "the top level"
+        self._report(f"unknown key {quote(key)} at {where}; {hint}", entry.key_position)
 
-    def _check_base(self, signature: Signature, base: str | None) -> None:
-        if signature.base is not BaseModel.REQUIRED or base is not None:
+    def _check_base(self, signature: Signature, base: str | None, groups: list[_Group]) -> None:
+        if signature.base is not BaseModel.REQUIRED or base is not None or not groups:
             return
+        if all(group.base is not None for group in groups):
+            return  # slices that have their own
         entry = self._root.entries.get("base_model")
         if entry is not None and not _is_null(entry.node):
             return  # given, and reported as wrong
@@ -627,14 +881,22 @@ class _Parser:
             entry.node.position if entry else self._root.entries["merge_method"].node.position,
         )
 
-    def _check_count(self, signature: Signature, items: list[_ModelItem], base: str | None) -> None:
+    def _check_count(self, signature: Signature, group: _Group) -> None:
+        base = group.base
         if signature.base is BaseModel.REQUIRED and base is None:
             return  # reported; the count depends on it
-        if any(item.reference is None for item in items):
+        if any(item.reference is None for item in group.items):
             return
-        references = dict.fromkeys(item.reference for item in items)
+        references = dict.fromkeys(item.reference for item in group.items)
         note = ""
         if signature.base is BaseModel.REQUIRED:
+            if group.lists_base and base not in references:
+                self._report(
+                    f"the base model {quote(str(base))} is not among {group.place}; "
+                    "list it there, with its layer_range",
+                    group.position,
+                )
+                return
             references[base] = None
             note = ", the base included"
         elif signature.base is BaseModel.OPTIONAL and base is not None:
@@ -652,27 +914,22 @@ class _Parser:
             wanted = f"{low} to {_models_text(high)}"
         self._report(
             f"{signature.name} merges {wanted}{note}; here there {_are_text(count)}",
-            self._root.entries["models"].key_position,
+            group.position,
         )
 
-    def _check_required(
-        self,
-        signature: Signature,
-        top: _Settings,
-        items: list[_ModelItem],
-        base: str | None,
-    ) -> None:
+    def _check_required(self, signature: Signature, group: _Group) -> None:
         """A required parameter must have a setting somewhere for every model it belongs to.
 
         Whether its filters cover every tensor is seen when the tensors are known.
         """
+        base, items = group.base, group.items
         method_position = self._root.entries["merge_method"].node.position
         uses_base = signature.base is not BaseModel.UNUSED and base is not None
         base_is_listed = any(item.reference == base for item in items)
         for parameter in signature.parameters:
-            if not parameter.required or parameter.name in top.mentioned:
-                continue
             name = parameter.name
+            if not parameter.required or any(name in block.mentioned for block in group.blocks):
+                continue
             if parameter.scope is Scope.GLOBAL:
                 if any(name in item.block.mentioned for item in items):
                     continue  # reported, with the place to move it to
@@ -682,17 +939,22 @@ class _Parser:
                     method_position,
                 )
                 continue
-            for index, item in enumerate(items):
+            for item in items:
                 is_base = uses_base and item.reference == base
                 if name in item.block.mentioned or (is_base and parameter.scope is Scope.NON_BASE):
                     continue
-                who = f"models[{index}]" + (f" ({quote(item.reference)})" if item.reference else "")
+                who = item.place + (f" ({quote(item.reference)})" if item.reference else "")
                 self._report(
                     f"{who} has no {name!r}, which {signature.name} needs for every model; give "
                     "it under this model's 'parameters', or for all under the top-level ones",
                     item.position,
                 )
-            if parameter.scope is Scope.MODEL and uses_base and not base_is_listed:
+            if (
+                parameter.scope is Scope.MODEL
+                and uses_base
+                and not base_is_listed
+                and not group.lists_base
+            ):
                 self._report(
                     f"the base model has no {name!r}, which {signature.name} needs for every "
                     "model; list the base under 'models' with its 'parameters', or give "
@@ -821,6 +1083,10 @@ def _known(signature: Signature) -> str:
 
 def _models_text(count: int) -> str:
     return f"{count} model" if count == 1 else f"{count} models"
+
+
+def _layers_text(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def _are_text(count: int) -> str:

@@ -20,10 +20,10 @@ from lazymerge.graph.compile import (
     CompiledMerge,
     compile_recipe,
     leading_rows,
-    natural_order,
 )
 from lazymerge.graph.node import Apply, Read, Reduce
 from lazymerge.graph.random_bits import stream_key
+from lazymerge.graph.targets import natural_order
 from lazymerge.graph.verify import verify_graph
 from lazymerge.methods import METHODS
 from lazymerge.recipe import parse_recipe
