@@ -22,6 +22,10 @@ from ..errors import InputError, InputErrors
 from ..recipe.model import ModelEntry, Module, Recipe, Setting, Slice
 from ..recipe.signature import BaseModel
 
+OF_THE_STACK = ("relative_attention_bias.weight",)
+"""Ends of names of tensors that stand in a stack's first layer and are used by all (t5): the first
+layer of the output has them, from the first layers of its sources, wherever the slices begin."""
+
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 Scopes = tuple[Mapping[str, Setting], ...]
@@ -196,6 +200,13 @@ class _Finder:
         """members: names of the module's tensors in the main model; None: all count."""
         targets: list[Target] = []
         origins: list[tuple[str, int]] = []
+        layers_of_main = self._layers(self.recipe.main_model, stack.prefix)
+        shared = [
+            suffix
+            for suffix in layers_of_main.get(0, {})
+            if suffix.endswith(OF_THE_STACK)
+            and all(suffix not in layer for place, layer in layers_of_main.items() if place)
+        ]
         for number, piece in enumerate(slices):
             sources = self._sources(
                 piece.sources, piece.base_model or self.recipe.base_model, is_listed=True
@@ -210,6 +221,8 @@ class _Finder:
                     for s in sources
                 ]
                 for suffix in dict.fromkeys(suffix for _, layer in layers for suffix in layer):
+                    if suffix in shared:
+                        continue
                     prefix = f"{stack.prefix}.{len(origins)}"
                     inputs = tuple(
                         (s, f"{stack.prefix}.{starts[s.model][0] + place}.{suffix}")
@@ -218,6 +231,13 @@ class _Finder:
                     targets.append(
                         Target(f"{prefix}.{suffix}", inputs, (piece.parameters, *scopes), depth)
                     )
+                if not origins:
+                    names = [f"{stack.prefix}.0.{suffix}" for suffix in shared]
+                    own = (piece.parameters, *scopes)
+                    targets += [
+                        Target(name, tuple((s, name) for s in sources), own, depth)
+                        for name in names
+                    ]
                 origins.append((sources[0].model, starts[sources[0].model][0] + place))
         self.origins[stack] = tuple(origins)
         for piece, is_before in ((slices[0], True), (slices[-1], False)):

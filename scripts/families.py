@@ -137,6 +137,21 @@ FAMILIES: Mapping[str, Family] = {
             "decoder_start_token_id": 0,
         },
     ),
+    "t5, gated": Family(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": LAYERS,
+            "num_decoder_layers": LAYERS,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+            "feed_forward_proj": "gated-gelu",
+        },
+    ),
     "whisper": Family(
         "WhisperConfig",
         "WhisperForConditionalGeneration",
