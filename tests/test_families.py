@@ -4,6 +4,7 @@ memory by torch, computes."""
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,87 @@ def test_other_names_for_the_same_tensors(
         assert (tmp_path / "out" / shard.file).read_bytes() == (
             tmp_path / "again" / shard.file
         ).read_bytes()
+
+
+SLICED = ["llama", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3", "gpt2", "gpt-neox"]
+SLICED += ["falcon", "mixtral", "qwen3-moe", "deepseek-v3", "mamba"]
+
+
+@pytest.mark.parametrize("family_name", SLICED)
+def test_a_frankenmerge(family_name: str, tmp_path: Path) -> None:
+    """Layers 0 1 of one, 1 2 of the other, and 2 of the first again."""
+    family = FAMILIES[family_name]
+    base, fine_tunes = models_of(family)
+    write_merge(base, fine_tunes, tmp_path)
+    parts = [("base", 0, 2), ("first", 1, 3), ("base", 2, 3)]
+    recipe = {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": str(tmp_path / name), "layer_range": [start, stop]}]}
+            for name, start, stop in parts
+        ],
+    }
+    (tmp_path / "slices.yml").write_text(yaml.safe_dump(recipe))
+    plan = lazymerge.plan(tmp_path / "slices.yml")
+    lazymerge.run(plan, tmp_path / "out", fsync=False)
+    loaded, said = family.load(tmp_path / "out")
+    assert not said["missing_keys"], said
+    assert not said["unexpected_keys"], said
+    assert not said["mismatched_keys"], said
+    assert torch.isfinite(outputs(loaded.eval())).all()
+    origins = [(name, layer) for name, start, stop in parts for layer in range(start, stop)]
+    inputs = {n: load_file(tmp_path / n / "model.safetensors") for n in ("base", "first")}
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in written.items():
+        place = re.search(r"\.(\d+)\.", name)
+        if place is None:
+            assert torch.equal(tensor, inputs["base"][name])
+            continue
+        model, layer = origins[int(place[1])]
+        before = name[: place.start()] + f".{layer}." + name[place.end() :]
+        assert torch.equal(tensor, inputs[model][before])
+    types = getattr(loaded.config, "layer_types", None)
+    if types is not None:
+        assert types == [base.config.layer_types[layer] for _, layer in origins]
+
+
+def test_modules_of_a_model_that_hears(tmp_path: Path) -> None:
+    """The encoder merged as a whole, the decoder made of slices."""
+    family = FAMILIES["whisper"]
+    base, fine_tunes = models_of(family)
+    write_merge(base, fine_tunes, tmp_path)
+    names = [str(tmp_path / name) for name in ("base", "first")]
+    recipe = {
+        "merge_method": "linear",
+        "base_model": names[0],
+        "modules": {
+            "encoder": {
+                "models": [{"model": name} for name in names],
+                "parameters": {"weight": 0.5},
+            },
+            "decoder": {
+                "slices": [
+                    {"sources": [{"model": name, "layer_range": [0, 2]} for name in names]},
+                    {"sources": [{"model": name, "layer_range": [0, 3]} for name in names]},
+                ],
+                "parameters": {"weight": [0.2, 0.8]},
+            },
+        },
+    }
+    (tmp_path / "modules.yml").write_text(yaml.safe_dump(recipe))
+    plan = lazymerge.plan(tmp_path / "modules.yml")
+    lazymerge.run(plan, tmp_path / "out", fsync=False)
+    loaded, said = family.load(tmp_path / "out")
+    assert not said["missing_keys"], said
+    assert not said["unexpected_keys"], said
+    assert (loaded.config.encoder_layers, loaded.config.decoder_layers) == (3, 5)
+    assert torch.isfinite(outputs(loaded.eval())).all()
+    assert lazymerge.verify(tmp_path / "out", recompute=5).problems == ()
+    found, inputs = dict(loaded.named_parameters()), dict(base.named_parameters())
+    others = dict(fine_tunes["first"].named_parameters())
+    name = "model.encoder.layers.1.fc1.weight"
+    torch.testing.assert_close(found[name], (inputs[name] + others[name]) / 2)
+    name = "model.decoder.layers.{}.fc1.weight"
+    torch.testing.assert_close(
+        found[name.format(3)], (inputs[name.format(1)] + others[name.format(1)]) / 2
+    )

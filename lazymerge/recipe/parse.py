@@ -99,6 +99,9 @@ _NOT_YET = "not supported yet by this version of lazymerge"
 # Python's float() takes more than YAML's and JSON's numbers (nan, 1_0, other alphabets' digits).
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""A module's name that needs no quotes in a message."""
+
 BOOLEAN_WORDS: dict[str, bool] = {
     spelling: value
     for word, value in (
@@ -338,7 +341,7 @@ class _Parser:
             return []
         modules = []
         for name, entry in node.entries.items():
-            place = f"modules.{name}"
+            place = f"modules.{name if _PLAIN_NAME.fullmatch(name) else quote(name)}"
             if not isinstance(entry.node, MapNode):
                 self._report(
                     f"{place} must be a mapping with 'models' or 'slices', "

@@ -46,7 +46,10 @@ def json_schema(signatures: Mapping[str, Signature]) -> dict[str, Any]:
         "title": "lazymerge recipe",
         "description": "What to merge, and how. Most mergekit recipes are lazymerge recipes.",
         "type": "object",
-        "required": ["merge_method", "models"],
+        "required": ["merge_method"],
+        "oneOf": [
+            {"required": [key], "properties": {key: {"type": kind}}} for key, kind in _CONTENTS
+        ],
         "additionalProperties": False,
         "properties": {
             "merge_method": {
@@ -60,22 +63,30 @@ def json_schema(signatures: Mapping[str, Signature]) -> dict[str, Any]:
             },
             "models": {
                 "description": "The models to merge.",
-                "type": "array",
+                "type": ["array", "null"],
                 "minItems": 1,
-                "items": {
+                "items": _entry(),
+            },
+            "slices": _slices(),
+            "modules": {
+                "description": "Parts of models with several layer stacks, each merged by itself.",
+                "type": ["object", "null"],
+                "minProperties": 1,
+                "additionalProperties": {
                     "type": "object",
-                    "required": ["model"],
                     "additionalProperties": False,
                     "properties": {
-                        "model": {
-                            "$ref": "#/$defs/reference",
-                            "description": "The model's folder, or its id on the hub.",
-                        },
+                        "models": {"type": ["array", "null"], "minItems": 1, "items": _entry()},
+                        "slices": _slices(),
                         "parameters": {
-                            "description": "Parameters of this model.",
+                            "description": "Parameters of this module.",
                             "type": ["object", "null"],
                         },
                     },
+                    "oneOf": [
+                        {"required": [key], "properties": {key: {"type": "array"}}}
+                        for key in ("models", "slices")
+                    ],
                 },
             },
             "base_model": {
@@ -115,13 +126,78 @@ def json_schema(signatures: Mapping[str, Signature]) -> dict[str, Any]:
     }
 
 
+_CONTENTS = (("models", "array"), ("slices", "array"), ("modules", "object"))
+"""One of them says what is merged."""
+
+
+def _entry() -> dict[str, Any]:
+    """An entry of a list of models."""
+    return {
+        "type": "object",
+        "required": ["model"],
+        "additionalProperties": False,
+        "properties": {
+            "model": {
+                "$ref": "#/$defs/reference",
+                "description": "The model's folder, or its id on the hub.",
+            },
+            "parameters": {
+                "description": "Parameters of this model.",
+                "type": ["object", "null"],
+            },
+        },
+    }
+
+
+def _slices() -> dict[str, Any]:
+    source = _entry()
+    source["required"] = ["model", "layer_range"]
+    source["properties"]["layer_range"] = {
+        "description": "The first layer, counted from 0, and the one after the last.",
+        "type": "array",
+        "minItems": 2,
+        "maxItems": 2,
+    }
+    return {
+        "description": "Runs of the output's layers, one after the other.",
+        "type": ["array", "null"],
+        "minItems": 1,
+        "items": {
+            "type": "object",
+            "required": ["sources"],
+            "additionalProperties": False,
+            "properties": {
+                "sources": {
+                    "description": "Models that the run is merged from: as many layers of each.",
+                    "type": "array",
+                    "minItems": 1,
+                    "items": source,
+                },
+                "base_model": {
+                    "description": "In place of the recipe's base_model.",
+                    "anyOf": [{"$ref": "#/$defs/reference"}, {"type": "null"}],
+                },
+                "parameters": {
+                    "description": "Parameters of this slice.",
+                    "type": ["object", "null"],
+                },
+                "residual_weight": {"description": "Does nothing.", "type": "null"},
+            },
+        },
+    }
+
+
 def _of_method(signature: Signature) -> dict[str, Any]:
     """What holds for the recipes of one method."""
-    models: dict[str, Any] = {
-        "items": {
-            "properties": {"parameters": {"$ref": f"#/$defs/{signature.name} model parameters"}}
+    block = {"$ref": f"#/$defs/{signature.name} parameters"}
+    entry = {"properties": {"parameters": {"$ref": f"#/$defs/{signature.name} model parameters"}}}
+    slices = {"items": {"properties": {"parameters": block, "sources": {"items": entry}}}}
+    modules = {
+        "additionalProperties": {
+            "properties": {"parameters": block, "models": {"items": entry}, "slices": slices}
         }
     }
+    models: dict[str, Any] = {"items": entry}
     # With a base that may be listed or not, the list may hold one model less or one more.
     low, high = signature.min_models, signature.max_models
     if signature.base is BaseModel.REQUIRED:
@@ -135,12 +211,17 @@ def _of_method(signature: Signature) -> dict[str, Any]:
     then: dict[str, Any] = {
         "properties": {
             "models": models,
-            "parameters": {"$ref": f"#/$defs/{signature.name} parameters"},
+            "slices": slices,
+            "modules": modules,
+            "parameters": block,
         }
     }
-    if signature.base is BaseModel.REQUIRED:
-        then["required"] = ["base_model"]
-        then["properties"]["base_model"] = {"type": "string"}
+    if signature.base is BaseModel.REQUIRED:  # slices may have bases of their own
+        then["if"] = {"required": ["models"], "properties": {"models": {"type": "array"}}}
+        then["then"] = {
+            "required": ["base_model"],
+            "properties": {"base_model": {"type": "string"}},
+        }
     return {
         "if": {
             "properties": {"merge_method": {"const": signature.name}},

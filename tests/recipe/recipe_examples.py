@@ -103,6 +103,38 @@ out_dtype: ~
 slices:
 tokenizer:
 """,
+    "frankenmerge": """\
+merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 16]}]
+  - sources: [{model: b, layer_range: [8, 24], parameters: {scale: 0.5}}]
+""",
+    "slices": """\
+merge_method: task_arithmetic
+base_model: base
+slices:
+  - sources:
+      - {model: base, layer_range: [0, 4]}
+      - {model: a, layer_range: [2, 6], parameters: {weight: [0, 1]}}
+    parameters: {lambda: 0.5}
+  - base_model: a
+    sources:
+      - {model: a, layer_range: [0, 1]}
+      - {model: b, layer_range: [7, 8]}
+parameters: {weight: 1}
+""",
+    "modules": """\
+merge_method: linear
+models:
+modules:
+  encoder:
+    slices:
+      - sources: [{model: a, layer_range: [0, 3]}, {model: b, layer_range: [0, 3]}]
+    parameters: {weight: {filter: mlp, value: 0.5}}
+  decoder:
+    models: [{model: a}, {model: b}]
+parameters: {weight: 1}
+""",
     "text parameters": """\
 merge_method: labelled
 base_model: base

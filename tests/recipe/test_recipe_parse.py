@@ -316,7 +316,7 @@ def check_outcome(text: str) -> None:
         outcome = error
     if isinstance(outcome, Recipe):
         assert outcome.merge_method in SIGNATURES
-        assert outcome.models
+        assert outcome.entries
         return
     line_count = len(text.split("\n"))
     assert outcome.problems

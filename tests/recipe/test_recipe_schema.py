@@ -46,7 +46,22 @@ BAD: dict[str, tuple[str, str]] = {
     "model without reference": ("merge_method: linear\nmodels: [{parameters: {}}]", "models/0"),
     "adapter": ("merge_method: linear\nmodels: [{model: a+b}]", "models/0/model"),
     "unknown key": ("merge_method: linear\nmodels: [{model: a}]\nfoo: 1", ""),
-    "later key": ("merge_method: linear\nmodels: [{model: a}]\nslices: []", "slices"),
+    "later key": ("merge_method: linear\nmodels: [{model: a}]\nname: x", "name"),
+    "models and slices": (
+        "merge_method: linear\nmodels: [{model: a}]\n"
+        "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]",
+        "",
+    ),
+    "no layer range": (
+        "merge_method: passthrough\nslices: [{sources: [{model: a}]}]",
+        "slices/0/sources/0",
+    ),
+    "global parameter in a source": (
+        "merge_method: slerp\nbase_model: a\n"
+        "slices: [{sources: [{model: a, layer_range: [0, 1], parameters: {t: 1}}]}]",
+        "slices/0/sources/0/parameters",
+    ),
+    "module of nothing": ("merge_method: linear\nmodules: {encoder: {}}", "modules/encoder"),
     "weight beside model": ("merge_method: linear\nmodels: [{model: a, weight: 1}]", "models/0"),
     "dtype": ("merge_method: linear\nmodels: [{model: a}]\ndtype: fp16", "dtype"),
     "no base": ("merge_method: ties\nmodels: [{model: a}]", ""),
