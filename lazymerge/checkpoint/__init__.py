@@ -10,6 +10,7 @@ from .tensor import (
     FileInfo,
     TensorInfo,
 )
+from .torch_file import is_torch_name
 
 __all__ = [
     "DTYPES",
@@ -21,6 +22,7 @@ __all__ = [
     "TensorInfo",
     "checkpoint_file_path",
     "is_plain_name",
+    "is_torch_name",
     "leaves_model",
     "open_checkpoint",
     "read_header",

@@ -4,7 +4,13 @@ A folder is one of these, tried in this order:
 
     model.safetensors.index.json + the shards it lists    checked against the shards' own headers
     model.safetensors
+    pytorch_model.bin.index.json + its shards
+    pytorch_model.bin
+    NAME.safetensors.index.json, if there is only one     as diffusers has them
     every *.safetensors in it                             no tensor in two of them
+    every .bin, .pt, .pth and .ckpt file in it            but those that training leaves
+
+So safetensors go before torch files. Or a single file, by its path; a config is not needed.
 
 The headers are the truth. The index is checked against them and adds nothing: where they differ,
 nobody can say which tensors make up the model, so it is an error and not a guess.
@@ -21,6 +27,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -28,13 +35,18 @@ from ..errors import InputError
 from .header import Header, garbage_collector_paused, read_header
 from .json_file import read_json_mapping
 from .tensor import Checkpoint, TensorInfo
+from .torch_file import TORCH_SUFFIXES, is_torch_name, read_torch_file
 from .wording import listed, quoted
 
 SUFFIX = ".safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+INDEX_SUFFIX = ".index.json"
 SINGLE_NAME = "model.safetensors"
+INDEX_NAME = SINGLE_NAME + INDEX_SUFFIX
+TORCH_SINGLE_NAME = "pytorch_model.bin"
 CONFIG_NAME = "config.json"
-ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
+"""Torch files that training leaves beside a model."""
 INDEX_LIMIT_BYTES = 200_000_000
 INDEX_LIMIT_VALUES = 1_000_000
 """Two for each tensor. The models with the most tensors have about 140,000."""
@@ -45,16 +57,15 @@ CONFIG_LIMIT_VALUES = 1_000_000
 _NAMES_COMPARED = 1_000
 """Names of a folder that an absent one is compared with: 20 ms."""
 
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[a-z]+)")
 
 
 def open_checkpoint(reference: str) -> Checkpoint:
     """Open a local model: headers, index and config are read, tensor data is not.
 
-    reference: a folder or a .safetensors file; `~` is expanded.
+    reference: a folder, a .safetensors file or a torch file; `~` is expanded.
 
     Raises InputError naming the file, the tensor and the remedy.
     """
@@ -69,22 +80,22 @@ def open_checkpoint(reference: str) -> Checkpoint:
         ) from None
     if is_folder:
         folder = Path(os.path.realpath(path))
-        files, weight_map, index_bytes = _files_of_folder(folder, reference)
+        files, index = _files_of_folder(folder)
     elif is_file:
-        if path.suffix != SUFFIX:
+        if not (path.name.endswith(SUFFIX) or is_torch_name(path.name)):
             raise InputError(_explain_other_file(path))
         # The name as the user wrote it, even when it is a link: the sidecars lie beside the link.
         folder = Path(os.path.realpath(path.parent))
-        files, weight_map, index_bytes = [path.name], None, 0
+        files, index = [path.name], None
     else:
         raise InputError(_explain_absent(reference, path))
 
     _check_is_text(folder, files)
     with garbage_collector_paused():
-        headers = [read_header(folder / file, file) for file in sorted(files)]
+        headers = [_read_file(folder / file, file) for file in sorted(files)]
         tensors = _gather_tensors(headers, folder)
-    if weight_map is not None:
-        _check_index(weight_map, tensors, folder / INDEX_NAME)
+    if index is not None:
+        _check_index(index.weight_map, tensors, index.path)
     if not tensors:
         raise InputError(f"{path}: holds no tensor. Download it again.")
     config, config_bytes = _read_config(folder)
@@ -94,7 +105,10 @@ def open_checkpoint(reference: str) -> Checkpoint:
         files=tuple(header.file for header in headers),
         tensors=tensors,
         config=config,
-        header_bytes_read=index_bytes + config_bytes + sum(header.bytes_read for header in headers),
+        header_bytes_read=sum(header.bytes_read for header in headers)
+        + config_bytes
+        + (0 if index is None else index.bytes_read),
+        notices=tuple(notice for header in headers for notice in header.notices),
     )
 
 
@@ -112,50 +126,77 @@ def checkpoint_file_path(checkpoint: Checkpoint, file: str) -> Path:
     return Path(checkpoint.folder) / file
 
 
-def _files_of_folder(folder: Path, reference: str) -> tuple[list[str], dict[str, str] | None, int]:
-    """The names of the files that make up the model, the index's weight map, its bytes."""
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """A shard index: the file that every tensor is in."""
+
+    path: Path
+    weight_map: dict[str, str]
+    bytes_read: int
+
+
+def _read_file(path: Path, file: str) -> Header:
+    return read_torch_file(path, file) if is_torch_name(file) else read_header(path, file)
+
+
+def _files_of_folder(folder: Path) -> tuple[list[str], _Index | None]:
+    """The names of the files that make up the model, and the index that lists them."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be listed: {error.strerror or error}. Make the folder readable."
         ) from None
-    if INDEX_NAME in names:
-        weight_map, index_bytes = _read_index(folder)
-        files = sorted(set(weight_map.values()))
+    single, index_name, files = _choose(names)
+    index = None
+    if index_name is not None:
+        index = _read_index(folder / index_name, Path(single).suffix)
+        files = sorted(set(index.weight_map.values()))
         present = set(names)
         absent = [file for file in files if file not in present]
         if absent:
             remedy = "Download what is missing"
-            if SINGLE_NAME in names:
-                remedy += f", or delete the index if {SINGLE_NAME} is the whole model"
+            if single in names:
+                remedy += f", or delete the index if {single} is the whole model"
             raise InputError(
-                f"{folder / INDEX_NAME}: lists {listed(absent)}, absent from the folder "
+                f"{index.path}: lists {listed(absent)}, absent from the folder "
                 f"({len(absent)} of {len(files)} files). {remedy}."
             )
     else:
-        weight_map, index_bytes = None, 0
-        files = (
-            [SINGLE_NAME]
-            if SINGLE_NAME in names
-            else [name for name in names if name.endswith(SUFFIX) and name[0] != "."]
-        )
         if not files:
-            raise InputError(_explain_no_safetensors(folder, names))
-        if files == [ADAPTER_NAME]:
+            raise InputError(_explain_no_model(folder, names))
+        if len(files) == 1 and files[0] in ADAPTER_NAMES:
             raise InputError(
-                f"{folder}: holds a LoRA adapter ({ADAPTER_NAME}), not a model. "
+                f"{folder}: holds a LoRA adapter ({files[0]}), not a model. "
                 "Merge it into its base model first."
             )
         _check_shard_numbers(files, folder)
     for file in files:
         _check_link(folder, file)
-    return files, weight_map, index_bytes
+    return files, index
 
 
-def _read_index(folder: Path) -> tuple[dict[str, str], int]:
-    path = folder / INDEX_NAME
-    _check_link(folder, INDEX_NAME)
+def _choose(names: list[str]) -> tuple[str, str | None, list[str]]:
+    """What stands for the model in a folder: a single file's name, the index beside it if there is
+    one, else the files."""
+    for single in (SINGLE_NAME, TORCH_SINGLE_NAME):
+        if single + INDEX_SUFFIX in names:
+            return single, single + INDEX_SUFFIX, []
+        if single in names:
+            return single, None, [single]
+    shown = [name for name in names if name[0] != "."]
+    indexes = [name for name in shown if name.endswith(SUFFIX + INDEX_SUFFIX)]
+    if len(indexes) == 1:
+        return indexes[0].removesuffix(INDEX_SUFFIX), indexes[0], []
+    files = [name for name in shown if name.endswith(SUFFIX)]
+    if not files:
+        files = [n for n in shown if is_torch_name(n) and not TRAINING_STATE.fullmatch(n)]
+    return SINGLE_NAME, None, files
+
+
+def _read_index(path: Path, suffix: str) -> _Index:
+    """suffix: of the files that it may list."""
+    _check_link(path.parent, path.name)
     repeated: list[str] = []
 
     def mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -197,12 +238,12 @@ def _read_index(folder: Path) -> tuple[dict[str, str], int]:
                 "an index may only list files of its own folder. Do not use this model unless you "
                 "know why."
             )
-        if not file.endswith(SUFFIX):
+        if not file.endswith(suffix):
             raise InputError(
-                f"{path}: tensor {quoted(name)}: its file {quoted(file)} is not a {SUFFIX} file. "
+                f"{path}: tensor {quoted(name)}: its file {quoted(file)} is not a {suffix} file. "
                 "Download the model in the safetensors format."
             )
-    return weight_map, bytes_read
+    return _Index(path, weight_map, bytes_read)
 
 
 def _gather_tensors(headers: list[Header], folder: Path) -> dict[str, TensorInfo]:
@@ -214,8 +255,8 @@ def _gather_tensors(headers: list[Header], folder: Path) -> dict[str, TensorInfo
             if other is not tensor:
                 raise InputError(
                     f"{folder}: tensor {quoted(tensor.name)} is in both {quoted(other.file)} and "
-                    f"{quoted(tensor.file)}. Give the one .safetensors file to use, or remove the "
-                    "files that are not part of the model."
+                    f"{quoted(tensor.file)}. Give the one file to use, or remove the files that "
+                    "are not part of the model."
                 )
     return tensors
 
@@ -317,45 +358,36 @@ def _hub_cache_folders(folder: Path) -> list[Path]:
 
 def _check_shard_numbers(files: list[str], folder: Path) -> None:
     """Without an index, shard names (model-00001-of-00003) still tell what is missing."""
-    found: dict[tuple[str, int], set[int]] = {}
+    found: dict[tuple[str, int, str], set[int]] = {}
     for file in files:
         match = _SHARD.fullmatch(file)
         if match:
-            key = (match["stem"], int(match["count"]))
+            key = (match["stem"], int(match["count"]), match["suffix"])
             found.setdefault(key, set()).add(int(match["number"]))
-    for (stem, count), numbers in found.items():
+    for (stem, count, suffix), numbers in found.items():
         missing = [number for number in range(1, count + 1) if number not in numbers]
         if missing:
-            names = [f"{stem}-{number:05d}-of-{count:05d}{SUFFIX}" for number in missing]
+            names = [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in missing]
             raise InputError(
                 f"{folder}: {listed(names)} absent ({len(missing)} of {count} shards). "
                 "Download what is missing."
             )
 
 
-def _explain_no_safetensors(folder: Path, names: list[str]) -> str:
-    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
-    if pickles:
-        return (
-            f"{folder}: holds {listed(pickles)} and no {SUFFIX} file. Torch pickles are not "
-            "supported yet. Convert the model once, in Python: transformers.AutoModelForCausalLM"
-            ".from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER) writes safetensors."
-        )
+def _explain_no_model(folder: Path, names: list[str]) -> str:
     if not names:
         return f"{folder}: the folder is empty. Download the model into it again."
     return (
-        f"{folder}: holds no {SUFFIX} file (it holds {listed(names)}). Name the folder of a model."
+        f"{folder}: holds no {SUFFIX} file and no torch file ({', '.join(TORCH_SUFFIXES)}) of a "
+        f"model (it holds {listed(names)}). Name the folder of a model."
     )
 
 
 def _explain_other_file(path: Path) -> str:
-    if path.suffix in _PICKLE_SUFFIXES:
-        return (
-            f"{path}: torch pickles are not supported yet. Convert the model once, in Python: "
-            "transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')"
-            ".save_pretrained(NEW_FOLDER) writes safetensors."
-        )
-    return f"{path}: is not a {SUFFIX} file. Name a model's folder or a {SUFFIX} file."
+    return (
+        f"{path}: is neither a {SUFFIX} file nor a torch file ({', '.join(TORCH_SUFFIXES)}). "
+        "Name a model's folder or such a file."
+    )
 
 
 def _explain_absent(reference: str, path: Path) -> str:

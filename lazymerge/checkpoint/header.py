@@ -56,18 +56,20 @@ _GIT_LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says about itself, checked.
+    """What a file of tensors says about itself, checked.
 
     file: path relative to the checkpoint's folder, size, modification time and header digest.
     tensors: in the order of their bytes; ranges absolute within the file.
     metadata: the file's `__metadata__`, empty where there is none.
     bytes_read: bytes read from the file to learn this.
+    notices: what a person should know of how it was read.
     """
 
     file: FileInfo
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
     bytes_read: int
+    notices: tuple[str, ...] = ()
 
 
 @contextmanager

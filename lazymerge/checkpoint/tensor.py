@@ -82,7 +82,8 @@ class FileInfo:
 
     path: relative to the checkpoint's folder.
     size_bytes, modified_ns: from stat.
-    header_digest: hex xxh3-128 of the header's bytes (length prefix included).
+    header_digest: hex xxh3-128 of the header's bytes (length prefix included; of torch files the
+        pickle, the directory of entries and their headers).
     """
 
     path: str
@@ -101,6 +102,7 @@ class Checkpoint:
     tensors: by name, in the order of files and offsets.
     config: the parsed config.json, or None where there is none.
     header_bytes_read: bytes read to learn all this (headers, index, config).
+    notices: what a person should know of how it was read; one sentence each.
     """
 
     reference: str
@@ -109,6 +111,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     config: dict[str, object] | None
     header_bytes_read: int
+    notices: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:

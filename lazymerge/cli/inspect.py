@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model folder or .safetensors file.")
+        str, typer.Argument(metavar="MODEL", help="Model folder, .safetensors or torch file.")
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: JsonOption = False,
@@ -59,6 +59,7 @@ def checkpoint_document(checkpoint: Checkpoint) -> dict[str, Any]:
             for t in checkpoint.tensors.values()
         },
         "config": checkpoint.config,
+        "notices": list(checkpoint.notices),
     }
 
 
@@ -94,6 +95,8 @@ def _view(checkpoint: Checkpoint, *, with_tensors: bool) -> RenderableType:
     stacks = find_layer_stacks(checkpoint.tensors)
     layers = ", ".join(f"{stack.layer_count} in {stack.prefix}" for stack in stacks)
     facts.add_row("layers", layers or "none found")
+    for notice in checkpoint.notices:
+        facts.add_row("notice", Text(notice))
     parts: list[RenderableType] = [Text(checkpoint.reference, style="bold"), Text(), facts]
 
     # per row: tensors of one stack with one suffix, dtype and shape; or one tensor

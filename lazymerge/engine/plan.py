@@ -391,6 +391,7 @@ def make_plan(
         notices=(
             *_recipe_notices(recipe),
             *renamings,
+            *(notice for checkpoint in checkpoints.values() for notice in checkpoint.notices),
             *compiled.notices,
             *config_notices,
             *_config_notices(checkpoints),

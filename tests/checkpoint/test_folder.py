@@ -33,8 +33,8 @@ def write_sharded(folder: Path, weight_map: Mapping[str, object] = WEIGHT_MAP) -
 
 
 REMEDY = re.compile(
-    "[Dd]ownload|Correct|Name |Replace|Rename|Give the|Convert|Merge it|in its place|Do not use|"
-    "is one of them meant|readable"
+    "[Dd]ownload|Correct|Save|Name |Replace|Rename|Give the|Convert|Merge it|in its place|"
+    "Do not use|is one of them meant|readable"
 )
 
 
@@ -522,9 +522,9 @@ def subfolder(folder: Path) -> None:
     ("fill", "expected"),
     [
         (empty, "the folder is empty"),
-        (pickles, "Torch pickles are not supported yet. Convert"),
+        (pickles, "is not a file that torch.save writes (it begins b'x')"),
         (adapter, "holds a LoRA adapter"),
-        (other_files, "holds no .safetensors file (it holds 'model.gguf')"),
+        (other_files, "of a model (it holds 'model.gguf')"),
         (tensorless, "holds no tensor"),
         (subfolder, "not a regular file"),
     ],
@@ -539,7 +539,7 @@ def test_folders_without_a_model(
 
 
 def test_files_of_other_formats(tmp_path: Path) -> None:
-    for name, expected in (("a.pt", "Convert"), ("a.gguf", "not a .safetensors file")):
+    for name, expected in (("a.pt", "convert it"), ("a.gguf", "neither a .safetensors file nor")):
         (tmp_path / name).write_bytes(b"x")
         assert expected in refused(tmp_path / name)
 
