@@ -22,6 +22,7 @@ A new target is a method of Place that puts an input where it belongs and has it
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -34,6 +35,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +46,7 @@ from typing import Any
 
 import lazymerge
 import yaml
-from lazymerge.checkpoint import open_checkpoint, read_header
+from lazymerge.checkpoint import Checkpoint, open_checkpoint, read_header
 from lazymerge.engine.plan import Resources, load_plan, make_plan, signatures
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
@@ -79,6 +81,8 @@ TOKENS = [
     b"%YAML 2.0\n", b"%TAG !a! tag:b\n" * 20,
     b"[" * 200, b'{"a":' * 100, b"a" * 5000, b"9" * 5000, "\u202e\u0000\ufeff".encode(),
     b"__metadata__", b"data_offsets", b"auto_map", b"weight_map", b"model.safetensors",
+    b"cposix\nsystem\n", b"ctorch\nFloatStorage\n", b"\x8a\xff", b"(((((((", b"R", b"b", b"Q", b"t",
+    b"q\x00h\x00\x86" * 200, b"r\xff\xff\xff\xff", b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06",
 ]  # fmt: skip
 
 VALUES: list[Any] = [
@@ -220,6 +224,7 @@ class Place:
                 folder / name, SHAPE, dtype="bfloat16", seed=number, tokenizer=True, shards=2
             )
         (folder / "single").mkdir()
+        (folder / "torch").mkdir()
         self.shard = _short(next(folder.glob("base/*.safetensors")).read_bytes())
         self.recipes = [self._recipe(method) for method in ("ties", "linear", "dare_ties")]
         self.gradients = self.recipes[0].replace(
@@ -278,6 +283,9 @@ class Place:
         return {
             "header": Target([_short(data) for data in files(*[f"base/{s}" for s in shards])],
                              self.header, 40),
+            "torch": Target([torch_file(wrapped=True), torch_file(wrapped=False)], self.torch, 20),
+            "pickle": Target([_pickle_of(torch_file(wrapped)) for wrapped in (True, False)],
+                             self.pickle, 20),
             "index": Target(files("base/model.safetensors.index.json"), self.index, 10),
             "config": Target(files("base/config.json"), self.config, 10),
             "sidecar": Target(files("base/tokenizer.json"), self.sidecar, 1),
@@ -302,6 +310,26 @@ class Place:
         if end != len(data):
             raise Hostile(f"tensors end at {end}, the file at {len(data)}")
         self._merge(self._linear("single"))
+
+    def torch(self, data: bytes) -> None:
+        """A file as torch.save writes it."""
+        path = self.folder / "torch" / "pytorch_model.bin"
+        put(path, data)
+        checkpoint = open_checkpoint(str(path.parent))
+        _check_storages(checkpoint, data)
+        self._merge(self._linear("torch"))
+
+    def pickle(self, data: bytes) -> None:
+        """The pickle of one, in a zip file that is as it should be."""
+        stream = io.BytesIO()
+        with (
+            zipfile.ZipFile(io.BytesIO(torch_file(wrapped=False))) as sound,
+            zipfile.ZipFile(stream, "w") as altered,
+        ):
+            for entry in sound.infolist():
+                is_pickle = entry.filename.endswith("/data.pkl")
+                altered.writestr(entry.filename, data if is_pickle else sound.read(entry))
+        self.torch(stream.getvalue())
 
     def index(self, data: bytes) -> None:
         self._open_with("model.safetensors.index.json", data)
@@ -440,6 +468,45 @@ def _short(data: bytes) -> bytes:
         end += 12
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + bytes(end)
+
+
+def torch_file(wrapped: bool) -> bytes:
+    """What torch.save writes of a few tensors, two of them in one storage.
+
+    wrapped: under a name, beside other things.
+    """
+    import torch
+
+    weight = torch.ones(4, 3)
+    tensors = {
+        "model.layers.0.w": weight,
+        "model.layers.1.w": weight[1:],
+        "norm": torch.nn.Parameter(torch.zeros(5).bfloat16()),
+        "scale": torch.ones(2).to(torch.float8_e4m3fn),
+        "steps": torch.tensor(3),
+    }
+    stream = io.BytesIO()
+    torch.save({"state_dict": tensors, "epoch": 1.5} if wrapped else tensors, stream)
+    return stream.getvalue()
+
+
+def _pickle_of(file: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        return archive.read("archive/data.pkl")
+
+
+def _check_storages(checkpoint: Checkpoint, data: bytes) -> None:
+    """Every tensor must lie within an entry that holds a storage, as Python finds them."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+    places = []
+    for entry in entries:
+        lengths = struct.unpack_from("<HH", data, entry.header_offset + 26)
+        start = entry.header_offset + 30 + sum(lengths)
+        places.append((start, start + entry.file_size))
+    for tensor in checkpoint.tensors.values():
+        if not any(a <= tensor.start <= tensor.stop_exclusive <= b for a, b in places):
+            raise Hostile(f"{tensor} lies outside the storages {places}")
 
 
 # ------------------------------------------------------------------------------- limits

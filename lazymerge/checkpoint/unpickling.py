@@ -271,7 +271,7 @@ class _Machine:
         for place in range(0, len(values), 2):
             key = values[place]
             if type(key) not in _KEY_TYPES:
-                raise self._broken("has a key that is neither a string nor a number")
+                raise self._broken("holds a key that is neither a string nor a number")
             if key in mapping:
                 raise self._broken(f"holds the key {_shown_key(key)} twice")
             mapping[key] = values[place + 1]

@@ -168,12 +168,12 @@ def _find_zip64(source: _Source, end: int) -> tuple[int, int, int, int] | None:
     record_at = locator_at - _END64.size
     if locator_at < 0:
         return None
-    signature, _, offset, disks = _END64_LOCATOR.unpack(
+    signature, disk, offset, disks = _END64_LOCATOR.unpack(
         source.read(locator_at, _END64_LOCATOR.size)
     )
     if signature != _END64_LOCATOR_SIGNATURE:
         return None
-    if record_at < 0 or offset != record_at or disks != 1:
+    if record_at < 0 or offset != record_at or disk or disks != 1:
         raise BrokenFileError("has a zip64 end that is not where it must be.")
     signature, length, _, _, disk, first_disk, here, count, size_bytes, start = _END64.unpack(
         source.read(record_at, _END64.size)

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch_bytes
 from safetensors_bytes import entries_for, entry, with_prefix, write_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -152,6 +154,51 @@ def name_that_steers_the_terminal(folder: Path) -> str:
     return f"{folder / SECOND}: tensor '\\x1b[2J\\n': its entry is a number"
 
 
+def torch_model(folder: Path, content: bytes) -> Path:
+    """The model as one torch file, which is returned."""
+    for file in (FIRST, SECOND, INDEX):
+        (folder / file).unlink()
+    path = folder / "pytorch_model.bin"
+    path.write_bytes(content)
+    return path
+
+
+def pickle_with_code(folder: Path) -> str:
+    code = b"cposix\nsystem\n" + torch_bytes.text("touch pwned") + b"\x85R"
+    path = torch_model(folder, torch_bytes.torch_file(torch_bytes.pickled(code)))
+    return f"{path}: has a pickle that names 'posix.system', which is no part of a tensor"
+
+
+def bare_pickle_with_code(folder: Path) -> str:
+    path = torch_model(folder, b"\x80\x02cposix\nsystem\nX\x0b\x00\x00\x00touch pwned\x85R.")
+    return f"{path}: is in the format that torch wrote before version 1.6"
+
+
+def tensor_beyond_its_storage(folder: Path) -> str:
+    tensors = torch_bytes.mapping({"w": torch_bytes.tensor(offset=2**40)})
+    path = torch_model(folder, torch_bytes.torch_file(torch_bytes.pickled(tensors)))
+    return f"{path}: tensor 'w': shape [2, 3] of F32 from element 1,099,511,627,776 reaches beyond"
+
+
+def compressed_storages(folder: Path) -> str:
+    tensors = torch_bytes.pickled(torch_bytes.mapping({"w": torch_bytes.tensor()}))
+    entries = {"x/data.pkl": tensors, "x/data/0": bytes(10**8)}
+    path = torch_model(folder, torch_bytes.zipped(entries, zipfile.ZIP_DEFLATED))
+    return f"{path}: its entry 'x/data.pkl' is compressed"
+
+
+def memo_of_gigabytes(folder: Path) -> str:
+    pickle = torch_bytes.pickled(b"]r\xff\xff\xff\xff")
+    path = torch_model(folder, torch_bytes.torch_file(pickle))
+    return f"{path}: holds a list, not a mapping of names to tensors"
+
+
+def nested_keys(folder: Path) -> str:
+    pickle = torch_bytes.pickled(b"})" + b"q\x00h\x00\x86" * 200 + b"Ns")
+    path = torch_model(folder, torch_bytes.torch_file(pickle))
+    return f"{path}: has a pickle that holds a key that is neither a string nor a number"
+
+
 ATTACKS: list[Callable[[Path], str]] = [
     overlapping_tensors,
     length_of_gigabytes,
@@ -165,6 +212,12 @@ ATTACKS: list[Callable[[Path], str]] = [
     deep_config,
     pipe_for_a_config,
     name_that_steers_the_terminal,
+    pickle_with_code,
+    bare_pickle_with_code,
+    tensor_beyond_its_storage,
+    compressed_storages,
+    memo_of_gigabytes,
+    nested_keys,
 ]
 """Each changes a sound model, and returns how the message must begin."""
 

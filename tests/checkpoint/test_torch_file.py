@@ -446,6 +446,7 @@ def test_both_ends_must_agree(tmp_path: Path) -> None:
         (-22 + 12, "L", (1,), "two ends that disagree"),
         (-22 + 16, "L", (1,), "two ends that disagree"),
         (-42 + 8, "Q", (0,), "not where it must be"),
+        (-42 + 4, "L", (1,), "not where it must be"),
         (-98, "L", (0,), "zip64 end that is not one"),
         (-98 + 48, "Q", (2**63,), "two ends that disagree"),
         (-98 + 16, "L", (1,), "is part of a zip file"),
