@@ -32,6 +32,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError
+from .block_scales import dequantised_notices, with_block_scales
 from .header import Header, garbage_collector_paused, read_header
 from .json_file import read_json_mapping
 from .tensor import Checkpoint, TensorInfo
@@ -99,6 +100,7 @@ def open_checkpoint(reference: str) -> Checkpoint:
     if not tensors:
         raise InputError(f"{path}: holds no tensor. Download it again.")
     config, config_bytes = _read_config(folder)
+    tensors = with_block_scales(tensors, config, folder)
     return Checkpoint(
         reference=reference,
         folder=str(folder),
@@ -108,7 +110,10 @@ def open_checkpoint(reference: str) -> Checkpoint:
         header_bytes_read=sum(header.bytes_read for header in headers)
         + config_bytes
         + (0 if index is None else index.bytes_read),
-        notices=tuple(notice for header in headers for notice in header.notices),
+        notices=(
+            *(notice for header in headers for notice in header.notices),
+            *dequantised_notices(tensors),
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 
@@ -58,6 +58,7 @@ class TensorInfo:
     shape: () for a scalar.
     file: path of the file that holds it, relative to the checkpoint's folder.
     start, stop_exclusive: its byte range within that file (absolute, header included).
+    scale: what the stored numbers must be multiplied by; None: by nothing.
     """
 
     name: str
@@ -66,6 +67,7 @@ class TensorInfo:
     file: str
     start: int
     stop_exclusive: int
+    scale: BlockScale | None = None
 
     @property
     def element_count(self) -> int:
@@ -74,6 +76,29 @@ class TensorInfo:
     @property
     def size_bytes(self) -> int:
         return self.stop_exclusive - self.start
+
+    @property
+    def stored(self) -> TensorInfo:
+        """The tensor as it lies in the file, without its scale."""
+        return self if self.scale is None else replace(self, scale=None)
+
+    @property
+    def value_dtype(self) -> str:
+        """safetensors name of the dtype that its values are of: a scaled float8 tensor stands for
+        one of bfloat16."""
+        return self.dtype if self.scale is None else "BF16"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScale:
+    """The scales of a block-quantised matrix.
+
+    tensor: one number for each block.
+    block: rows and columns of a block; those at the matrix's ends may be smaller.
+    """
+
+    tensor: TensorInfo
+    block: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)

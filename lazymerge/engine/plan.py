@@ -21,6 +21,7 @@ from ..architecture.config import config_conflicts, output_config
 from ..architecture.layer_config import with_layers
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.block_scales import dequantised_config
 from ..checkpoint.fused import is_rows_of, taken_apart
 from ..checkpoint.tensor import DTYPES
 from ..errors import InputError, InputErrors
@@ -391,7 +392,7 @@ def make_plan(
         notices=(
             *_recipe_notices(recipe),
             *renamings,
-            *(notice for checkpoint in checkpoints.values() for notice in checkpoint.notices),
+            *(f"{model}: {notice}" for model, c in checkpoints.items() for notice in c.notices),
             *compiled.notices,
             *config_notices,
             *_config_notices(checkpoints),
@@ -559,9 +560,10 @@ def _check_reads(graph: Graph, checkpoints: Mapping[str, Checkpoint], path: str)
         InputError: one is not.
     """
     known = {
-        (checkpoint.folder, tensor.file, tensor.name): tensor
+        (checkpoint.folder, part.file, part.name): part
         for checkpoint in checkpoints.values()
         for tensor in checkpoint.tensors.values()
+        for part in (tensor.stored, *([tensor.scale.tensor] if tensor.scale else []))
     }
     for node in graph:
         if not isinstance(node, Read):
@@ -686,7 +688,8 @@ def _output_config(
 ) -> tuple[dict[str, object] | None, list[str]]:
     """The source's config with the output's dtype, its rows where embeddings were cut, and its
     layers where they were put together from slices; and what it cannot say of them."""
-    if source.config is None:
+    base_config = dequantised_config(source)
+    if base_config is None:
         return None, []
     sizes: Counter[str] = Counter()
     rows = None
@@ -697,7 +700,7 @@ def _output_config(
         if is_vocabulary(write.name) and before is not None and before.shape != write.shape:
             rows = write.shape[0]
     dtype = DTYPES[sizes.most_common(1)[0][0]].torch_name if sizes else None
-    config, said = output_config(source.config, dtype, rows), []
+    config, said = output_config(base_config, dtype, rows), []
     for stack, layers in compiled.origins.items():
         origins = [(checkpoints[model].config, number) for model, number in layers]
         config, sentences = with_layers(config, stack, origins)

@@ -26,6 +26,7 @@ from ..recipe.signature import Parameter, Scalar, Scope
 from . import operations  # noqa: F401  (registers the shared operations)
 from .graph import Graph
 from .node import Read, Write
+from .operations.block_scales import add_dequantised
 from .targets import LayerOrigins, Source, Target, find_targets
 
 MOST_PROBLEMS_SHOWN = 20
@@ -168,7 +169,7 @@ class _Compiler:
         elif target.is_copied or len(having) < least or prod(shape) == 0:
             if len(having) < len(target.inputs):
                 self.notices.add(f"copied from {first} alone", name)
-            source = self.graph.add(reads[first])
+            source = self._node(reads[first])
             method = "copy"
         else:
             return self._merge(target, shape, having, reads)
@@ -198,7 +199,7 @@ class _Compiler:
                 for p in signature.parameters
                 if p.scope is Scope.MODEL or (p.scope is Scope.NON_BASE and not source.is_base)
             }
-            node = self.graph.add(reads[source.model])
+            node = self._node(reads[source.model])
             contributions[source] = Contribution(source.model, node, values, source.place)
         merge = TensorMerge(
             name=target.name,
@@ -226,6 +227,13 @@ class _Compiler:
         if len(shapes) > 1:
             infos = self._common_rows(name, infos)
         return {model: Read(folders[model], info) for model, info in infos.items()}
+
+    def _node(self, read: Read) -> str:
+        """The node that yields a tensor's values."""
+        stored, scale = Read(read.folder, read.tensor.stored), read.tensor.scale
+        if scale is None or stored.element_count == 0:
+            return self.graph.add(stored)
+        return add_dequantised(self.graph, stored, scale)
 
     def _common_rows(self, name: str, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         shapes = {model: info.shape for model, info in infos.items()}
@@ -281,7 +289,7 @@ class _Compiler:
         asked = self.recipe.out_dtype or self.recipe.dtype
         if is_float and asked is not None:
             return FLOAT_DTYPES_BY_TORCH_NAME[asked].name
-        return next(iter(reads.values())).dtype
+        return next(iter(reads.values())).tensor.value_dtype
 
     def _resolve(
         self,

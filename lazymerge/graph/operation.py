@@ -76,6 +76,9 @@ class ApplyOperation(ABC):
     """Its only block must be the whole tensor."""
     is_for_host: ClassVar[bool] = False
     """Accelerators leave it to the processor."""
+    is_positional: ClassVar[bool] = False
+    """What it does with an element depends on `start`, so that it cannot be computed for a sample.
+    Reductions over it that would take one (`is_sampling`) do not."""
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         """The dtype blocks are computed in: float64 where an input is float64, else float32."""
@@ -166,6 +169,8 @@ class ReduceOperation(ABC, Generic[Partial, Result]):
     is_by_rows: ClassVar[bool] = False
     is_whole: ClassVar[bool] = False
     is_for_host: ClassVar[bool] = False
+    is_sampling: ClassVar[bool] = False
+    """It may begin with a sample, unless its parameter `is_sampled` is False."""
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         """The dtype blocks are computed in: float64 where an input is float64, else float32."""

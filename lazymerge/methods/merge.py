@@ -120,6 +120,8 @@ class TensorMerge:
     ) -> str:
         """Adds a Reduce node over block-valued nodes of the tensor's shape; returns its id."""
         dtypes = [self.graph.block_node(node).dtype for node in inputs]
+        if reduce_operation(operation).is_sampling and any(map(self._is_positional, inputs)):
+            parameters["is_sampled"] = False
         return self.graph.add(
             Reduce(
                 operation=operation,
@@ -129,6 +131,14 @@ class TensorMerge:
                 shape=self.shape,
                 working_dtype=reduce_operation(operation).working_dtype(dtypes),
             )
+        )
+
+    def _is_positional(self, node_id: str) -> bool:
+        """Whether a block-valued node can only be computed at its own place in the tensor."""
+        node = self.graph.block_node(node_id)
+        return isinstance(node, Apply) and (
+            apply_operation(node.operation).is_positional
+            or any(map(self._is_positional, node.inputs))
         )
 
     def fail(self, problem: str) -> NoReturn:

@@ -157,6 +157,8 @@ class _Selection(ReduceOperation[tuple[Any, ...], Any]):
     Subclasses say which vectors: `columns` of them, loaded one after the other.
     """
 
+    is_sampling = True
+
     def wanted(self, parameters: Parameters) -> tuple[int, ...]:
         """How many thresholds are searched of each column."""
         return tuple(map(len, self.keep(parameters, ())))
@@ -182,7 +184,7 @@ class _Selection(ReduceOperation[tuple[Any, ...], Any]):
 
     def is_sampled(self, parameters: Parameters) -> bool:
         """Whether runs of neighbours can be loaded as a block."""
-        return True
+        return bool(parameters.get("is_sampled", True))
 
     def is_located(self, parameters: Parameters) -> bool:
         """Whether it matters which of equal elements survive."""
@@ -311,6 +313,8 @@ class MagnitudeThresholds(_Selection):
         keep: n entries: a count kᵢ (1 ≤ kᵢ ≤ element count), several in a tuple, or None where no
             threshold is wanted.
         keeps_last: of equal magnitudes the last survive (False where it is left out).
+        is_sampled: whether the inputs can be computed for runs of neighbours (True where it is left
+            out).
 
     Result: n entries, a Threshold, a tuple of them, or None.
     """
@@ -378,9 +382,6 @@ class LargestValues(_Selection):
             count = int(cast(float, parameters["share"]) * statistics[0])
             return [(count,) if count else ()]
         return [cast("tuple[int, ...]", parameters["keep"])]
-
-    def is_sampled(self, parameters: Parameters) -> bool:
-        return bool(parameters["is_sampled"])
 
     def is_located(self, parameters: Parameters) -> bool:
         return "share" in parameters
