@@ -225,6 +225,7 @@ class Place:
             )
         (folder / "single").mkdir()
         (folder / "torch").mkdir()
+        _write_float8(folder / "float8")
         self.shard = _short(next(folder.glob("base/*.safetensors")).read_bytes())
         self.recipes = [self._recipe(method) for method in ("ties", "linear", "dare_ties")]
         self.gradients = self.recipes[0].replace(
@@ -286,6 +287,7 @@ class Place:
             "torch": Target([torch_file(wrapped=True), torch_file(wrapped=False)], self.torch, 20),
             "pickle": Target([_pickle_of(torch_file(wrapped)) for wrapped in (True, False)],
                              self.pickle, 20),
+            "scales": Target(files("float8/config.json"), self.scales, 5),
             "index": Target(files("base/model.safetensors.index.json"), self.index, 10),
             "config": Target(files("base/config.json"), self.config, 10),
             "sidecar": Target(files("base/tokenizer.json"), self.sidecar, 1),
@@ -330,6 +332,11 @@ class Place:
                 is_pickle = entry.filename.endswith("/data.pkl")
                 altered.writestr(entry.filename, data if is_pickle else sound.read(entry))
         self.torch(stream.getvalue())
+
+    def scales(self, data: bytes) -> None:
+        """The config of a model of float8 blocks, which says how large they are."""
+        put(self.folder / "float8" / "config.json", data)
+        self._merge(self._linear("float8"))
 
     def index(self, data: bytes) -> None:
         self._open_with("model.safetensors.index.json", data)
@@ -468,6 +475,19 @@ def _short(data: bytes) -> bytes:
         end += 12
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + bytes(end)
+
+
+def _write_float8(folder: Path) -> None:
+    """A model of float8 weights with a scale for each block."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {"layers.0.weight": torch.ones(6, 5).to(torch.float8_e4m3fn)}
+    save_file(tensors | {"layers.0.weight_scale_inv": torch.ones(2, 2)}, folder / "x.safetensors")
+    quantization = {"quant_method": "fp8", "weight_block_size": [3, 4]}
+    config = {"model_type": "llama", "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def torch_file(wrapped: bool) -> bytes:

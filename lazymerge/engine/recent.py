@@ -17,12 +17,23 @@ class Recent:
         self._entries: dict[Hashable, tuple[object, object]] = {}
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, token: object, make: Callable[[], Value]) -> Value:
-        """The value last made for a key and this very token (compared by identity)."""
+    def get(
+        self,
+        key: Hashable,
+        token: object,
+        make: Callable[[], Value],
+        is_kept: Callable[[Value], bool] = lambda _: True,
+    ) -> Value:
+        """The value last made for a key and this very token (compared by identity).
+
+        is_kept: whether a value may stay here when its tensor is done.
+        """
         entry = self._entries.get(key)
         if entry is not None and entry[0] is token:
             return cast("Value", entry[1])
         value = make()
+        if not is_kept(value):
+            return value
         with self._lock:
             self._entries[key] = (token, value)
             if len(self._entries) > self._most_entries:

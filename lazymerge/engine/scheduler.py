@@ -191,18 +191,15 @@ class Scheduler:
     def _prepare(self, active: _Active, stage: Reduce | Write) -> dict[str, Any]:
         """The scalars of every Apply node that the stage evaluates."""
         prepared: dict[str, Any] = {}
-
-        def visit(node_id: str) -> None:
-            node = self._graph[node_id]
-            if isinstance(node, Apply) and node_id not in prepared:
+        # no function that calls itself: it would be a cycle that holds what has been prepared
+        waiting = list(stage.inputs if isinstance(stage, Reduce) else (stage.source,))
+        while waiting:
+            node = self._graph[waiting.pop()]
+            if isinstance(node, Apply) and node.id not in prepared:
                 statistics = [active.results[source] for source in node.statistics]
                 operation = apply_operation(node.operation)
-                prepared[node_id] = operation.prepare(dict(node.parameters), statistics)
-                for source in node.inputs:
-                    visit(source)
-
-        for source in stage.inputs if isinstance(stage, Reduce) else (stage.source,):
-            visit(source)
+                prepared[node.id] = operation.prepare(dict(node.parameters), statistics)
+                waiting += node.inputs
         return prepared
 
     def _open_pass(self, active: _Active, following: Pass) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from lazymerge.engine.plan import Plan, Resources, load_plan, make_plan, signatu
 from lazymerge.engine.reference import run_reference
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.verification import verify_output
+from lazymerge.graph.operation import Done
+from lazymerge.graph.operations.block_scales import BlockScales
 from lazymerge.recipe import parse_recipe
 from numpy.random import Generator
 from safetensors.torch import load_file
@@ -242,3 +246,37 @@ def test_embeddings_that_are_cut(tmp_path: Path) -> None:
     found = merged(plan, tmp_path / "out")[name]
     expected = 0.5 * values["base"] + 0.5 * values["a"]
     assert bits(found) == bits(expected.float().bfloat16())
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("kernels", [pytest.param("native", marks=needs_kernels), "torch"])
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp"])
+def test_scales_of_finished_tensors_are_let_go(
+    models: Path, method: str, kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of large models take megabytes: they must not wait for the garbage collector."""
+    most = 0
+    tables: list[weakref.ref[Any]] = []
+    finish = BlockScales.finish
+
+    def counting(self: BlockScales, *arguments: Any) -> Done[Any]:
+        nonlocal most
+        done = finish(self, *arguments)
+        tables.append(weakref.ref(done.result))
+        most = max(most, sum(table() is not None for table in tables))
+        return done
+
+    monkeypatch.setattr(BlockScales, "finish", counting)
+    plan = planned(models, method, kernels)
+    one = Resources(4 << 30, workers=1, kernels=kernels)
+    run_plan(plan.with_resources(one), tmp_path / "out", fsync=False)
+    assert len(tables) == len(SHAPES) * len(plan.checkpoints)
+    assert most == len(plan.checkpoints)

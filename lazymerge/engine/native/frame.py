@@ -149,7 +149,12 @@ class NativeFrame:
     def _bind(self, key: Hashable, token: object, record: Callable[[], Program]) -> Kernel:
         """A kernel for a program. key, token: of what it was recorded for (Recent)."""
         layout = self._layout
-        encoded = self._recent.get(key, token, lambda: encode_program(record()))
+        encoded = self._recent.get(
+            key,
+            token,
+            lambda: encode_program(record()),
+            is_kept=lambda made: not made.program.tables,  # megabytes, where rows are short
+        )
         assert layout.registers is not None
         output = layout.output
         return Kernel(

@@ -495,18 +495,22 @@ def operands(
 ) -> list[Operand]:
     """The inputs of a node. reads: ids of the stage's Read nodes, in the order of its inputs."""
     made: dict[str, Operand] = {node_id: number for number, node_id in enumerate(reads)}
+    return [_operand(graph, node_id, made, prepared) for node_id in node_ids]
 
-    def operand(node_id: str) -> Operand:
-        if node_id not in made:
-            node = graph.block_node(node_id)
-            assert isinstance(node, Apply)
-            operation = apply_operation(node.operation)
-            cost = operation.cost(len(node.inputs), dict(node.parameters))
-            inputs = [operand(source) for source in node.inputs]
-            made[node_id] = Nested(operation, inputs, cost.scratch, prepared[node_id])
-        return made[node_id]
 
-    return [operand(node_id) for node_id in node_ids]
+def _operand(
+    graph: Graph, node_id: str, made: dict[str, Operand], prepared: Mapping[str, Any]
+) -> Operand:
+    # not within `operands`: a function that calls itself and holds what has been prepared, tables
+    # of megabytes among it, is a cycle, and stays until the garbage collector comes
+    if node_id not in made:
+        node = graph.block_node(node_id)
+        assert isinstance(node, Apply)
+        operation = apply_operation(node.operation)
+        cost = operation.cost(len(node.inputs), dict(node.parameters))
+        inputs = [_operand(graph, source, made, prepared) for source in node.inputs]
+        made[node_id] = Nested(operation, inputs, cost.scratch, prepared[node_id])
+    return made[node_id]
 
 
 class _Computed:
