@@ -88,8 +88,8 @@ class Evaluation:
             self._inputs = [self._input(node) for node in stage.inputs]
         else:
             self._inputs = [self._input(stage.source)]
-        # a method of the frame that holds this: a cycle, and what has been prepared would stay until
-        # the garbage collector comes
+        # a method of the frame that holds this: a cycle, and what has been prepared would stay
+        # until the garbage collector comes
         del self._open_read
 
     def buffers(self, slots: Sequence[Slot | None]) -> Buffers:
