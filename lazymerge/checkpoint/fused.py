@@ -57,8 +57,10 @@ def rows_of(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
     start, stop: rows, stop exclusive.
     """
     row_bytes = tensor.size_bytes // tensor.shape[0]
+    scale = tensor.scale
     return replace(
         tensor,
+        scale=None if scale is None else replace(scale, first_row=scale.first_row + start),
         shape=(stop - start, *tensor.shape[1:]),
         start=tensor.start + start * row_bytes,
         stop_exclusive=tensor.start + stop * row_bytes,

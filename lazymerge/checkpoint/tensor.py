@@ -95,10 +95,12 @@ class BlockScale:
 
     tensor: one number for each block.
     block: rows and columns of a block; those at the matrix's ends may be smaller.
+    first_row: of the matrix that the scales are of: where some of its rows are a tensor's.
     """
 
     tensor: TensorInfo
     block: tuple[int, int]
+    first_row: int = 0
 
 
 @dataclass(frozen=True, slots=True)

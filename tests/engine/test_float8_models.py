@@ -280,3 +280,27 @@ def test_scales_of_finished_tensors_are_let_go(
     run_plan(plan.with_resources(one), tmp_path / "out", fsync=False)
     assert len(tables) == len(SHAPES) * len(plan.checkpoints)
     assert most == len(plan.checkpoints)
+
+
+def test_projections_that_are_taken_apart(tmp_path: Path) -> None:
+    """Their rows begin and end anywhere in the blocks of the one that holds them."""
+    prefix = "model.layers.0.self_attn."
+    parts = {
+        f"{prefix}{word}_proj.weight": rows for word, rows in (("q", 200), ("k", 70), ("v", 70))
+    }
+    plain = {name: torch.zeros((rows, 64)).bfloat16() for name, rows in parts.items()}
+    write_checkpoint(tmp_path / "base", plain)
+    fused = f"{prefix}qkv_proj.weight"
+    stored, values = quantised_and_not({fused: (340, 64)}, np.random.default_rng(9), (128, 32))
+    del stored["model.norm.weight"]
+    write_checkpoint(tmp_path / "a", stored, config((128, 32)))
+    found = merged(planned(tmp_path, "linear", out_dtype="float32"), tmp_path / "out")
+    start = 0
+    for name, rows in parts.items():
+        expected = 0.5 * values[fused][start : start + rows]
+        assert bits(found[name]) == bits(expected.float()), name
+        start += rows
+    saved = tmp_path / "plan.json"
+    plan = planned(tmp_path, "linear")
+    plan.save(saved)
+    assert load_plan(saved).fingerprint == plan.fingerprint

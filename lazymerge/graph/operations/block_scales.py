@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def add_dequantised(graph: Graph, weight: Read, scale: BlockScale) -> str:
     """Adds what yields a float8 tensor's values; returns its id.
 
-    weight: a matrix, or its leading rows.
+    weight: a matrix, or some of its rows.
     """
     rows, columns = weight.shape
     block_rows, block_columns = scale.block
@@ -48,7 +48,13 @@ def add_dequantised(graph: Graph, weight: Read, scale: BlockScale) -> str:
     table = Reduce(
         operation=BlockScales.name,
         parameters=as_parameters(
-            {"rows": rows, "columns": columns, "block": (block_rows, block_columns), "run": run}
+            {
+                "first_row": scale.first_row,
+                "rows": rows,
+                "columns": columns,
+                "block": (block_rows, block_columns),
+                "run": run,
+            }
         ),
         inputs=(graph.add(Read(weight.folder, scale.tensor)),),
         statistics=(),
@@ -72,11 +78,12 @@ class BlockScales(ReduceOperation["Numbers", "Numbers"]):
     """The scales of a matrix's runs, from those of its blocks.
 
     Parameters:
-        rows, columns: R, C of the matrix (R of its leading rows, where only they are read).
+        first_row, rows: which rows of the matrix are read.
+        columns: C of the matrix.
         block: r, c.
         run: g, elements of a run; divides C, and divides c or is C.
 
-    Result: float64, shape (R C / g,).
+    Result: float64, shape (rows C / g,).
     """
 
     name = "block_scales"
@@ -100,8 +107,8 @@ class BlockScales(ReduceOperation["Numbers", "Numbers"]):
         rows, columns, run = (cast(int, parameters[name]) for name in ("rows", "columns", "run"))
         block_rows, _ = cast("tuple[int, int]", parameters["block"])
         # the scales as collected and joined; spread over runs; and over rows
-        of_rows = columns // run
-        return 8 * (2 * element_count + -(-rows // block_rows) * of_rows + rows * of_rows)
+        of_row = columns // run
+        return 8 * (2 * element_count + (rows // block_rows + 2) * of_row + rows * of_row)
 
     def expected_passes(self, parameters: Parameters) -> int:
         return 1
@@ -137,12 +144,14 @@ class BlockScales(ReduceOperation["Numbers", "Numbers"]):
 
         rows, columns, run = (cast(int, parameters[name]) for name in ("rows", "columns", "run"))
         block_rows, block_columns = cast("tuple[int, int]", parameters["block"])
+        first_row = cast(int, parameters["first_row"])
         scales = numpy.concatenate(partials).reshape(-1, -(-columns // block_columns))
-        needed = -(-rows // block_rows)
-        by_run = scales[:needed, numpy.arange(0, columns, run) // block_columns]
+        first, last = first_row // block_rows, (first_row + rows - 1) // block_rows
+        by_run = scales[first : last + 1, numpy.arange(0, columns, run) // block_columns]
         table = numpy.empty((rows, columns // run))
-        for number, of_block in enumerate(by_run):
-            table[number * block_rows : (number + 1) * block_rows] = of_block
+        for number, of_block in enumerate(by_run, start=first):
+            begin = max(0, number * block_rows - first_row)
+            table[begin : (number + 1) * block_rows - first_row] = of_block
         return Done(table.reshape(-1))
 
 
