@@ -41,6 +41,7 @@ _END_SIGNATURE = b"PK\x05\x06"
 _END64_LOCATOR_SIGNATURE = b"PK\x06\x07"
 _END64_SIGNATURE = b"PK\x06\x06"
 _ZIP64_EXTRA = 1
+_VERSION_OF_ZIP64 = 45
 _SIZES_FOLLOW, _NAME_IS_UTF8 = 1 << 3, 1 << 11
 _IN_ZIP64 = 0xFFFFFFFF
 _IN_ZIP64_SHORT = 0xFFFF
@@ -192,7 +193,7 @@ def _parse_directory(directory: bytes, count: int) -> list[_Record]:
         if position + _CENTRAL.size > len(directory):
             raise BrokenFileError(f"its directory of {count:,} entries ends at entry {number:,}.")
         fields = _CENTRAL.unpack_from(directory, position)
-        signature, flags, method = fields[0], fields[3], fields[4]
+        signature, needed, flags, method = fields[0], *fields[2:5]
         packed, size_bytes, name_bytes, extra_bytes, comment_bytes = fields[8:13]
         disk, offset = fields[13], fields[16]
         position += _CENTRAL.size
@@ -202,14 +203,18 @@ def _parse_directory(directory: bytes, count: int) -> list[_Record]:
         position += extra_bytes + comment_bytes
         if signature != _CENTRAL_SIGNATURE or position > len(directory):
             raise BrokenFileError(f"entry {number:,} of its directory is not one.")
-        if _IN_ZIP64 in (size_bytes, packed, offset):
-            size_bytes, packed, offset = _whole_numbers(extra, [size_bytes, packed, offset], name)
         shown = quoted(name.decode("utf-8", "replace"))
+        size_bytes, packed, offset = _whole_numbers(extra, [size_bytes, packed, offset], shown)
         if method or packed != size_bytes:
             raise BrokenFileError(
                 f"its entry {shown} is compressed; torch.save stores entries as they are "
                 "(TorchScript programs, which are not taken, are compressed in part).",
                 "Save the state dict with torch.save again.",
+            )
+        if needed > _VERSION_OF_ZIP64:
+            raise BrokenFileError(
+                f"its entry {shown} needs version {needed} of the zip format; torch writes up to "
+                f"{_VERSION_OF_ZIP64}."
             )
         if disk or flags & ~(_SIZES_FOLLOW | _NAME_IS_UTF8):
             raise BrokenFileError(f"its entry {shown} is encrypted, or part of another file.")
@@ -221,21 +226,26 @@ def _parse_directory(directory: bytes, count: int) -> list[_Record]:
     return records
 
 
-def _whole_numbers(extra: bytes, numbers: list[int], name: bytes) -> list[int]:
-    """The numbers with those that did not fit taken from the zip64 field, in the same order."""
+def _whole_numbers(extra: bytes, numbers: list[int], name: str) -> list[int]:
+    """The numbers, those that did not fit taken from the zip64 field, where they have that order.
+
+    extra: an entry's fields, each with its kind and length.
+    """
+    needed = numbers.count(_IN_ZIP64)
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)
         position += 4
-        if kind == _ZIP64_EXTRA:
-            needed = numbers.count(_IN_ZIP64)
-            if 8 * needed <= length <= len(extra) - position:
-                whole = iter(struct.unpack_from(f"<{needed}Q", extra, position))
-                return [next(whole) if n == _IN_ZIP64 else n for n in numbers]
-            break
+        if length > len(extra) - position:
+            raise BrokenFileError(f"its entry {name} has a field that is cut.")
+        if kind == _ZIP64_EXTRA and 8 * needed <= length:
+            whole = iter(struct.unpack_from(f"<{needed}Q", extra, position))
+            numbers = [next(whole) if n == _IN_ZIP64 else n for n in numbers]
+            needed = 0
         position += length
-    shown = quoted(name.decode("utf-8", "replace"))
-    raise BrokenFileError(f"its entry {shown} has no size or place.")
+    if needed:
+        raise BrokenFileError(f"its entry {name} has no size or place.")
+    return numbers
 
 
 def _content_start(source: _Source, record: _Record, name: str, limit: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
@@ -395,6 +396,7 @@ ZIPS: dict[str, tuple[bytes, str]] = {
     "far away": (altered(2, 42, "L", len(SOUND)), "lies beyond the entries"),
     "sizes unknown": (altered(2, 24, "L", 0xFFFFFFFF), "has no size or place"),
     "not first": (altered(0, 42, "L", 1), "bytes before its first entry"),
+    "version": (altered(1, 6, "H", 46), "needs version 46 of the zip format"),
     "another disk": (altered(0, 34, "H", 1), "part of another file"),
     "no record": (altered(1, 0, "L", 0), "entry 1 of its directory is not one"),
     "long name": (altered(1, 28, "H", 60_000), "entry 1 of its directory is not one"),
@@ -436,6 +438,20 @@ def zip64(path: Path) -> bytearray:
     """A file of torch's, which has both ends."""
     torch.save({"w": torch.arange(6.0)}, path)
     return bytearray(path.read_bytes())
+
+
+def test_fields_of_entries_that_are_cut(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        entry = zipfile.ZipInfo("x/data.pkl")
+        entry.extra = struct.pack("<HH", 0x4246, 3) + b"..."  # as torch pads
+        archive.writestr(entry, ONE)
+        archive.writestr("x/data/0", DATA)
+    content = stream.getvalue()
+    read(write(tmp_path / "m.pt", content))
+    place = content.rindex(struct.pack("<HH", 0x4246, 3))
+    cut = content[: place + 2] + b"\x04" + content[place + 3 :]
+    assert "has a field that is cut" in refused(tmp_path / "m.pt", cut)
 
 
 def test_both_ends_must_agree(tmp_path: Path) -> None:
