@@ -238,7 +238,7 @@ def _whole_numbers(extra: bytes, numbers: list[int], name: str) -> list[int]:
         position += 4
         if length > len(extra) - position:
             raise BrokenFileError(f"its entry {name} has a field that is cut.")
-        if kind == _ZIP64_EXTRA and 8 * needed <= length:
+        if kind == _ZIP64_EXTRA and 0 < 8 * needed <= length:
             whole = iter(struct.unpack_from(f"<{needed}Q", extra, position))
             numbers = [next(whole) if n == _IN_ZIP64 else n for n in numbers]
             needed = 0
