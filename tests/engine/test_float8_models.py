@@ -304,3 +304,26 @@ def test_projections_that_are_taken_apart(tmp_path: Path) -> None:
     plan = planned(tmp_path, "linear")
     plan.save(saved)
     assert load_plan(saved).fingerprint == plan.fingerprint
+
+
+def test_layers_of_a_quantised_model_put_together_anew(models: Path, tmp_path: Path) -> None:
+    document = {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": str(models / "a"), "layer_range": [number, number + 1]}]}
+            for number in (1, 1, 0)
+        ],
+        "out_dtype": "float32",
+    }
+    recipe = parse_recipe(yaml.safe_dump(document), "recipe.yml", signatures())
+    plan = make_plan(recipe, Resources(4 << 30, workers=2))
+    assert plan.config is not None
+    assert "quantization_config" not in plan.config
+    found = merged(plan, tmp_path / "out")
+    exact = load_file(models / "exact" / "a" / "model.safetensors")
+    for name, tensor in found.items():
+        for number, origin in ((0, 1), (1, 1), (2, 0)):
+            if name.startswith(f"model.layers.{number}."):
+                inner = name.replace(f".{number}.", f".{origin}.")
+                assert bits(tensor) == bits(exact[inner].float()), name
+    assert len(found) == 3 + 3 + 2 + 1
