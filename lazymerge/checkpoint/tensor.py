@@ -88,6 +88,15 @@ class TensorInfo:
         one of bfloat16."""
         return self.dtype if self.scale is None else "BF16"
 
+    def leading_rows(self, rows: int) -> TensorInfo:
+        """The part of the tensor that its first rows take up on disk."""
+        if not self.shape or self.shape[0] <= rows:
+            return self
+        row_bytes = self.size_bytes // self.shape[0]
+        return replace(
+            self, shape=(rows, *self.shape[1:]), stop_exclusive=self.start + rows * row_bytes
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class BlockScale:

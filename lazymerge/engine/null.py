@@ -30,6 +30,8 @@ from .stages import (
     Slot,
     StageLayout,
     TensorTask,
+    bytes_between,
+    bytes_per_element,
     stage_layout,
 )
 
@@ -112,7 +114,10 @@ def walk_plan(plan: Plan) -> Walk:
         walked = _walked(job, stage)
         jobs.append(walked)
         widths = [DTYPES[read.dtype].item_bytes for read in plan.graph.reads_of(stage.id)]
-        (sampled if walked.is_sample else full)[name] += walked.elements * sum(widths)
+        rate = bytes_per_element(plan.graph, stage)
+        (sampled if walked.is_sample else full)[name] += sum(
+            bytes_between(rate, *piece) for pieces in job.pieces for piece in pieces
+        )
         for pieces in job.pieces:
             elements = sum(stop - start for start, stop in pieces)
             is_copied = plan.execution.read_mode != "mmap" or len(pieces) > 1

@@ -90,8 +90,11 @@ class ReadAhead:
 
 
 def _reads_of(graph: Graph, task: TensorTask) -> tuple[Read, ...]:
-    """The inputs of a tensor, each once, those of its first stage first."""
-    reads = [read for stage in task.stages for read in graph.reads_of(stage.id)]
+    """The inputs of a tensor, each once, those of its first stage first; without those whose rows
+    are read in another order."""
+    reads = [
+        read for stage in task.stages for read in graph.reads_of(stage.id) if read.rows is None
+    ]
     return tuple({read.id: read for read in reads}.values())
 
 

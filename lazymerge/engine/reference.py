@@ -136,11 +136,25 @@ def _read(node: Read) -> Tensor:
     info = node.tensor
     dtype = getattr(torch, DTYPES[info.dtype].torch_name)
     if info.element_count == 0:
-        return torch.empty(0, dtype=dtype)
+        return torch.zeros(node.element_count, dtype=dtype)
     with (Path(node.folder) / info.file).open("rb") as file:
         file.seek(info.start)
         data = bytearray(file.read(info.size_bytes))
-    return torch.frombuffer(data, dtype=dtype)
+    stored = torch.frombuffer(data, dtype=dtype)
+    return stored if node.rows is None else _rearranged(node, stored)
+
+
+def _rearranged(node: Read, stored: Tensor) -> Tensor:
+    """Rows of a tensor as the node's table says."""
+    import torch
+
+    assert node.rows is not None
+    table = stored.view(torch.uint8).reshape(node.tensor.shape[0], -1)  # copying knows no dtype
+    result = torch.zeros((len(node.rows), table.shape[1]), dtype=torch.uint8)
+    for place, row in enumerate(node.rows):
+        if row >= 0:
+            result[place] = table[row]
+    return result.reshape(-1).view(stored.dtype)
 
 
 def _buffers(count: int, elements: int) -> list[Tensor]:

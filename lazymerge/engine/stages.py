@@ -254,7 +254,8 @@ def stage_layout(graph: Graph, stage: Reduce | Write, execution: Execution) -> S
     if execution.kernels == "native":
         dtypes = tuple(read.dtype for read in graph.reads_of(stage.id))
         if _is_native(stage, operations, dtypes):
-            return _lay_out_native(stage, operations, dtypes, row, execution)
+            is_gathered = any(read.rows is not None for read in graph.reads_of(stage.id))
+            return _lay_out_native(stage, operations, dtypes, row, execution, is_gathered)
     return _Torch(graph, elements).lay_out(stage)
 
 
@@ -394,11 +395,22 @@ def expected_passes(task: TensorTask) -> int:
 
 def bytes_read(graph: Graph, task: TensorTask) -> int:
     """Input bytes read over all expected passes."""
-    total = sum(read.tensor.size_bytes for read in graph.reads_of(task.write.id))
+    total = sum(read.size_bytes for read in graph.reads_of(task.write.id))
     for reduce in task.reductions:
         passes = reduce_operation(reduce.operation).expected_passes(dict(reduce.parameters))
-        total += passes * sum(read.tensor.size_bytes for read in graph.reads_of(reduce.id))
+        total += passes * sum(read.size_bytes for read in graph.reads_of(reduce.id))
     return total
+
+
+def bytes_per_element(graph: Graph, stage: Reduce | Write) -> float:
+    """Input bytes of one pass over a stage, by element; rows that are not there are not read."""
+    size = sum(read.size_bytes for read in graph.reads_of(stage.id))
+    return size / max(1, stage.element_count)
+
+
+def bytes_between(rate: float, start: int, stop: int) -> int:
+    """Whole bytes of an element range; those of neighbouring ranges add up to those of both."""
+    return round(stop * rate) - round(start * rate)
 
 
 class _Layout:
@@ -427,8 +439,12 @@ def _lay_out_native(
     dtypes: tuple[str, ...],
     row: int,
     execution: Execution,
+    is_gathered: bool,
 ) -> NativeLayout:
-    """dtypes: of the stage's inputs. row: what row_elements says."""
+    """dtypes: of the stage's inputs. row: what row_elements says.
+
+    is_gathered: rows of an input are brought together in the arena, a block at a time.
+    """
     elements = block_length(stage.element_count, execution.device, row)
     is_mapped = execution.read_mode == "mmap"
     working_dtype = "F64" if "F64" in dtypes else "F32"
@@ -446,8 +462,10 @@ def _lay_out_native(
         block_elements=elements_per_block(execution.device, row),
         row=max(1, stage.shape[-1]) if stage.shape else 1,
         columns=prod(stage.shape[1:]),  # columns run along the first dimension
-        read_elements=min(elements, _sample_elements(stage)) if is_mapped else elements,
-        blocks_at_once=WINDOW_BLOCKS if is_mapped else RUN_BLOCKS,
+        read_elements=(
+            min(elements, _sample_elements(stage)) if is_mapped and not is_gathered else elements
+        ),
+        blocks_at_once=1 if is_gathered else WINDOW_BLOCKS if is_mapped else RUN_BLOCKS,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import starmap
 from typing import Any
 
 from xxhash import xxh3_128
@@ -25,7 +26,7 @@ from .pairs import Pairs
 from .readahead import ReadAhead
 from .recent import Recent
 from .scheduler import Job, Scheduler
-from .stages import stage_layout
+from .stages import bytes_between, bytes_per_element, stage_layout
 
 Nonfinite = Callable[[str], None]
 """Told of a tensor that inf or nan was written of."""
@@ -119,14 +120,15 @@ class Worker:
                 partials.append(result)
             else:
                 pairs.add(number, result)
-            elements = sum(stop - start for start, stop in job.pieces[number])
-            self._moved(round(elements * self._bytes_per_element), 0, job.task.write.name)
+            bytes_read = sum(starmap(self._bytes_read, job.pieces[number]))
+            self._moved(bytes_read, 0, job.task.write.name)
         return partials if pairs is None else [pairs.result]
 
     def _write(self, frame: Frame, job: Job, stage: Write) -> list[Any] | None:
         """The checksum of all blocks, as what the first of them gives."""
         checksum = xxh3_128()
         offset = self._bytes_of(stage, 0, job.pieces[0][0][0])
+        start = job.pieces[0][0][0]
         for data in frame.run(job.pieces, job.state):
             if self._scheduler.is_stopped:
                 return None
@@ -135,8 +137,9 @@ class Worker:
                 self._nonfinite(stage.name)
             self._writer.write(stage.name, data, offset)
             offset += len(data)
-            elements = len(data) // DTYPES[stage.dtype].item_bytes
-            self._moved(round(elements * self._bytes_per_element), len(data), stage.name)
+            stop = start + len(data) // DTYPES[stage.dtype].item_bytes
+            self._moved(self._bytes_read(start, stop), len(data), stage.name)
+            start = stop
             del data  # it may be part of a mapped window
         return [checksum.digest(), *[None] * (len(job.pieces) - 1)]
 
@@ -153,8 +156,11 @@ class Worker:
         if sink.is_nonfinite:
             self._nonfinite(stage.name)
         written = self._bytes_of(stage, start, stop)
-        self._moved(round((stop - start) * self._bytes_per_element), written, stage.name)
+        self._moved(self._bytes_read(start, stop), written, stage.name)
         return [sink.digest(), *[None] * (len(job.pieces) - 1)]
+
+    def _bytes_read(self, start: int, stop: int) -> int:
+        return bytes_between(self._bytes_per_element, start, stop)
 
     @staticmethod
     def _bytes_of(stage: Write, start: int, stop: int) -> int:
@@ -165,9 +171,7 @@ class Worker:
         if self._frame is None or key != self._frame_of:
             stage = job.task.stages[job.stage]
             self._frame = None
-            self._bytes_per_element = sum(
-                read.tensor.size_bytes for read in self._graph.reads_of(stage.id)
-            ) / max(1, stage.element_count)
+            self._bytes_per_element = bytes_per_element(self._graph, stage)
             self._frame = make_frame(
                 self._graph,
                 stage,

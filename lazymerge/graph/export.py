@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoint.tensor import TensorInfo
 from .graph import Graph
 from .node import Apply, Node, ParameterValue, Read, Reduce, Write
+from .rows import MOST_ROWS, RowTable
 
 
 def graph_to_json(graph: Graph) -> list[dict[str, Any]]:
@@ -26,17 +27,18 @@ def graph_to_json(graph: Graph) -> list[dict[str, Any]]:
         match node:
             case Read():
                 t = node.tensor
-                exported.append(
-                    {
-                        "kind": "read",
-                        "folder": node.folder,
-                        "file": t.file,
-                        "tensor": t.name,
-                        "dtype": t.dtype,
-                        "shape": list(t.shape),
-                        "bytes": [t.start, t.stop_exclusive],
-                    }
-                )
+                entry: dict[str, Any] = {
+                    "kind": "read",
+                    "folder": node.folder,
+                    "file": t.file,
+                    "tensor": t.name,
+                    "dtype": t.dtype,
+                    "shape": list(t.shape),
+                    "bytes": [t.start, t.stop_exclusive],
+                }
+                if node.rows is not None:
+                    entry |= {"row_count": len(node.rows), "rows": node.rows.to_text()}
+                exported.append(entry)
             case Reduce() | Apply():
                 exported.append(
                     {
@@ -66,16 +68,18 @@ def graph_from_json(nodes: Sequence[dict[str, Any]]) -> Graph:
     """The graph that `graph_to_json` exported.
 
     Raises:
-        KeyError, TypeError, IndexError: it is not such an export.
+        KeyError, TypeError, IndexError, ValueError: it is not such an export.
     """
     graph = Graph()
     ids: list[str] = []
+    tables: dict[str, RowTable] = {}
     for entry in nodes:
-        ids.append(graph.add(_node(entry, ids)))
+        ids.append(graph.add(_node(entry, ids, tables)))
     return graph
 
 
-def _node(entry: dict[str, Any], ids: Sequence[str]) -> Node:
+def _node(entry: dict[str, Any], ids: Sequence[str], tables: dict[str, RowTable]) -> Node:
+    """tables: those of earlier nodes, by their text; an embedding and its head share one."""
     shape = tuple(entry["shape"])
     kind = entry["kind"]
     if kind == "read":
@@ -83,6 +87,7 @@ def _node(entry: dict[str, Any], ids: Sequence[str]) -> Node:
         return Read(
             entry["folder"],
             TensorInfo(entry["tensor"], entry["dtype"], shape, entry["file"], start, stop),
+            _rows(entry, tables),
         )
     if kind == "write":
         return Write(entry["tensor"], entry["dtype"], shape, ids[entry["source"]])
@@ -95,6 +100,17 @@ def _node(entry: dict[str, Any], ids: Sequence[str]) -> Node:
         shape=shape,
         working_dtype=entry["working_dtype"],
     )
+
+
+def _rows(entry: dict[str, Any], tables: dict[str, RowTable]) -> RowTable | None:
+    if "rows" not in entry:
+        return None
+    text, count = entry["rows"], entry["row_count"]
+    if type(count) is not int or not 0 <= count <= MOST_ROWS:
+        raise ValueError(f"{count!r} rows")
+    if text not in tables or len(tables[text]) != count:
+        tables[text] = RowTable.from_text(text, count)
+    return tables[text]
 
 
 def _tuples(value: Any) -> ParameterValue:

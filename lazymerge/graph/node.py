@@ -20,7 +20,8 @@ from hashlib import blake2b
 from math import prod
 from typing import Union
 
-from ..checkpoint.tensor import TensorInfo
+from ..checkpoint.tensor import DTYPES, TensorInfo
+from .rows import RowTable
 
 ParameterValue = Union[None, bool, int, float, str, tuple["ParameterValue", ...]]  # noqa: UP007
 """What a node's parameter may be: JSON's scalars and (nested) tuples of them."""
@@ -37,20 +38,23 @@ def _content_hash(*content: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One tensor of one checkpoint, or its leading rows.
+    """One tensor of one checkpoint, or its leading rows, or rows of it in another order.
 
     folder: absolute path of the checkpoint's folder.
     tensor: name, dtype, shape and byte range of what is read.
+    rows: which of its rows (along the first dimension) stands where; None: as they are.
     """
 
     folder: str
     tensor: TensorInfo
+    rows: RowTable | None = None
     id: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         t = self.tensor
         content = (self.folder, t.file, t.start, t.stop_exclusive, t.dtype, t.shape)
-        object.__setattr__(self, "id", _content_hash("read", *content))
+        rearranged = () if self.rows is None else (self.rows.digest,)
+        object.__setattr__(self, "id", _content_hash("read", *content, *rearranged))
 
     @property
     def dtype(self) -> str:
@@ -59,11 +63,25 @@ class Read:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
+        if self.rows is None:
+            return self.tensor.shape
+        return (len(self.rows), *self.tensor.shape[1:])
 
     @property
     def element_count(self) -> int:
-        return self.tensor.element_count
+        return prod(self.shape)
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of one row, along all dimensions but the first."""
+        return prod(self.tensor.shape[1:])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that are read for all of it."""
+        if self.rows is None:
+            return self.tensor.size_bytes
+        return self.rows.present * self.row_elements * DTYPES[self.dtype].item_bytes
 
 
 @dataclass(frozen=True, slots=True)

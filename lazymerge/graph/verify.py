@@ -7,6 +7,7 @@ R4  output names are unique, and every output's source has its shape
 R5  bytes are copied undecoded only between equal dtypes
 R6  a Read's byte range is exactly its elements
 R7  every node is used by some output
+R8  rows that are rearranged are rows of the tensor
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ..checkpoint.tensor import DTYPES
 from .graph import Graph, node_inputs
 from .node import Apply, Node, Read, Reduce, Write
 from .operation import WORKING_DTYPES, apply_operation, reduce_operation
+from .rows import ABSENT
 
 
 class IllegalGraphError(AssertionError):
@@ -30,8 +32,9 @@ def verify_graph(graph: Graph) -> None:
     for node in graph:
         match node:
             case Read():
-                size = node.element_count * DTYPES[node.dtype].item_bytes
+                size = node.tensor.element_count * DTYPES[node.dtype].item_bytes
                 _require(node.tensor.size_bytes == size, "R6", node, "byte range and shape differ")
+                _verify_rows(node)
             case Reduce() | Apply():
                 _verify_operation(graph, node)
             case Write():
@@ -52,6 +55,18 @@ def verify_graph(graph: Graph) -> None:
         if node.id in used:
             used.update(node_inputs(node))
     _require(len(used) == len(graph), "R7", None, "some nodes lead to no output")
+
+
+def _verify_rows(node: Read) -> None:
+    if node.rows is None:
+        return
+    rows = node.tensor.shape[0] if node.tensor.shape else 0
+    _require(
+        node.rows.lowest >= ABSENT and node.rows.highest < rows,
+        "R8",
+        node,
+        f"rows {node.rows.lowest} to {node.rows.highest} of {rows}",
+    )
 
 
 def _verify_operation(graph: Graph, node: Reduce | Apply) -> None:

@@ -13,7 +13,7 @@ from ...graph.operation import apply_operation, reduce_operation
 from ...graph.vector import Counts, spread, sum_of_lanes
 from ..arena import Arena
 from ..execution import ReadMode
-from ..inputs import InputFiles, MappedInput, Pieces, PreadInput, open_input
+from ..inputs import GatheredInput, Input, InputFiles, MappedInput, Pieces, open_input
 from ..recent import Recent
 from ..stages import NativeLayout, Slot, stage_window
 from .library import (
@@ -85,17 +85,18 @@ class NativeFrame:
         self._prepared = prepared
         self._block_elements = layout.block_elements
         window = stage_window(graph, stage, "cpu") if read_mode == "mmap" else 0
-        self._inputs: list[PreadInput | MappedInput] = []
+        self._inputs: list[Input] = []
         self._streamed: list[StreamedInput] = []
         for number, read in enumerate(reads):
             slots = [arena.bytes(layout.raw[number])] if layout.raw else []
             source = open_input(read, files, read_mode, slots, window)
             self._inputs.append(source)
-            if isinstance(source, MappedInput):
-                descriptor, address = -1, 0  # where its window lies is said before each call
+            first_byte = 0 if isinstance(source, GatheredInput) else read.tensor.start
+            if isinstance(source, MappedInput | GatheredInput):
+                descriptor, address = -1, 0  # where its elements lie is said before each call
             else:
                 descriptor, address = source.descriptor, arena.address(layout.raw[number])
-            self._streamed.append(StreamedInput(read.dtype, descriptor, read.tensor.start, address))
+            self._streamed.append(StreamedInput(read.dtype, descriptor, first_byte, address))
         self._kernel: Kernel | None = None
         self._state: Any = None
         self._output = arena.bytes(layout.output) if layout.output else memoryview(b"")
@@ -214,6 +215,9 @@ class NativeFrame:
             if isinstance(source, MappedInput):
                 source.cover(start, stop)
                 kernel.room[number] = source.address
+            elif isinstance(source, GatheredInput):
+                source.cover(start, stop)
+                kernel.room[number] = source.room(self._arena.address(self._layout.raw[number]))
         failed = kernel.stream(start, stop - start, self._block_elements, sink)
         if failed is None:
             return True
