@@ -16,7 +16,7 @@ from ..methods import METHODS
 from ..output.card import model_card
 from ..output.checksum import file_checksum
 from ..output.layout import INDEX_NAME, index_json
-from ..output.manifest import CHECKSUM, MANIFEST_NAME, count, write_text
+from ..output.manifest import CHECKSUM, MANIFEST_NAME, count, write_bytes, write_text
 from ..output.sidecars import copy_sidecars
 from ..version import __version__
 from .blocks import elements_per_block
@@ -58,6 +58,9 @@ def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> tuple[str,
         write_text(folder / "config.json", text, fsync=fsync)
         files.append("config.json")
     copy_sidecars(plan.sidecar_folder, plan.sidecars, folder, fsync=fsync)
+    made = {} if plan.tokenizer is None else plan.tokenizer.files
+    for name, content in made.items():
+        write_bytes(folder / name, content, fsync=fsync)
     signature = METHODS[plan.recipe.merge_method].signature
     card = model_card(
         folder.absolute().name,
@@ -70,7 +73,7 @@ def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> tuple[str,
         __version__,
     )
     write_text(folder / "README.md", card, fsync=fsync)
-    return (*files, *plan.sidecars, "README.md")
+    return (*files, *sorted([*plan.sidecars, *made]), "README.md")
 
 
 def manifest(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import DoesNotFitError
 from ..graph.graph import Graph
+from ..graph.node import Read
 from ..sizes import format_memory
 from .baseline import Libraries, reserved_bytes, resident_bytes
 from .execution import Execution
@@ -97,6 +98,16 @@ class MemoryPlan:
         return {**asdict(self), "projected_bytes": self.projected_bytes}
 
 
+def table_bytes(graph: Graph) -> int:
+    """What the tables of rearranged rows occupy, each once."""
+    tables = {
+        node.rows.digest: len(node.rows.data)
+        for node in graph
+        if isinstance(node, Read) and node.rows is not None
+    }
+    return sum(tables.values())
+
+
 def available_memory_bytes() -> int:
     """What this process could still take: of the machine, or of its cgroup if that is less."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -146,11 +157,15 @@ def plan_memory(
     workers: int,
     execution: Execution,
     held_bytes: int = 0,
+    beside_bytes: int = 0,
+    planning_bytes: int = 0,
 ) -> MemoryPlan:
     """Chooses the number of workers that fits the limit.
 
     workers: how many are wanted.
     held_bytes: what the process that will run it occupies already.
+    beside_bytes: what the plan holds beside the graph.
+    planning_bytes: what planning has taken for a while, when there were no buffers yet.
 
     Raises:
         DoesNotFitError: even one worker does not fit; the message names the smallest limit that
@@ -159,7 +174,16 @@ def plan_memory(
     if execution.device != "cpu":
         from .device.memory import plan_device_memory
 
-        return plan_device_memory(graph, tasks, limit_bytes, workers, execution, held_bytes)
+        return plan_device_memory(
+            graph,
+            tasks,
+            limit_bytes,
+            workers,
+            execution,
+            held_bytes,
+            beside_bytes,
+            planning_bytes,
+        )
     arena_bytes, hungriest = 0, ""
     statistics: list[int] = [0]
     window_bytes = joined_bytes = temporary = 0
@@ -178,13 +202,15 @@ def plan_memory(
             joined_bytes = max(joined_bytes, joined_statistics_bytes(graph, stage))
             temporary = max(temporary, temporary_bytes(graph, stage))
     statistics.sort(reverse=True)
-    reserved = max(reserved_bytes(libraries), held_bytes) + len(graph) * NODE_BYTES
+    beside_bytes += table_bytes(graph)
+    reserved = max(reserved_bytes(libraries) + beside_bytes, held_bytes) + len(graph) * NODE_BYTES
     is_mapped = execution.read_mode == "mmap"
 
     def plan(count: int, smallest: int) -> MemoryPlan:
+        later = count * (arena_bytes + joined_bytes + temporary) + sum(statistics[:count])
         return MemoryPlan(
             limit_bytes=limit_bytes,
-            reserved_bytes=reserved,
+            reserved_bytes=max(reserved, reserved_bytes("numpy") + planning_bytes - later),
             libraries=libraries,
             workers=count,
             arena_bytes=arena_bytes,

@@ -39,11 +39,14 @@ from ..recipe import Recipe, Signature, load_recipe, parse_recipe
 from ..recipe.signature import Scalar
 from ..sizes import format_bytes, format_count, format_memory
 from ..version import __version__
+from ..vocabulary import Alignment
+from ..vocabulary.files import is_tokenizer_file
 from .blocks import DeviceClass
 from .device.memory import DEFAULT_WORKERS, USED_SHARE, default_device_limit_bytes
 from .execution import DEFAULT_READ_MODE, Execution, Kernels, ReadMode, default_kernels
 from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memory
 from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
+from .tokenizer import TokenizerPlan, plan_tokenizer
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 PLAN_FORMAT = 1
@@ -108,6 +111,7 @@ class Plan:
     config: the output's config.json, None where no model has one.
     sidecars: files copied from `sidecar_folder`.
     execution: how the run reads and computes.
+    tokenizer: the output's, where the recipe asks for one; then none of its files is a sidecar.
     """
 
     recipe: Recipe
@@ -122,6 +126,7 @@ class Plan:
     sidecar_folder: str
     sidecars: tuple[str, ...]
     execution: Execution
+    tokenizer: TokenizerPlan | None = None
 
     @property
     def read_mode(self) -> ReadMode:
@@ -160,7 +165,7 @@ class Plan:
 
         Neither the memory limit nor the number of workers is part of it.
         """
-        content = {
+        content: dict[str, object] = {
             "version": __version__,
             "torch": torch_version(),
             "device": self.execution.device,
@@ -171,6 +176,8 @@ class Plan:
                 for checkpoint in self.checkpoints.values()
             ],
         }
+        if self.tokenizer is not None:
+            content["tokenizer"] = self.tokenizer.digests
         return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
     def facts(self) -> list[tuple[str, str]]:
@@ -179,7 +186,8 @@ class Plan:
         for write in self.graph.writes:
             shares[write.dtype] += write.element_count * DTYPES[write.dtype].item_bytes
         elements = sum(write.element_count for write in self.graph.writes)
-        config = ["config.json"] if self.config is not None else []
+        beside = ["config.json"] if self.config is not None else []
+        beside += sorted([*self.sidecars, *(self.tokenizer.files if self.tokenizer else ())])
         memory = self.memory
         return [
             (
@@ -188,7 +196,7 @@ class Plan:
                 f"{dtype_text(dict(shares.most_common()))}, {format_bytes(self.bytes_written)} "
                 f"in {_counted(len(self.shards), 'shard')}",
             ),
-            ("beside it", ", ".join([*config, *self.sidecars, "README.md", MANIFEST_NAME])),
+            ("beside it", ", ".join([*beside, "README.md", MANIFEST_NAME])),
             (
                 "operations",
                 ", ".join(f"{count} {kind}" for kind, count in self.graph.count_by_kind().items()),
@@ -246,7 +254,7 @@ class Plan:
         """
         return replace(
             self,
-            memory=_memory(self.graph, self.tasks, resources),
+            memory=_memory(self.graph, self.tasks, resources, self.tokenizer),
             execution=resources.execution,
         )
 
@@ -265,6 +273,8 @@ class Plan:
             self.memory.workers,
             self.execution,
             held_bytes,
+            beside_bytes=0 if self.tokenizer is None else self.tokenizer.held_bytes,
+            planning_bytes=0 if self.tokenizer is None else self.tokenizer.planning_bytes,
         )
         return replace(self, memory=memory)
 
@@ -335,6 +345,7 @@ class Plan:
                 "config": self.config,
                 "sidecar_folder": self.sidecar_folder,
                 "sidecars": list(self.sidecars),
+                **({"tokenizer": self.tokenizer.as_dict()} if self.tokenizer else {}),
             },
             "tensors": [
                 {
@@ -379,11 +390,15 @@ def make_plan(
     """
     resources = resources or Resources()
     checkpoints, renamings = _aligned(recipe, _open_all(recipe, paths or {}))
-    compiled = compile_recipe(recipe, checkpoints, truncate_embeddings=truncate_embeddings)
+    tokenizer = plan_tokenizer(recipe, checkpoints, paths)
+    alignment = None if tokenizer is None else tokenizer.alignment
+    compiled = compile_recipe(
+        recipe, checkpoints, truncate_embeddings=truncate_embeddings, alignment=alignment
+    )
     verify_graph(compiled.graph)
     tasks = tensor_tasks(compiled.graph)
     source = checkpoints[recipe.main_model]
-    config, config_notices = _output_config(source, compiled, checkpoints)
+    config, config_notices = _output_config(source, compiled, checkpoints, alignment)
     return Plan(
         recipe=recipe,
         checkpoints=checkpoints,
@@ -394,23 +409,25 @@ def make_plan(
             *renamings,
             *(f"{model}: {notice}" for model, c in checkpoints.items() for notice in c.notices),
             *compiled.notices,
+            *(tokenizer.notices if tokenizer else ()),
             *config_notices,
-            *_config_notices(checkpoints),
+            *_config_notices(checkpoints, is_vocabulary_matched=alignment is not None),
         ),
         shards=lay_out(
             [OutputTensor(w.name, w.dtype, w.shape) for w in compiled.graph.writes],
             max_shard_bytes,
         ),
         max_shard_bytes=max_shard_bytes,
-        memory=_memory(compiled.graph, tasks, resources),
+        memory=_memory(compiled.graph, tasks, resources, tokenizer),
         config=config,
         sidecar_folder=source.folder,
         sidecars=(
-            sidecar_files(source.folder)
+            _sidecars(source.folder, tokenizer)
             if Path((paths or {}).get(source.reference, source.reference)).is_dir()
             else ()
         ),
         execution=resources.execution,
+        tokenizer=tokenizer,
     )
 
 
@@ -506,6 +523,11 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     _check_reads(graph, checkpoints, path)
     output = document["output"]
     _check_sidecars(output, checkpoints[recipe.main_model], path)
+    tokenizer = plan_tokenizer(recipe, checkpoints)
+    if (tokenizer and tokenizer.as_dict()) != output.get("tokenizer"):
+        raise InputError(
+            f"the tokenizer is not what it was when {path} was made; plan the recipe again"
+        )
     max_shard_bytes = _of_kind(output["max_shard_bytes"], int)
     shards = lay_out(
         [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes], max_shard_bytes
@@ -518,11 +540,12 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         notices=tuple(_of_kind(notice, str) for notice in document["notices"]),
         shards=shards,
         max_shard_bytes=max_shard_bytes,
-        memory=_memory(graph, tensor_tasks(graph), resources),
+        memory=_memory(graph, tensor_tasks(graph), resources, tokenizer),
         config=_of_kind(output["config"], dict, type(None)),
         sidecar_folder=output["sidecar_folder"],
         sidecars=tuple(output["sidecars"]),
         execution=resources.execution,
+        tokenizer=tokenizer,
     )
     if plan.fingerprint != document["fingerprint"]:
         raise InputError(f"{path} was altered after it was made; plan the recipe again")
@@ -672,7 +695,19 @@ def _aligned(
     return aligned, sentences
 
 
-def _memory(graph: Graph, tasks: tuple[TensorTask, ...], resources: Resources) -> MemoryPlan:
+def _sidecars(folder: str, tokenizer: TokenizerPlan | None) -> tuple[str, ...]:
+    """The files that are copied from a folder: those of the tokenizer are not, where it is made."""
+    return tuple(
+        name for name in sidecar_files(folder) if tokenizer is None or not is_tokenizer_file(name)
+    )
+
+
+def _memory(
+    graph: Graph,
+    tasks: tuple[TensorTask, ...],
+    resources: Resources,
+    tokenizer: TokenizerPlan | None,
+) -> MemoryPlan:
     limit, workers = resources.limit_bytes, resources.workers
     on_device = resources.execution.device != "cpu"
     if limit is None:
@@ -680,14 +715,26 @@ def _memory(graph: Graph, tasks: tuple[TensorTask, ...], resources: Resources) -
     if workers is None:
         workers = default_workers()
         workers = min(DEFAULT_WORKERS, workers) if on_device else workers
-    return plan_memory(graph, tasks, limit, workers, resources.execution)
+    return plan_memory(
+        graph,
+        tasks,
+        limit,
+        workers,
+        resources.execution,
+        beside_bytes=0 if tokenizer is None else tokenizer.held_bytes,
+        planning_bytes=0 if tokenizer is None else tokenizer.planning_bytes,
+    )
 
 
 def _output_config(
-    source: Checkpoint, compiled: CompiledMerge, checkpoints: Mapping[str, Checkpoint]
+    source: Checkpoint,
+    compiled: CompiledMerge,
+    checkpoints: Mapping[str, Checkpoint],
+    alignment: Alignment | None,
 ) -> tuple[dict[str, object] | None, list[str]]:
-    """The source's config with the output's dtype, its rows where embeddings were cut, and its
-    layers where they were put together from slices; and what it cannot say of them."""
+    """The source's config with the output's dtype, its rows where embeddings were cut or matched by
+    token, and its layers where they were put together from slices; and what it cannot say of them.
+    """
     base_config = dequantised_config(source)
     if base_config is None:
         return None, []
@@ -697,7 +744,9 @@ def _output_config(
         if DTYPES[write.dtype].is_float:
             sizes[write.dtype] += write.element_count
         before = source.tensors.get(write.name)
-        if is_vocabulary(write.name) and before is not None and before.shape != write.shape:
+        if not is_vocabulary(write.name) or before is None:
+            continue
+        if alignment is not None or before.shape != write.shape:
             rows = write.shape[0]
     dtype = DTYPES[sizes.most_common(1)[0][0]].torch_name if sizes else None
     config, said = output_config(base_config, dtype, rows), []
@@ -717,13 +766,19 @@ def _recipe_notices(recipe: Recipe) -> list[str]:
     ]
 
 
-def _config_notices(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+def _config_notices(
+    checkpoints: Mapping[str, Checkpoint], *, is_vocabulary_matched: bool
+) -> list[str]:
     configs = {
         reference: checkpoint.config
         for reference, checkpoint in checkpoints.items()
         if checkpoint.config is not None
     }
-    return [f"configs disagree on {conflict}" for conflict in config_conflicts(configs)]
+    return [
+        f"configs disagree on {conflict}"
+        for conflict in config_conflicts(configs)
+        if not (is_vocabulary_matched and conflict.key.endswith("vocab_size"))
+    ]
 
 
 def _first_difference(model: dict[str, Any], folder: str, now: list[dict[str, Any]]) -> str:
@@ -740,6 +795,8 @@ def read_folders(plan: Plan) -> tuple[str, ...]:
     """Absolute paths of all folders that a plan reads from."""
     return tuple(
         dict.fromkeys(
-            [node.folder for node in plan.graph if isinstance(node, Read)] + [plan.sidecar_folder]
+            [node.folder for node in plan.graph if isinstance(node, Read)]
+            + [plan.sidecar_folder]
+            + ([] if plan.tokenizer is None else [plan.tokenizer.folder])
         )
     )

@@ -22,7 +22,8 @@ from ..errors import InputError, LazymergeError, RecipeError
 from ..output.checksum import file_checksum
 from ..output.folder import is_unfinished
 from ..output.manifest import MANIFEST_NAME, MERGE_PATH, count, read_document
-from ..recipe import parse_recipe
+from ..recipe import Recipe, parse_recipe
+from ..recipe.tokenizer import BASE, UNION
 from ..version import __version__
 from .plan import Plan, Resources, make_plan, signatures, torch_version
 
@@ -44,6 +45,7 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
             "bytes": sum(tensor.size_bytes for s in plan.shards for tensor in s.tensors),
             "max_shard_bytes": plan.max_shard_bytes,
         },
+        **({"tokenizer": plan.tokenizer.as_dict()} if plan.tokenizer else {}),
     }
 
 
@@ -90,6 +92,7 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
     if changed is not None:
         raise InputError(changed)
     recipe = replace(parse_recipe(text, path, signatures()), seed=seed)
+    paths = _tokenizer_path(recipe, document, where) | paths
     plan = make_plan(
         recipe,
         replace(resources, device=device),
@@ -170,6 +173,9 @@ def difference(document: Mapping[str, Any], plan: Plan) -> str:
         found = _model_difference(then["models"], now["models"])
         if found is not None:
             return found
+        found = _tokenizer_difference(then.get("tokenizer"), now.get("tokenizer"))
+        if found is not None:
+            return found
         if then["output"] != now["output"]:
             return f"its output was {_output(then['output'])}, now it is {_output(now['output'])}"
     except (AttributeError, KeyError, TypeError) as error:
@@ -239,6 +245,36 @@ def _model_difference(then: list[Any], now: list[Any]) -> str | None:
                     )
         if len(files) != len(model["files"]):
             return f"model {reference} lacks files that it had"
+    return None
+
+
+def _tokenizer_path(recipe: Recipe, document: Mapping[str, Any], where: Path) -> dict[str, str]:
+    """Where the tokenizer's source was, if it is not a model of the recipe.
+
+    Raises:
+        InputError: the document is damaged.
+    """
+    if recipe.tokenizer is None or recipe.tokenizer.source in (UNION, BASE):
+        return {}
+    try:
+        folder = document["tokenizer"]["folder"]
+        if not isinstance(folder, str):
+            raise TypeError("text expected")
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{where} is damaged ({error!r})") from error
+    return {recipe.tokenizer.source: folder}
+
+
+def _tokenizer_difference(then: Any, now: Any) -> str | None:
+    """What is not as it was of the tokenizer that is written."""
+    before, after = ((each or {"folder": None, "files": {}}) for each in (then, now))
+    if before["folder"] != after["folder"]:
+        return f"its tokenizer was made from {before['folder']}, now from {after['folder']}"
+    for name in sorted({*before["files"], *after["files"]}):
+        if before["files"].get(name) != after["files"].get(name):
+            return f"a tokenizer has changed: {name} of the output is not what it was"
+    if before.get("rows") != after.get("rows"):
+        return "a tokenizer has changed: its tokens have other numbers than they had"
     return None
 
 

@@ -219,4 +219,5 @@ def part_of_plan(plan: Plan, names: Collection[str]) -> Plan:
         max_shard_bytes=size,
         config=None,
         sidecars=(),
+        tokenizer=None,
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 
 from ..architecture import LayerStacks, find_layer_stacks, is_optional, is_vocabulary
@@ -23,7 +23,9 @@ from ..errors import InputError, InputErrors
 from ..methods import METHODS, Contribution, Method, TensorMerge
 from ..recipe.model import Conditions, Recipe, Setting, evaluate
 from ..recipe.signature import Parameter, Scalar, Scope
+from ..vocabulary import Alignment
 from . import operations  # noqa: F401  (registers the shared operations)
+from .embeddings import AlignedEmbeddings
 from .graph import Graph
 from .node import Read, Write
 from .operations.block_scales import add_dequantised
@@ -87,26 +89,33 @@ def compile_recipe(
     checkpoints: Mapping[str, Checkpoint],
     *,
     truncate_embeddings: bool = False,
+    alignment: Alignment | None = None,
 ) -> CompiledMerge:
     """Compiles a recipe against the headers of its models.
 
     checkpoints: by model reference as written in the recipe.
     truncate_embeddings: merge the common leading rows where vocabularies differ in size.
+    alignment: where the rows of the output's tokens are, if the recipe asks for a tokenizer.
 
     Raises:
         InputErrors: tensors that cannot be merged, every one of them.
     """
-    return _Compiler(recipe, checkpoints, truncate_embeddings).compile()
+    return _Compiler(recipe, checkpoints, truncate_embeddings, alignment).compile()
 
 
 class _Compiler:
     def __init__(
-        self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], truncate_embeddings: bool
+        self,
+        recipe: Recipe,
+        checkpoints: Mapping[str, Checkpoint],
+        truncate_embeddings: bool,
+        alignment: Alignment | None,
     ) -> None:
         self.recipe = recipe
         self.method: Method = METHODS[recipe.merge_method]
         self.truncate_embeddings = truncate_embeddings
         self.graph = Graph()
+        self.embeddings = AlignedEmbeddings(alignment, self.graph) if alignment else None
         self.notices = _Notices()
         self.problems: list[str] = []
         found = find_targets(recipe, checkpoints, self.method.signature.base)
@@ -159,20 +168,21 @@ class _Compiler:
                 return None
             self.notices.add(f"merged without {_models(lacking)}, which lack the tensor", name)
         reads = self._reads(name, having)
-        shape = next(iter(reads.values())).shape
+        nodes = self._nodes(name, reads)
+        shape = self.graph.block_node(next(iter(nodes.values()))).shape
         is_float = self._is_float(name, reads)
         least = self.method.signature.min_models
         first = next(iter(having)).model
         if not is_float:
-            source = self._identical(name, reads)
+            source = self._identical(name, shape, nodes)
             method = "copy"
         elif target.is_copied or len(having) < least or prod(shape) == 0:
             if len(having) < len(target.inputs):
                 self.notices.add(f"copied from {first} alone", name)
-            source = self._node(reads[first])
+            source = nodes[first]
             method = "copy"
         else:
-            return self._merge(target, shape, having, reads)
+            return self._merge(target, shape, having, reads, nodes)
         self.graph.add(Write(name, self._output_dtype(reads, is_float), shape, source))
         return ResolvedTensor(name, method, {}, {s.model: {} for s in having})
 
@@ -182,6 +192,7 @@ class _Compiler:
         shape: tuple[int, ...],
         having: Having,
         reads: Mapping[str, Read],
+        nodes: Mapping[str, str],
     ) -> ResolvedTensor:
         signature = self.method.signature
         inner_names = {source.model: inner for source, inner in target.inputs}
@@ -199,7 +210,7 @@ class _Compiler:
                 for p in signature.parameters
                 if p.scope is Scope.MODEL or (p.scope is Scope.NON_BASE and not source.is_base)
             }
-            node = self._node(reads[source.model])
+            node = nodes[source.model]
             contributions[source] = Contribution(source.model, node, values, source.place)
         merge = TensorMerge(
             name=target.name,
@@ -216,7 +227,7 @@ class _Compiler:
         return ResolvedTensor(target.name, signature.name, shared, by_model)
 
     def _reads(self, name: str, having: Having) -> dict[str, Read]:
-        """One Read per model, of one shape.
+        """One Read per model, of one shape but for embeddings whose rows are still to be matched.
 
         Raises:
             InputError: the shapes differ.
@@ -224,7 +235,7 @@ class _Compiler:
         infos = {source.model: info for source, info in having.items()}
         folders = {source.model: source.checkpoint.folder for source in having}
         shapes = {info.shape for info in infos.values()}
-        if len(shapes) > 1:
+        if len(shapes) > 1 and not (self.embeddings is not None and is_vocabulary(name)):
             infos = self._common_rows(name, infos)
         return {model: Read(folders[model], info) for model, info in infos.items()}
 
@@ -234,6 +245,37 @@ class _Compiler:
         if scale is None or stored.element_count == 0:
             return self.graph.add(stored)
         return add_dequantised(self.graph, stored, scale)
+
+    def _nodes(self, name: str, reads: Mapping[str, Read]) -> dict[str, str]:
+        """One node per model, of one shape: rows of embeddings are matched by token.
+
+        Raises:
+            InputError: they cannot be.
+        """
+        if self.embeddings is None or not is_vocabulary(name):
+            return {model: self._node(read) for model, read in reads.items()}
+        quantised = [model for model, read in reads.items() if read.tensor.scale is not None]
+        if quantised:
+            raise InputError(
+                f"tensor {name} of {', '.join(quantised)} is block-quantised: its rows cannot be "
+                "matched; convert the model to bfloat16 first"
+            )
+        nodes = self.embeddings.nodes(name, reads)
+        alignment = self.embeddings.alignment
+        for model, read in reads.items():
+            tokens = alignment.sizes[model]
+            if read.shape[0] > tokens:
+                self.notices.add(
+                    f"{model} has {read.shape[0]} rows for {tokens} tokens; the others are left "
+                    "out",
+                    name,
+                )
+            if not DTYPES[read.dtype].is_float and nodes[model] != read.id:
+                raise InputError(
+                    f"tensor {name} of {model} is of {read.dtype}: its rows cannot be matched; "
+                    "convert the model to floats first"
+                )
+        return nodes
 
     def _common_rows(self, name: str, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         shapes = {model: info.shape for model, info in infos.items()}
@@ -250,13 +292,12 @@ class _Compiler:
         if not self.truncate_embeddings:
             raise InputError(
                 f"tensor {name} has different numbers of rows (vocabulary entries): {described}; "
-                "the vocabularies must be matched, in mergekit's language by "
-                "`tokenizer: {source: base}` (not supported yet by this version), or "
-                "--unsafe-truncate-embeddings merges the common leading rows"
+                "match them by token: `tokenizer: {source: base}` in the recipe, or union, or a "
+                "model; or --unsafe-truncate-embeddings merges the common leading rows"
             )
         rows = min(shape[0] for shape in shapes.values())
         self.notices.add(f"cut to the {rows} leading rows that all models have", name)
-        return {model: leading_rows(info, rows) for model, info in infos.items()}
+        return {model: info.leading_rows(rows) for model, info in infos.items()}
 
     def _is_float(self, name: str, reads: Mapping[str, Read]) -> bool:
         """Whether the tensor is one of floats.
@@ -276,13 +317,12 @@ class _Compiler:
             )
         return False
 
-    def _identical(self, name: str, reads: Mapping[str, Read]) -> str:
+    def _identical(self, name: str, shape: tuple[int, ...], nodes: Mapping[str, str]) -> str:
         """The node for a tensor of integers or booleans, which must be equal in all models."""
-        nodes = [self.graph.add(read) for read in reads.values()]
-        if len(set(nodes)) == 1:
-            return nodes[0]
-        merge = TensorMerge(name, next(iter(reads.values())).shape, None, (), {}, self.graph)
-        return merge.apply("identical", nodes, tensor=name, models=tuple(reads))
+        if len(set(nodes.values())) == 1:
+            return next(iter(nodes.values()))
+        merge = TensorMerge(name, shape, None, (), {}, self.graph)
+        return merge.apply("identical", list(nodes.values()), tensor=name, models=tuple(nodes))
 
     def _output_dtype(self, reads: Mapping[str, Read], is_float: bool) -> str:
         """out_dtype, else dtype, else the dtype of the base or, without one, the first model."""
@@ -343,16 +383,6 @@ def setting_filters(setting: Setting) -> list[str]:
     if not isinstance(setting, Conditions):
         return []
     return [c.filter for c in setting.entries if c.filter is not None and c.filter != "*"]
-
-
-def leading_rows(info: TensorInfo, rows: int) -> TensorInfo:
-    """The part of a tensor that its first rows take up on disk."""
-    if not info.shape or info.shape[0] <= rows:
-        return info
-    row_bytes = info.size_bytes // info.shape[0]
-    return replace(
-        info, shape=(rows, *info.shape[1:]), stop_exclusive=info.start + rows * row_bytes
-    )
 
 
 def _models(sources: Iterable[Source]) -> str:

@@ -59,14 +59,19 @@ def count(value: object) -> int:
 
 
 def write_text(path: Path, text: str, *, fsync: bool) -> None:
+    """As `write_bytes`, of a text, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"), fsync=fsync)
+
+
+def write_bytes(path: Path, content: bytes, *, fsync: bool) -> None:
     """Writes a small file so that it has either its old contents or all of the new.
 
     fsync: whatever happens to the machine: the contents are on disk before they get the name.
     """
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)  # of a run that was killed; or somebody's link
-    with partial.open("x", encoding="utf-8") as stream:
-        stream.write(text)
+    with partial.open("xb") as stream:
+        stream.write(content)
         if fsync:
             stream.flush()
             os.fsync(stream.fileno())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..errors import Position, Problem
 from .signature import Scalar
+from .tokenizer import TokenizerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ class Recipe:
     parameters: top-level settings.
     dtype, out_dtype: torch dtype names (float32, bfloat16, float16, float64 …) or None.
     seed: of random methods; `--seed` takes its place.
+    tokenizer: what the vocabulary of the output is to be; None: the base's, or the first model's.
+    chat_template: `auto`, a known name, or Jinja text; None: as it is.
     text: the YAML as read, byte for byte (decoded as UTF-8).
     path: where it was read from, for messages.
     base_position, method_position: where the values of base_model and merge_method stand.
@@ -124,6 +127,8 @@ class Recipe:
     dtype: str | None = None
     out_dtype: str | None = None
     seed: int = 0
+    tokenizer: TokenizerSettings | None = None
+    chat_template: str | None = None
     text: str = field(default="", compare=False)
     path: str = field(default="recipe", compare=False)
     base_position: Position | None = field(default=None, compare=False)

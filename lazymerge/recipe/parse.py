@@ -40,6 +40,7 @@ from .source import (
     read_source,
     recipe_error,
 )
+from .tokenizer import TokenizerReader
 
 FLOAT_DTYPE_NAMES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 """What `dtype` and `out_dtype` may say: the torch names of the element types that can be merged.
@@ -74,6 +75,9 @@ TOP_LEVEL_KEYS = (
     "out_dtype",
     "parameters",
     "seed",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
 )
 CONTENT_KEYS = ("models", "slices", "modules")
 """One of them says what is merged."""
@@ -83,12 +87,7 @@ SLICE_KEYS = ("sources", "base_model", "parameters")
 MODULE_KEYS = ("models", "slices", "parameters")
 CONDITION_KEYS = ("value", "filter")
 
-LATER_TOP_LEVEL_KEYS = (
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-    "name",
-)
+LATER_TOP_LEVEL_KEYS = ("name",)
 """Words of mergekit's language that this version does not speak yet."""
 
 MOST_LAYERS = 1_000_000
@@ -243,6 +242,8 @@ class _Parser:
         dtype = self._dtype("dtype")
         out_dtype = self._dtype("out_dtype")
         seed = self._seed()
+        reader = TokenizerReader(self._root, self._report, self._reference)
+        tokenizer, chat_template = reader.tokenizer(), reader.chat_template()
         if self._signature is not None:
             self._check_base(self._signature, base, content.groups)
             for group in content.groups:
@@ -261,6 +262,8 @@ class _Parser:
             dtype=dtype,
             out_dtype=out_dtype,
             seed=seed,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
             text=self._text,
             path=self._path,
             base_position=entries["base_model"].node.position if base is not None else None,

@@ -12,6 +12,7 @@ from typing import Any
 
 from .parse import BOOLEAN_WORDS, FLOAT_DTYPE_NAMES, LATER_TOP_LEVEL_KEYS
 from .signature import BaseModel, Parameter, Scope, Signature
+from .tokenizer_schema import tokenizer_schema
 
 _NUMBER_PATTERN = r"^\s*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 
@@ -116,6 +117,7 @@ def json_schema(signatures: Mapping[str, Signature]) -> dict[str, Any]:
                 "description": "Of methods that draw random numbers. Without it: 0.",
                 "type": ["integer", "null"],
             },
+            **tokenizer_schema(),
             **{
                 key: {"description": "Not supported yet by lazymerge.", "type": "null"}
                 for key in LATER_TOP_LEVEL_KEYS

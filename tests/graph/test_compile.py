@@ -19,7 +19,6 @@ from lazymerge.graph.compile import (
     MOST_PROBLEMS_SHOWN,
     CompiledMerge,
     compile_recipe,
-    leading_rows,
 )
 from lazymerge.graph.node import Apply, Read, Reduce
 from lazymerge.graph.random_bits import stream_key
@@ -254,9 +253,9 @@ def test_vocabularies_are_cut_to_the_common_rows_if_asked_for() -> None:
 
 def test_leading_rows() -> None:
     info = TensorInfo("x", "F32", (4, 3), "f", 100, 148)
-    assert leading_rows(info, 4) is info
-    assert leading_rows(info, 1) == TensorInfo("x", "F32", (1, 3), "f", 100, 112)
-    assert leading_rows(TensorInfo("x", "F32", (4,), "f", 100, 116), 0).size_bytes == 0
+    assert info.leading_rows(4) is info
+    assert info.leading_rows(1) == TensorInfo("x", "F32", (1, 3), "f", 100, 112)
+    assert TensorInfo("x", "F32", (4,), "f", 100, 116).leading_rows(0).size_bytes == 0
 
 
 # ----------------------------------------------------------------------------- dtypes

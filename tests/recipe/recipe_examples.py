@@ -143,4 +143,25 @@ models:
   - {model: base, parameters: {label: zero}}
 parameters: {temperature: 2}
 """,
+    "tokenizer_source": """\
+merge_method: linear
+models: [{model: a, parameters: {weight: 1}}]
+tokenizer_source: union
+chat_template: auto
+""",
+    "tokenizer": """\
+merge_method: linear
+models: [{model: a, parameters: {weight: 1}}]
+tokenizer:
+  source: a
+  pad_to_multiple_of: 64
+  tokens:
+    <one>: {source: a, force: true}
+    <two>: {source: {kind: zero}}
+    <three>: {source: {kind: model_token, model: a, token: x}}
+    <four>: {source: {kind: model_token, model: a, token_id: 3}}
+    <five>:
+chat_template: |
+  {% for message in messages %}{{ message['content'] }}{% endfor %}
+""",
 }

@@ -25,7 +25,7 @@ CASES = _read_cases()
 
 
 def test_the_cases_are_read() -> None:
-    assert len(CASES) == 69
+    assert len(CASES) == 72
 
 
 @pytest.mark.parametrize(("recipe", "problems"), CASES.values(), ids=CASES)

@@ -18,7 +18,7 @@ from ...errors import DoesNotFitError
 from ...graph.graph import Graph
 from ...sizes import format_memory
 from ..execution import Execution
-from ..memory import MIB, MemoryPlan, VramPlan, available_memory_bytes
+from ..memory import MIB, MemoryPlan, VramPlan, available_memory_bytes, table_bytes
 from ..stages import (
     DeviceLayout,
     TensorTask,
@@ -75,11 +75,15 @@ def plan_device_memory(
     workers: int,
     execution: Execution,
     held_bytes: int = 0,
+    beside_bytes: int = 0,
+    planning_bytes: int = 0,
 ) -> MemoryPlan:
     """Chooses the number of workers that fits both limits.
 
     workers: how many are wanted.
     held_bytes: what the process occupies already.
+    beside_bytes: what the plan holds beside the graph.
+    planning_bytes: what planning has taken for a while, when there were no buffers yet.
 
     Raises:
         DoesNotFitError: even one worker does not fit; the message names the smallest limit that
@@ -106,7 +110,10 @@ def plan_device_memory(
                 window_bytes = max(window_bytes, mapped_bytes(graph, stage, execution.device))
     statistics.sort(reverse=True)
     device_bytes = -(-device_bytes // ALIGNMENT) * ALIGNMENT
-    reserved = max(RESERVED_BYTES, held_bytes) + len(graph) * NODE_BYTES
+    beside_bytes += table_bytes(graph)
+    # planning comes first, when no accelerator's library is loaded yet
+    reserved = max(RESERVED_BYTES + beside_bytes, held_bytes, planning_bytes)
+    reserved += len(graph) * NODE_BYTES
 
     def vram(count: int) -> int:
         if not device_bytes:

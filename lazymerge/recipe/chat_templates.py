@@ -1,0 +1,80 @@
+"""Chat templates that a recipe may name: how a conversation becomes text, in Jinja.
+
+Each follows the format that its models were trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_CHATML = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+_LLAMA3 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
+{{- message['content'] | trim + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{%- endif -%}
+"""
+
+_MISTRAL = """\
+{{- bos_token -}}
+{%- set ns = namespace(system='') -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- set ns.system = message['content'] + '\\n\\n' -%}
+{%- elif message['role'] == 'user' -%}
+{{- '[INST] ' + ns.system + message['content'] + ' [/INST]' -}}
+{%- set ns.system = '' -%}
+{%- else -%}
+{{- ' ' + message['content'] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+_ALPACA = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{{- message['content'] + '\\n\\n' -}}
+{%- elif message['role'] == 'user' -%}
+{{- '### Instruction:\\n' + message['content'] + '\\n\\n' -}}
+{%- else -%}
+{{- '### Response:\\n' + message['content'] + eos_token + '\\n\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '### Response:\\n' -}}
+{%- endif -%}
+"""
+
+_EXAONE = """\
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}
+{{- '[|system|][|endofturn|]\\n' -}}
+{%- endif -%}
+{{- '[|' + message['role'] + '|]' + message['content'] -}}
+{{- '\\n' if message['role'] == 'user' else '[|endofturn|]\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '[|assistant|]' -}}
+{%- endif -%}
+"""
+
+CHAT_TEMPLATES: Mapping[str, str] = {
+    "alpaca": _ALPACA,
+    "chatml": _CHATML,
+    "exaone": _EXAONE,
+    "llama3": _LLAMA3,
+    "mistral": _MISTRAL,
+}
+"""By name."""

@@ -1,0 +1,13 @@
+"""Tokenizers as data: their vocabularies, the output's, and where each model has its rows."""
+
+from .build import Alignment, Member, OutputVocabulary, output_vocabulary
+from .reading import Vocabulary, read_vocabulary
+
+__all__ = [
+    "Alignment",
+    "Member",
+    "OutputVocabulary",
+    "Vocabulary",
+    "output_vocabulary",
+    "read_vocabulary",
+]
