@@ -88,6 +88,7 @@ def refuse(message):
     raise LazymergeError(message)
 fuzz.SECONDS = 0.5
 signal.signal(signal.SIGALRM, fuzz._alarm)
+signal.signal(signal.SIGPROF, fuzz._alarm)
 sys.addaudithook(fuzz._audit)
 fuzz.limit_memory()
 target = fuzz.Target([b""], lambda _: {reading}, 1)
