@@ -114,6 +114,8 @@ def _plan_tokenizer(
         folder, alignment = vocabulary.source_folder, vocabulary.alignment
         files, file_notices = tokenizer_files(vocabulary, sidecar_files(folder))
         notices = [*vocabulary.notices, *file_notices]
+        if alignment is not None:
+            notices += _moved_ids(checkpoints[first].config or {}, alignment.tables[first])
         planning_bytes = READING_FACTOR * _tokenizer_bytes([folder, *folders.values()])
         if vocabulary.start is not None:
             made = len(files[TOKENIZER_NAME])
@@ -125,6 +127,26 @@ def _plan_tokenizer(
         else:
             files = with_chat_template(files, template)
     return TokenizerPlan(folder, files, alignment, tuple(notices), planning_bytes)
+
+
+def _moved_ids(config: Mapping[str, object], table: Sequence[int]) -> list[str]:
+    """Numbers of tokens in a config (eos_token_id …) that are others in the output; one sentence
+    each.
+
+    table: the config's model's row of every row of the output.
+    """
+    sentences = []
+    for key, number in config.items():
+        if not key.endswith("_token_id") or type(number) is not int or number < 0:
+            continue
+        if number < len(table) and table[number] == number:
+            continue
+        now = next((str(row) for row, old in enumerate(table) if old == number), "absent")
+        sentences.append(
+            f"config.json says {key}: {number}, which is {now} in the output's vocabulary; correct "
+            "it there, and in generation_config.json"
+        )
+    return sentences
 
 
 def vocabulary_size(checkpoint: Checkpoint) -> int | None:

@@ -17,7 +17,7 @@ from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
 from lazymerge.errors import InputError
 from lazymerge.graph.node import Read
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizer_cases import KINDS, WIDTH, WORDS, add_special, bpe, make_model, unigram
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -259,10 +259,43 @@ def test_a_model_without_a_tokenizer_has_the_base_vocabulary(tmp_path: Path) -> 
         plan_of(tmp_path, tokenizer_source="union")
 
 
+def test_numbers_in_the_config_that_are_others_now(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    numbers = {name: vocabulary(tmp_path / name) for name in "ac"}
+    moved = next(t for t, n in numbers["a"].items() if numbers["c"].get(t, n) != n)
+    gone = next(token for token in numbers["a"] if token not in numbers["c"])
+    path = tmp_path / "a" / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"bos_token_id": 1, "eos_token_id": numbers["a"][moved]}
+    config |= {"pad_token_id": numbers["a"][gone], "sep_token_id": None}
+    path.write_text(json.dumps(config))
+    plan = plan_of(tmp_path, tokenizer_source=str(tmp_path / "c"))
+    said = [notice for notice in plan.notices if "token_id" in notice]
+    assert len(said) == 2
+    assert f"eos_token_id: {numbers['a'][moved]}, which is {numbers['c'][moved]}" in said[0]
+    assert f"pad_token_id: {numbers['a'][gone]}, which is absent" in said[1]
+    assert not any(
+        "token_id" in notice for notice in plan_of(tmp_path, tokenizer_source="union").notices
+    )
+
+
+def test_block_quantised_embeddings_are_refused(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    path = tmp_path / "c" / "model.safetensors"
+    tensors = load_file(path)
+    rows = tensors[EMBEDDING].shape[0]
+    tensors[EMBEDDING] = tensors[EMBEDDING].to(torch.float8_e4m3fn)
+    tensors[f"{EMBEDDING}_scale_inv"] = torch.ones(-(-rows // 128), 1)
+    save_file(tensors, path)
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="block-quantised: its rows cannot be matched"):
+        plan_of(tmp_path, tokenizer_source="union")
+
+
 def test_widths_that_differ(tmp_path: Path) -> None:
     write_models(tmp_path)
-    from safetensors.torch import save_file
-
     tensors = load_file(tmp_path / "c" / "model.safetensors")
     tensors[EMBEDDING] = torch.zeros(tensors[EMBEDDING].shape[0], WIDTH + 1)
     save_file(tensors, tmp_path / "c" / "model.safetensors")
