@@ -14,6 +14,7 @@ tiny and made by transformers; `dtype` is float64, so that mergekit rounds once,
     slices        slices merged from several sources, parameters at every level
     modules       models with several layer stacks, part by part
     models        whole models, with gradients and filters
+    documents     merges that use other merges of the same file; mergekit makes one after the other
 
 Names, shapes and dtypes must be equal, elements no more than an ulp of the output's dtype apart,
 and of config.json the entries that a form decides. Recipes that mergekit does not merge are counted
@@ -219,6 +220,22 @@ def modules(models: Models, random: Random, family: str) -> dict[str, Any]:
     return {**document, "base_model": str(models["a"])}
 
 
+def documents(models: Models, random: Random) -> dict[str, Any]:
+    """The last document; the others are in its entry `before`."""
+    first = {**whole(models, random), "name": "first", **WIDE}
+    second = {
+        **whole({"a": Path("first"), "b": models["b"]}, random),
+        "name": "second",
+        **WIDE,
+    }
+    last = whole({"a": models["a"], "b": Path("second")}, random)
+    return {**last, "before": [first, second] if random.random() < 0.7 else [second, first]}
+
+
+WIDE = {"dtype": "float64", "out_dtype": "float64"}
+"""lazymerge does not round between merges."""
+
+
 @dataclass(frozen=True)
 class Form:
     """families: whose models are merged. make: a recipe of some models."""
@@ -232,6 +249,7 @@ FORMS: Mapping[str, Form] = {
     "slices": Form(DECODERS, lambda models, random, _: slices(models, random)),
     "modules": Form(WITH_MODULES, modules),
     "models": Form(WHOLE, lambda models, random, _: whole(models, random)),
+    "documents": Form(WHOLE, lambda models, random, _: documents(models, random)),
 }
 
 
@@ -392,22 +410,54 @@ def compare_recipe(
         if path.is_file():
             path.unlink()
     found.recipes += 1
+    document = copy.deepcopy(document)
+    before = document.pop("before", [])
     try:
-        mergekit.merge(copy.deepcopy(document), theirs, 0)
+        # mergekit remembers the files of a folder, so each recipe has its own
+        between = folder / f"between {found.recipes}"
+        merge_in_steps(mergekit, document, before, between, theirs)
     except Refused as error:
         found.refused += 1
         found.refusals.append(str(error).splitlines()[0])
         return
     try:
-        merge_with_lazymerge(document, ours, 0)
+        merge_with_lazymerge(document, ours, 0, before)
     except LazymergeError as error:
         said = [f"lazymerge: {error}"]
     else:
         said = [*compare(found, ours, theirs), *compare_configs(ours, theirs)]
     if said:
         found.wrong += 1
-        recipe = yaml.safe_dump(document, sort_keys=False)
+        recipe = yaml.safe_dump_all([*before, document], sort_keys=False)
         found.problems.append("\n".join([f"{found.form}:", *said[:8], "", recipe]))
+
+
+def merge_in_steps(
+    mergekit: Mergekit,
+    document: dict[str, Any],
+    before: Sequence[dict[str, Any]],
+    between: Path,
+    output: Path,
+) -> None:
+    """Merges with mergekit what a recipe needs, and then the recipe.
+
+    between: where the results of the former are to be.
+
+    Raises:
+        Refused: mergekit cannot.
+    """
+    names = {inner["name"]: str(between / inner["name"]) for inner in before}
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: placed(inner) for key, inner in value.items() if key != "name"}
+        if isinstance(value, list):
+            return [placed(inner) for inner in value]
+        return names.get(value, value) if isinstance(value, str) else value
+
+    for inner in sorted(before, key=lambda inner: inner["name"] != "first"):
+        mergekit.merge(placed(inner), Path(names[inner["name"]]), 0)
+    mergekit.merge(placed(document), output, 0)
 
 
 def compare_form(

@@ -59,6 +59,7 @@ class TensorInfo:
     file: path of the file that holds it, relative to the checkpoint's folder.
     start, stop_exclusive: its byte range within that file (absolute, header included).
     scale: what the stored numbers must be multiplied by; None: by nothing.
+    node: of the graph, that yields the tensor: it is another merge's, and lies in no file.
     """
 
     name: str
@@ -68,6 +69,7 @@ class TensorInfo:
     start: int
     stop_exclusive: int
     scale: BlockScale | None = None
+    node: str | None = None
 
     @property
     def element_count(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from hashlib import blake2b
@@ -16,16 +16,14 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, get_args
 
-from ..architecture import LayerStacks, find_layer_stacks, is_vocabulary
-from ..architecture.config import config_conflicts, output_config
-from ..architecture.layer_config import with_layers
+from ..architecture import LayerStacks, find_layer_stacks
+from ..architecture.config import config_conflicts
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.block_scales import dequantised_config
 from ..checkpoint.fused import is_rows_of, taken_apart
 from ..checkpoint.tensor import DTYPES
 from ..errors import InputError, InputErrors
-from ..graph.compile import CompiledMerge, ResolvedTensor, compile_recipe
+from ..graph.compile import ResolvedTensor, compile_recipe, config_of
 from ..graph.export import graph_from_json, graph_to_json
 from ..graph.graph import Graph
 from ..graph.node import Read
@@ -39,7 +37,6 @@ from ..recipe import Recipe, Signature, load_recipe, parse_recipe
 from ..recipe.signature import Scalar
 from ..sizes import format_bytes, format_count, format_memory
 from ..version import __version__
-from ..vocabulary import Alignment
 from ..vocabulary.files import is_tokenizer_file
 from .blocks import DeviceClass
 from .device.memory import DEFAULT_WORKERS, USED_SHARE, default_device_limit_bytes
@@ -398,7 +395,12 @@ def make_plan(
     verify_graph(compiled.graph)
     tasks = tensor_tasks(compiled.graph)
     source = checkpoints[recipe.main_model]
-    config, config_notices = _output_config(source, compiled, checkpoints, alignment)
+    config, config_notices = config_of(
+        compiled.models[recipe.references[0]],
+        compiled,
+        compiled.models,
+        is_vocabulary_matched=alignment is not None,
+    )
     return Plan(
         recipe=recipe,
         checkpoints=checkpoints,
@@ -449,7 +451,7 @@ def plan_recipe_file(
     """
     recipe = load_recipe(path, signatures())
     return make_plan(
-        recipe if seed is None else replace(recipe, seed=seed),
+        recipe if seed is None else recipe.with_seed(seed),
         resources,
         max_shard_bytes=max_shard_bytes,
         truncate_embeddings=truncate_embeddings,
@@ -498,7 +500,7 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
 def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Plan:
     saved = document["recipe"]
     recipe = parse_recipe(_of_kind(saved["text"], str), _of_kind(saved["path"], str), signatures())
-    recipe = replace(recipe, seed=_of_kind(saved["seed"], int))
+    recipe = recipe.with_seed(_of_kind(saved["seed"], int))
     checkpoints = {}
     for model in document["models"]:
         checkpoint = open_checkpoint(model["reference"])
@@ -536,7 +538,9 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         recipe=recipe,
         checkpoints=checkpoints,
         graph=graph,
-        tensors=_resolved_tensors(document["tensors"], graph, checkpoints),
+        tensors=_resolved_tensors(
+            document["tensors"], graph, {*checkpoints, *(str(m.name) for m in recipe.merges)}
+        ),
         notices=tuple(_of_kind(notice, str) for notice in document["notices"]),
         shards=shards,
         max_shard_bytes=max_shard_bytes,
@@ -600,7 +604,7 @@ def _check_reads(graph: Graph, checkpoints: Mapping[str, Checkpoint], path: str)
 
 
 def _resolved_tensors(
-    entries: list[dict[str, Any]], graph: Graph, checkpoints: Mapping[str, Checkpoint]
+    entries: list[dict[str, Any]], graph: Graph, known: Set[str]
 ) -> tuple[ResolvedTensor, ...]:
     """What a saved plan tells people of its tensors. Nothing is computed from it, so it is no part
     of the fingerprint; what is wrong with it must show here and not when it is printed.
@@ -618,7 +622,7 @@ def _resolved_tensors(
     tensors = []
     for entry in entries:
         by_model = {model: scalars(v) for model, v in _of_kind(entry["models"], dict).items()}
-        if not by_model.keys() <= checkpoints.keys() or entry["method"] not in (*METHODS, "copy"):
+        if not by_model.keys() <= known or entry["method"] not in (*METHODS, "copy"):
             raise ValueError(f"tensor {entry['name']}")
         tensors.append(
             ResolvedTensor(entry["name"], entry["method"], scalars(entry["parameters"]), by_model)
@@ -660,7 +664,7 @@ def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]
     """Opens every model of a recipe; the errors of all of them are raised at once."""
     checkpoints: dict[str, Checkpoint] = {}
     problems: list[str] = []
-    for reference in recipe.references:
+    for reference in recipe.models_read:
         try:
             opened = open_checkpoint(paths.get(reference, reference))
             checkpoints[reference] = replace(opened, reference=reference)
@@ -724,37 +728,6 @@ def _memory(
         beside_bytes=0 if tokenizer is None else tokenizer.held_bytes,
         planning_bytes=0 if tokenizer is None else tokenizer.planning_bytes,
     )
-
-
-def _output_config(
-    source: Checkpoint,
-    compiled: CompiledMerge,
-    checkpoints: Mapping[str, Checkpoint],
-    alignment: Alignment | None,
-) -> tuple[dict[str, object] | None, list[str]]:
-    """The source's config with the output's dtype, its rows where embeddings were cut or matched by
-    token, and its layers where they were put together from slices; and what it cannot say of them.
-    """
-    base_config = dequantised_config(source)
-    if base_config is None:
-        return None, []
-    sizes: Counter[str] = Counter()
-    rows = None
-    for write in compiled.graph.writes:
-        if DTYPES[write.dtype].is_float:
-            sizes[write.dtype] += write.element_count
-        before = source.tensors.get(write.name)
-        if not is_vocabulary(write.name) or before is None:
-            continue
-        if alignment is not None or before.shape != write.shape:
-            rows = write.shape[0]
-    dtype = DTYPES[sizes.most_common(1)[0][0]].torch_name if sizes else None
-    config, said = output_config(base_config, dtype, rows), []
-    for stack, layers in compiled.origins.items():
-        origins = [(checkpoints[model].config, number) for model, number in layers]
-        config, sentences = with_layers(config, stack, origins)
-        said += sentences
-    return config, said
 
 
 def _recipe_notices(recipe: Recipe) -> list[str]:

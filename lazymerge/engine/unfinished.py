@@ -91,7 +91,7 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
     changed = _first_changed_file(document["models"])
     if changed is not None:
         raise InputError(changed)
-    recipe = replace(parse_recipe(text, path, signatures()), seed=seed)
+    recipe = parse_recipe(text, path, signatures()).with_seed(seed)
     paths = _tokenizer_path(recipe, document, where) | paths
     plan = make_plan(
         recipe,

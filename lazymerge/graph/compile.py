@@ -12,12 +12,16 @@ All problems of all tensors are gathered and raised once.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from math import prod
 
 from ..architecture import LayerStacks, find_layer_stacks, is_optional, is_vocabulary
+from ..architecture.config import output_config
+from ..architecture.layer_config import with_layers
+from ..checkpoint.block_scales import dequantised_config
 from ..checkpoint.tensor import DTYPES, FLOAT_DTYPES_BY_TORCH_NAME, Checkpoint, TensorInfo
 from ..errors import InputError, InputErrors
 from ..methods import METHODS, Contribution, Method, TensorMerge
@@ -54,17 +58,21 @@ class CompiledMerge:
     """A recipe compiled against its checkpoints.
 
     graph: its writes are the output tensors, in natural order of their names.
+    results: what every tensor is, by name.
     tensors: how each output tensor comes about, in the order of the writes.
     notices: what a person should know before running it; one sentence each.
     stacks: the layer stacks of the output.
     origins: of its layers, where they are put together from slices.
+    models: all models, results of other merges among them, by reference.
     """
 
     graph: Graph
+    results: Mapping[str, TensorInfo]
     tensors: tuple[ResolvedTensor, ...]
     notices: tuple[str, ...]
     stacks: LayerStacks
     origins: LayerOrigins
+    models: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
 Having = Mapping[Source, TensorInfo]
@@ -100,7 +108,25 @@ def compile_recipe(
     Raises:
         InputErrors: tensors that cannot be merged, every one of them.
     """
-    return _Compiler(recipe, checkpoints, truncate_embeddings, alignment).compile()
+    graph = Graph()
+    known = dict(checkpoints)
+    notices: list[str] = []
+    for merge in recipe.merges:
+        part = _Compiler(merge, known, truncate_embeddings, None, graph, is_part=True)
+        compiled = part.compile()
+        config, said = config_of(known[merge.references[0]], compiled, known)
+        notices += [f"{merge.name}: {notice}" for notice in (*compiled.notices, *said)]
+        known[str(merge.name)] = Checkpoint(
+            reference=str(merge.name),
+            folder="",
+            files=(),
+            tensors=dict(compiled.results),
+            config=config,
+            header_bytes_read=0,
+        )
+    final = _Compiler(recipe, known, truncate_embeddings, alignment, graph, is_part=False)
+    compiled = final.compile()
+    return replace(compiled, notices=(*notices, *compiled.notices), models=known)
 
 
 class _Compiler:
@@ -110,11 +136,17 @@ class _Compiler:
         checkpoints: Mapping[str, Checkpoint],
         truncate_embeddings: bool,
         alignment: Alignment | None,
+        graph: Graph,
+        *,
+        is_part: bool,
     ) -> None:
+        """is_part: its results are another merge's inputs, and not written."""
+        self.is_part = is_part
+        self.results: dict[str, TensorInfo] = {}
         self.recipe = recipe
         self.method: Method = METHODS[recipe.merge_method]
         self.truncate_embeddings = truncate_embeddings
-        self.graph = Graph()
+        self.graph = graph
         self.embeddings = AlignedEmbeddings(alignment, self.graph) if alignment else None
         self.notices = _Notices()
         self.problems: list[str] = []
@@ -139,7 +171,9 @@ class _Compiler:
         if self.problems:
             raise InputErrors(_shortened(self.problems))
         return CompiledMerge(
-            self.graph.without_unused(),  # a model of density 0, say, is not even read
+            # a model of density 0, say, is not even read
+            self.graph if self.is_part else self.graph.without_unused(),
+            self.results,
             tuple(tensors),
             (*self.notices.sentences(), *self._unmatched_filters()),
             find_layer_stacks(self.names),
@@ -183,8 +217,15 @@ class _Compiler:
             method = "copy"
         else:
             return self._merge(target, shape, having, reads, nodes)
-        self.graph.add(Write(name, self._output_dtype(reads, is_float), shape, source))
+        self._result(name, self._output_dtype(reads, is_float), shape, source)
         return ResolvedTensor(name, method, {}, {s.model: {} for s in having})
+
+    def _result(self, name: str, dtype: str, shape: tuple[int, ...], node: str) -> None:
+        """What becomes of a tensor: it is written, or another merge reads it."""
+        size = prod(shape) * DTYPES[dtype].item_bytes
+        self.results[name] = TensorInfo(name, dtype, shape, "", 0, size, node=node)
+        if not self.is_part:
+            self.graph.add(Write(name, dtype, shape, node))
 
     def _merge(
         self,
@@ -219,10 +260,10 @@ class _Compiler:
             models=tuple(c for s, c in contributions.items() if not s.is_base),
             parameters=shared,
             graph=self.graph,
-            seed=self.recipe.seed,
+            seed=seed_of_part(self.recipe) if self.is_part else self.recipe.seed,
         )
         result = self.method.build(merge)
-        self.graph.add(Write(target.name, self._output_dtype(reads, True), shape, result))
+        self._result(target.name, self._output_dtype(reads, True), shape, result)
         by_model = {c.model: c.parameters for c in contributions.values()}
         return ResolvedTensor(target.name, signature.name, shared, by_model)
 
@@ -241,6 +282,8 @@ class _Compiler:
 
     def _node(self, read: Read) -> str:
         """The node that yields a tensor's values."""
+        if read.tensor.node is not None:
+            return read.tensor.node
         stored, scale = Read(read.folder, read.tensor.stored), read.tensor.scale
         if scale is None or stored.element_count == 0:
             return self.graph.add(stored)
@@ -294,6 +337,11 @@ class _Compiler:
                 f"tensor {name} has different numbers of rows (vocabulary entries): {described}; "
                 "match them by token: `tokenizer: {source: base}` in the recipe, or union, or a "
                 "model; or --unsafe-truncate-embeddings merges the common leading rows"
+            )
+        if any(info.node is not None for info in infos.values()):
+            raise InputError(
+                f"tensor {name} has different numbers of rows: {described}; what another merge "
+                "gives cannot be cut: cut its models there, or merge in two steps"
             )
         rows = min(shape[0] for shape in shapes.values())
         self.notices.add(f"cut to the {rows} leading rows that all models have", name)
@@ -376,6 +424,45 @@ class _Compiler:
                             f"filter {text!r} of parameter {parameter}{owner} matches no tensor"
                         )
         return list(dict.fromkeys(notices))
+
+
+def seed_of_part(recipe: Recipe) -> int:
+    """The seed of a merge that others use: with one seed, two of a file would drop the same
+    elements."""
+    content = f"{recipe.seed} {recipe.name}".encode()
+    return int.from_bytes(blake2b(content, digest_size=7).digest(), "big")
+
+
+def config_of(
+    source: Checkpoint,
+    compiled: CompiledMerge,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    is_vocabulary_matched: bool = False,
+) -> tuple[dict[str, object] | None, list[str]]:
+    """The config of a merge: its main model's with the output's dtype, its rows where embeddings
+    were cut or matched by token, and its layers where they were put together from slices; and what
+    it cannot say of them."""
+    base_config = dequantised_config(source)
+    if base_config is None:
+        return None, []
+    sizes: Counter[str] = Counter()
+    rows = None
+    for name, result in compiled.results.items():
+        if DTYPES[result.dtype].is_float:
+            sizes[result.dtype] += result.element_count
+        before = source.tensors.get(name)
+        if not is_vocabulary(name) or before is None:
+            continue
+        if is_vocabulary_matched or before.shape != result.shape:
+            rows = result.shape[0]
+    dtype = DTYPES[sizes.most_common(1)[0][0]].torch_name if sizes else None
+    config, said = output_config(base_config, dtype, rows), []
+    for stack, layers in compiled.origins.items():
+        origins = [(checkpoints[model].config, number) for model, number in layers]
+        config, sentences = with_layers(config, stack, origins)
+        said += sentences
+    return config, said
 
 
 def setting_filters(setting: Setting) -> list[str]:

@@ -139,6 +139,7 @@ class Importance(ApplyOperation):
     Parameters: row_elements.
     """
 
+    is_positional = True
     name = "importance"
     is_recordable = True
     is_for_host = True
@@ -175,6 +176,7 @@ class ImportantChanges(ApplyOperation):
     Parameters: elements.
     """
 
+    is_positional = True
     name = "important_changes"
     is_recordable = True
     is_for_host = True

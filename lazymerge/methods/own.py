@@ -148,6 +148,7 @@ class OwnOperation(ApplyOperation):
     the module it stands in).
     """
 
+    is_positional = True
     is_for_host = True
 
     def __init__(self) -> None:

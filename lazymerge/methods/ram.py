@@ -126,6 +126,7 @@ class ActiveMean(_Float64, ApplyOperation):
     epsilon; r and alpha where unique changes are scaled by 1 + r · min(shared/unique, alpha).
     """
 
+    is_positional = True
     name = "active_mean"
 
     def prepare(self, parameters: Parameters, statistics: Sequence[Any]) -> Any:

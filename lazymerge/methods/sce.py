@@ -226,6 +226,7 @@ class SelectedConsensus(ApplyOperation):
     then the energies. Parameters: is_selected, elements (of the tensor).
     """
 
+    is_positional = True
     name = "selected_consensus"
     is_recordable = True
 

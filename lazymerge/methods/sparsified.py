@@ -128,6 +128,7 @@ class _Mix(ApplyOperation):
         row_elements: length of a row, where ranks are used.
     """
 
+    is_positional = True
     is_recordable = True
     ranks_rows = False
     """Whether rules need the ranks of magnitudes within rows."""

@@ -65,6 +65,7 @@ class _ByVector(ApplyOperation):
     Parameters: row_elements; is_by_column where it may be either.
     """
 
+    is_positional = True
     is_recordable = True
     is_for_host = True
     is_of_changes = True

@@ -7,7 +7,7 @@ into the value for one tensor. No file but the recipe is opened, and no torch is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import Position, Problem
 from .signature import Scalar
@@ -113,9 +113,13 @@ class Recipe:
     seed: of random methods; `--seed` takes its place.
     tokenizer: what the vocabulary of the output is to be; None: the base's, or the first model's.
     chat_template: `auto`, a known name, or Jinja text; None: as it is.
+    name: under which other recipes of the file use what comes of it as a model.
+    merges: recipes of the file whose results are among its models, directly or by way of others;
+        each after those that it needs itself. They have no merges of their own.
     text: the YAML as read, byte for byte (decoded as UTF-8).
     path: where it was read from, for messages.
-    base_position, method_position: where the values of base_model and merge_method stand.
+    base_position, method_position, name_position: where the values of base_model, merge_method
+        and name stand.
     parameter_positions: where each top-level parameter's key stands.
     warnings: what is allowed and probably not meant, in the order of the file.
     """
@@ -129,10 +133,13 @@ class Recipe:
     seed: int = 0
     tokenizer: TokenizerSettings | None = None
     chat_template: str | None = None
+    name: str | None = None
+    merges: tuple[Recipe, ...] = ()
     text: str = field(default="", compare=False)
     path: str = field(default="recipe", compare=False)
     base_position: Position | None = field(default=None, compare=False)
     method_position: Position | None = field(default=None, compare=False)
+    name_position: Position | None = field(default=None, compare=False)
     parameter_positions: Mapping[str, Position] = field(default_factory=dict, compare=False)
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
     slices: tuple[Slice, ...] = ()
@@ -146,16 +153,38 @@ class Recipe:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """All models, each once: the base, and the others in the order of the recipe."""
+        """All models, each once: the base, and the others in the order of the recipe. Results of
+        other merges are among them, by name."""
         slices = [*self.slices, *(piece for module in self.modules for piece in module.slices)]
         named = [self.base_model, *(entry.model for entry in self.entries)]
         named += [piece.base_model for piece in slices]
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property
+    def models_read(self) -> tuple[str, ...]:
+        """All models that are read, by this merge and by those that it needs, each once; the main
+        model first."""
+        made = {merge.name for merge in self.merges}
+        wanted = [self.main_model, *self.references]
+        wanted += [reference for merge in self.merges for reference in merge.references]
+        return tuple(dict.fromkeys(name for name in wanted if name not in made))
+
+    @property
     def main_model(self) -> str:
         """The model that config and tokenizer come from, and whose names the output has."""
-        return self.references[0]
+        made = {merge.name: merge for merge in self.merges}
+        reference = self.references[0]
+        while reference in made:
+            reference = made[reference].references[0]
+        return reference
+
+    def with_seed(self, seed: int) -> Recipe:
+        """The recipe with another seed, for all of its merges; the same if it is its own."""
+        if seed == self.seed:
+            return self
+        return replace(
+            self, seed=seed, merges=tuple(merge.with_seed(seed) for merge in self.merges)
+        )
 
 
 def evaluate(setting: Setting, tensor_name: str, depth: float) -> Scalar | None:

@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import Position, Problem, RecipeError
+from .documents import joined
 from .model import Condition, Conditions, Gradient, ModelEntry, Module, Recipe, Setting, Slice
 from .signature import BaseModel, Parameter, Scalar, Scope, Signature
 from .source import (
@@ -78,6 +79,7 @@ TOP_LEVEL_KEYS = (
     "tokenizer_source",
     "tokenizer",
     "chat_template",
+    "name",
 )
 CONTENT_KEYS = ("models", "slices", "modules")
 """One of them says what is merged."""
@@ -86,9 +88,6 @@ SOURCE_KEYS = ("model", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
 MODULE_KEYS = ("models", "slices", "parameters")
 CONDITION_KEYS = ("value", "filter")
-
-LATER_TOP_LEVEL_KEYS = ("name",)
-"""Words of mergekit's language that this version does not speak yet."""
 
 MOST_LAYERS = 1_000_000
 """No stack has more: lazymerge.architecture.layers."""
@@ -144,7 +143,16 @@ def parse_recipe(text: str, path: str, signatures: Mapping[str, Signature]) -> R
     not YAML, or not a mapping, is reported alone: what it would have meant is a guess.
     """
     source = read_source(text, path)
-    return _Parser(source.root, text, path, signatures).recipe()
+    problems: list[Problem] = []
+    recipes = []
+    for root in (source.root, *source.others):
+        try:
+            recipes.append(_Parser(root, text, path, signatures).recipe())
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise recipe_error(path, problems)
+    return recipes[0] if len(recipes) == 1 else joined(recipes)
 
 
 @dataclass(slots=True)
@@ -244,6 +252,9 @@ class _Parser:
         seed = self._seed()
         reader = TokenizerReader(self._root, self._report, self._reference)
         tokenizer, chat_template = reader.tokenizer(), reader.chat_template()
+        entry = entries.get("name")
+        is_named = entry is not None and not _is_null(entry.node)
+        name = self._text_of(entry.node, "name") if entry is not None and is_named else None
         if self._signature is not None:
             self._check_base(self._signature, base, content.groups)
             for group in content.groups:
@@ -264,10 +275,12 @@ class _Parser:
             seed=seed,
             tokenizer=tokenizer,
             chat_template=chat_template,
+            name=name,
             text=self._text,
             path=self._path,
             base_position=entries["base_model"].node.position if base is not None else None,
             method_position=entries["merge_method"].node.position,
+            name_position=entries["name"].node.position if name is not None else None,
             parameter_positions=top.positions,
             warnings=tuple(sorted(self._warnings, key=lambda w: w.position or Position(0, 0))),
         )
@@ -277,11 +290,6 @@ class _Parser:
     def _top_level_keys(self, top: _Settings) -> None:
         for key, entry in self._root.entries.items():
             if key in TOP_LEVEL_KEYS:
-                continue
-            if key in LATER_TOP_LEVEL_KEYS:
-                # mergekit's own writer and readers treat null as absent.
-                if not _is_null(entry.node):
-                    self._report(f"{key!r} is {_NOT_YET}", entry.key_position)
                 continue
             self._stray_key(key, entry, TOP_LEVEL_KEYS, top)
 
@@ -976,11 +984,7 @@ class _Parser:
 
     def _is_misspelt(self, wanted: str) -> bool:
         """Whether a key of the top level, itself reported, was meant to be this one."""
-        strays = (
-            key
-            for key in self._root.entries
-            if key not in TOP_LEVEL_KEYS and key not in LATER_TOP_LEVEL_KEYS
-        )
+        strays = (key for key in self._root.entries if key not in TOP_LEVEL_KEYS)
         few = islice(strays, PROBLEM_LIMIT)
         return any(_suggestion(key, TOP_LEVEL_KEYS) == wanted for key in few)
 

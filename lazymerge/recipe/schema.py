@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .parse import BOOLEAN_WORDS, FLOAT_DTYPE_NAMES, LATER_TOP_LEVEL_KEYS
+from .parse import BOOLEAN_WORDS, FLOAT_DTYPE_NAMES
 from .signature import BaseModel, Parameter, Scope, Signature
 from .tokenizer_schema import tokenizer_schema
 
@@ -118,9 +118,9 @@ def json_schema(signatures: Mapping[str, Signature]) -> dict[str, Any]:
                 "type": ["integer", "null"],
             },
             **tokenizer_schema(),
-            **{
-                key: {"description": "Not supported yet by lazymerge.", "type": "null"}
-                for key in LATER_TOP_LEVEL_KEYS
+            "name": {
+                "description": "What other documents of the file call the result.",
+                "type": ["string", "null"],
             },
         },
         "allOf": [_of_method(signature) for signature in signatures.values()],

@@ -33,6 +33,9 @@ DIRECTIVE_LIMIT = 10
 """Lines that begin with %: libyaml compares each %TAG with all before it, and half a million of
 them took minutes. A recipe needs none."""
 
+DOCUMENT_LIMIT = 1_000
+"""Merges in one file."""
+
 PROBLEM_LIMIT = 100
 """Problems named before the reading is given up."""
 
@@ -85,9 +88,9 @@ Node = ScalarNode | ListNode | MapNode
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A YAML document that has a mapping at its top.
+    """YAML documents that have a mapping at their top each.
 
-    root: the tree.
+    root: the tree of the first. others: those of the documents after it.
     text: the YAML as read.
     path: where it was read from, for messages.
     """
@@ -95,6 +98,7 @@ class Source:
     root: MapNode
     text: str
     path: str
+    others: tuple[MapNode, ...] = ()
 
     @property
     def value(self) -> dict[str, object]:
@@ -233,8 +237,18 @@ class _Composer:
         self._problems: list[Problem] = []
 
     def compose(self) -> Source:
+        roots: list[MapNode] = []
         try:
-            root = self._document()
+            self._next()  # start of the stream
+            while not isinstance(self._next(), yaml.StreamEndEvent):
+                if len(roots) == DOCUMENT_LIMIT:
+                    self._refuse(
+                        f"more than {DOCUMENT_LIMIT} documents; no recipe needs so many",
+                        roots[-1].position,
+                    )
+                roots.append(self._document())
+            if not roots:
+                self._refuse("the recipe is empty", Position(1, 1))
         except yaml.YAMLError as error:
             self._problems.append(self._syntax_problem(error))
         except _FatalError:
@@ -243,22 +257,13 @@ class _Composer:
             self._loader.dispose()
         if self._problems:
             raise recipe_error(self._path, self._problems)
-        return Source(root, self._text, self._path)
+        return Source(roots[0], self._text, self._path, tuple(roots[1:]))
 
     def _document(self) -> MapNode:
-        self._next()  # start of the stream
-        if isinstance(self._next(), yaml.StreamEndEvent):
-            self._refuse("the recipe is empty", Position(1, 1))
+        self._anchors.clear()  # they end with their document
         event = self._next()
         root = self._node(event, depth=1)
         self._next()  # end of the document
-        following = self._next()
-        if not isinstance(following, yaml.StreamEndEvent):
-            message = (
-                "a second YAML document starts here; "
-                "several in one file are not supported yet by this version of lazymerge"
-            )
-            self._refuse(message, _start(following))
         if not isinstance(root, MapNode):
             if isinstance(root, ScalarNode) and root.value is None:
                 self._refuse("the recipe is empty", Position(1, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -92,13 +92,17 @@ class Mergekit:
             raise Refused(error)
 
 
-def merge_with_lazymerge(document: Mapping[str, Any], output: Path, seed: int) -> Plan:
+def merge_with_lazymerge(
+    document: Mapping[str, Any], output: Path, seed: int, before: Sequence[Mapping[str, Any]] = ()
+) -> Plan:
     """Merges a recipe into a folder; returns the plan, which says how parameters were resolved.
+
+    before: other documents of the recipe, whose results it uses.
 
     Raises:
         LazymergeError: as make_plan and run_plan do.
     """
-    text = yaml.safe_dump({**document, "seed": seed}, sort_keys=False)
+    text = yaml.safe_dump_all([*before, {**document, "seed": seed}], sort_keys=False)
     plan = make_plan(parse_recipe(text, "recipe.yml", signatures()), Resources(LIMIT_BYTES))
     run_plan(plan, output, overwrite=True, fsync=False)
     return plan

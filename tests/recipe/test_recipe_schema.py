@@ -46,7 +46,7 @@ BAD: dict[str, tuple[str, str]] = {
     "model without reference": ("merge_method: linear\nmodels: [{parameters: {}}]", "models/0"),
     "adapter": ("merge_method: linear\nmodels: [{model: a+b}]", "models/0/model"),
     "unknown key": ("merge_method: linear\nmodels: [{model: a}]\nfoo: 1", ""),
-    "later key": ("merge_method: linear\nmodels: [{model: a}]\nname: x", "name"),
+    "a name that is none": ("merge_method: linear\nmodels: [{model: a}]\nname: 5", "name"),
     "models and slices": (
         "merge_method: linear\nmodels: [{model: a}]\n"
         "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]",

@@ -153,7 +153,12 @@ def test_an_alias_stands_where_it_is_written_and_its_inside_where_it_is_defined(
         ("a: [", "1:5: not valid YAML"),
         ("a: &x 1\nb: &x 2\n", "2:4: the anchor '&x' is already in use above"),
         ("a: 'x\n", "2:1: not valid YAML: found unexpected end of stream"),
-        ("a: 1\n---\nb: 1\n", "2:1: a second YAML document starts here"),
+        (
+            "a: 1\n---\n- 1\n",
+            "3:1: a recipe is a mapping (merge_method: ..., models: ...), this is a list",
+        ),
+        ("a: &x 1\n---\nb: *x\n", "3:4: "),
+        ("a: 1\n---\n" * 1001, "1999:1: more than 1000 documents"),
         ("", "1:1: the recipe is empty"),
         ("~\n", "1:1: the recipe is empty"),
         ("text\n", "1:1: a recipe is a mapping (merge_method: ..., models: ...), this is a single"),

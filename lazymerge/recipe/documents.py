@@ -1,0 +1,105 @@
+"""Several recipes in one file: later merges use earlier ones, by name, as models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ..errors import Problem, RecipeError
+from .model import Recipe
+
+
+def joined(recipes: Sequence[Recipe]) -> Recipe:
+    """The recipe that the others lead to: the one without a name, else the one that none uses.
+
+    Raises:
+        RecipeError: a name is given twice, merges use each other in a circle, or there is not one
+            recipe that the others lead to.
+    """
+    path = recipes[0].path
+    named: dict[str, Recipe] = {}
+    problems = []
+    for recipe in recipes:
+        if recipe.name is None:
+            continue
+        if recipe.name in named:
+            first = named[recipe.name].name_position
+            line = f", first in line {first.line}" if first else ""
+            problems.append(
+                Problem(f"two merges are named {recipe.name!r}{line}", recipe.name_position)
+            )
+        named.setdefault(recipe.name, recipe)
+        if recipe.tokenizer is not None or recipe.chat_template is not None:
+            problems.append(
+                Problem(
+                    "a merge that others use cannot have a tokenizer of its own: give tokenizer "
+                    "and chat_template to the merge without a name",
+                    recipe.name_position,
+                )
+            )
+    if problems:
+        raise RecipeError(path, problems)
+    final = _final(recipes, named)
+    merges = _in_order(final, named)
+    if merges and final.tokenizer is not None:
+        message = (
+            "vocabularies cannot be matched in a recipe that uses other merges; merge models of "
+            "one vocabulary, or merge in two steps"
+        )
+        raise RecipeError(path, [Problem(message, final.method_position)])
+    used = {merge.name for merge in merges}
+    unused = [
+        Problem(f"the merge {recipe.name!r} is not used", recipe.name_position)
+        for recipe in recipes
+        if recipe is not final and recipe.name not in used
+    ]
+    inner = [warning for merge in merges for warning in merge.warnings]
+    return replace(final, merges=tuple(merges), warnings=(*final.warnings, *inner, *unused))
+
+
+def _final(recipes: Sequence[Recipe], named: Mapping[str, Recipe]) -> Recipe:
+    nameless = [recipe for recipe in recipes if recipe.name is None]
+    if len(nameless) == 1:
+        return nameless[0]
+    if len(nameless) > 1:
+        message = "two merges have no name; give one to each but the last"
+        raise RecipeError(recipes[0].path, [Problem(message, nameless[1].method_position)])
+    used = {reference for recipe in recipes for reference in recipe.references}
+    last = [recipe for recipe in recipes if recipe.name not in used]
+    if len(last) != 1:
+        names = ", ".join(repr(recipe.name) for recipe in last) or "none"
+        message = (
+            f"one merge must be the last, which no other uses; here these are: {names}. Leave out "
+            "the name of the one that is wanted"
+        )
+        raise RecipeError(recipes[0].path, [Problem(message, recipes[-1].name_position)])
+    return last[0]
+
+
+def _in_order(final: Recipe, named: Mapping[str, Recipe]) -> list[Recipe]:
+    """The merges that one needs, each after those that it needs itself.
+
+    Raises:
+        RecipeError: they use each other in a circle.
+    """
+    order: dict[str, Recipe] = {}
+    waiting: list[tuple[Recipe, bool]] = [(final, False)]
+    open_names: list[str] = []
+    while waiting:
+        recipe, is_done = waiting.pop()
+        if is_done:
+            if recipe is not final:
+                order[str(recipe.name)] = recipe
+                open_names.pop()
+            continue
+        if recipe is not final:
+            if recipe.name in order:
+                continue
+            if recipe.name in open_names:
+                circle = " uses ".join([*open_names[open_names.index(recipe.name) :], recipe.name])
+                message = f"merges use each other in a circle: {circle}"
+                raise RecipeError(recipe.path, [Problem(message, recipe.name_position)])
+            open_names.append(str(recipe.name))
+        waiting.append((recipe, True))
+        waiting += [(named[name], False) for name in recipe.references if name in named]
+    return list(order.values())
