@@ -5,7 +5,7 @@
 #
 # Both set up .venv first. Others: make lint, make bench, make measure-methods, make methods-page,
 # make clean, and make prove-low-memory, make check-memory, make check-determinism,
-# make compare-mergekit, make crash-matrix, make fuzz (minutes each), make soak (an hour).
+# make compare-mergekit, make compare-forms, make crash-matrix, make fuzz (minutes each), make soak (an hour).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,7 +18,8 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint format bench measure-methods methods-page clean help \
-        prove-low-memory check-memory check-determinism compare-mergekit crash-matrix soak fuzz
+        prove-low-memory check-memory check-determinism compare-mergekit compare-forms crash-matrix \
+        soak fuzz
 
 help:
 	@sed -n '3,8p' Makefile | cut -c3-
@@ -74,6 +75,9 @@ check-determinism: $(INSTALLED)
 
 compare-mergekit: $(INSTALLED)
 	$(BIN)/python scripts/compare_with_mergekit.py
+
+compare-forms: $(INSTALLED)
+	$(BIN)/python scripts/compare_forms_with_mergekit.py --recipes 60
 
 crash-matrix: $(INSTALLED)
 	$(BIN)/python scripts/crash_matrix.py
