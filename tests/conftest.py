@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub: no test asks the real Hub
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,8 @@ from hypothesis import settings
 from lazymerge.engine import run
 from lazymerge.engine.native import library
 from safetensors.torch import save_file
+
+from hub_server import TOKEN, HubServer, hub_server
 
 settings.register_profile("lazymerge", deadline=None, print_blob=True)
 settings.load_profile("lazymerge")
@@ -85,6 +89,27 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         return write_checkpoint(tmp_path / folder, tensors, config, shards)
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of the test's own, with nothing in it, an empty cache and a token.
+
+    The test is in a folder of its own: models of the Hub are not where local folders are.
+    """
+    from huggingface_hub import close_session, constants
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with hub_server() as server:
+        template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server
+        close_session()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Open a model on the local disk: its files' headers, its shard index and its config.
+"""Open a model: its files' headers, its shard index and its config.
 
 A folder is one of these, tried in this order:
 
@@ -17,8 +17,9 @@ nobody can say which tensors make up the model, so it is an error and not a gues
 
 Nothing outside the model's folder is opened on a file's word: an index may hold plain names only,
 and a link must stay inside the folder, or inside the Hugging Face cache's folder of the same model
-(models--org--name/snapshots/REVISION/* are links into models--org--name/blobs). What the user
-names, the folder or a single file, may be a link to anywhere.
+(models--org--name/snapshots/REVISION/* are links into models--org--name/blobs, and those may be
+links into the blobs that the cache's models share). What the user names, the folder or a single
+file, may be a link to anywhere.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError
 from .block_scales import dequantised_notices, with_block_scales
 from .header import Header, garbage_collector_paused, read_header
+from .hub_reference import SCHEME, HubReference, hub_reference, local_path
 from .json_file import read_json_mapping
 from .tensor import Checkpoint, TensorInfo
 from .torch_file import TORCH_SUFFIXES, is_torch_name, read_torch_file
@@ -58,28 +60,36 @@ CONFIG_LIMIT_VALUES = 1_000_000
 _NAMES_COMPARED = 1_000
 """Names of a folder that an absent one is compared with: 20 ms."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHARED_BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[a-z]+)")
 
 
 def open_checkpoint(reference: str) -> Checkpoint:
-    """Open a local model: headers, index and config are read, tensor data is not.
+    """Open a model: headers, index and config are read, tensor data is not.
 
-    reference: a folder, a .safetensors file or a torch file; `~` is expanded.
+    reference: a folder, a .safetensors file or a torch file; `~` is expanded. Where there is none:
+        a model of the Hugging Face Hub, `org/name` or `org/name@revision`.
 
-    Raises InputError naming the file, the tensor and the remedy.
+    Raises InputError naming the file, the tensor and the remedy; LazymergeError where the Hub gives
+    no answer.
     """
     if not _can_be_path(reference):
         raise InputError(f"model {quoted(reference)}: is not a path. Name a folder or a file.")
-    path = Path(os.path.expanduser(reference))
+    wanted = hub_reference(reference)
+    if wanted is not None and reference.startswith(SCHEME):
+        return _open_hub_model(reference, wanted)
+    path = Path(local_path(reference))
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a name too long, a folder that may not be searched
         raise InputError(
             f"model {quoted(reference)}: {error.strerror or error}. Correct the path."
         ) from None
+    notices: tuple[str, ...] = ()
     if is_folder:
+        if wanted is not None and str(path) != reference:
+            notices = (f"is the local folder {path}; its revision is not looked at",)
         folder = Path(os.path.realpath(path))
         files, index = _files_of_folder(folder)
     elif is_file:
@@ -88,12 +98,57 @@ def open_checkpoint(reference: str) -> Checkpoint:
         # The name as the user wrote it, even when it is a link: the sidecars lie beside the link.
         folder = Path(os.path.realpath(path.parent))
         files, index = [path.name], None
+    elif wanted is not None and not os.path.lexists(path):
+        return _open_hub_model(reference, wanted)
     else:
         raise InputError(_explain_absent(reference, path))
+    checkpoint = _open_files(reference, path, folder, files, index)
+    return replace(checkpoint, notices=(*checkpoint.notices, *notices))
 
+
+def open_folder(
+    reference: str,
+    folder: Path,
+    names: list[str],
+    read_all: Callable[[list[str]], list[Header]],
+) -> Checkpoint:
+    """Open a folder that may lack files: what is not there is got otherwise.
+
+    folder: resolved; it holds its index, if it has one, and its config.
+    names: of the files that belong there, sorted.
+    read_all: gives the headers of some of them.
+
+    Raises InputError as open_checkpoint does.
+    """
+    files, index = _files_of_folder(folder, names)
+    return _open_files(reference, folder, folder, files, index, read_all)
+
+
+def _open_hub_model(reference: str, wanted: HubReference) -> Checkpoint:
+    from .hub_model import open_hub_model  # which opens folders of the Hub's cache through this one
+
+    try:
+        return open_hub_model(reference, wanted)
+    except InputError as error:
+        near = _near_names(Path(os.path.realpath(wanted.repository)))
+        raise InputError(f"{error}{near}") from None
+
+
+def _open_files(
+    reference: str,
+    path: Path,
+    folder: Path,
+    files: list[str],
+    index: _Index | None,
+    read_all: Callable[[list[str]], list[Header]] | None = None,
+) -> Checkpoint:
     _check_is_text(folder, files)
     with garbage_collector_paused():
-        headers = [_read_file(folder / file, file) for file in sorted(files)]
+        headers = (
+            [_read_file(folder / file, file) for file in sorted(files)]
+            if read_all is None
+            else read_all(sorted(files))
+        )
         tensors = _gather_tensors(headers, folder)
     if index is not None:
         _check_index(index.weight_map, tensors, index.path)
@@ -144,10 +199,15 @@ def _read_file(path: Path, file: str) -> Header:
     return read_torch_file(path, file) if is_torch_name(file) else read_header(path, file)
 
 
-def _files_of_folder(folder: Path) -> tuple[list[str], _Index | None]:
-    """The names of the files that make up the model, and the index that lists them."""
+def _files_of_folder(
+    folder: Path, names: list[str] | None = None
+) -> tuple[list[str], _Index | None]:
+    """The names of the files that make up the model, and the index that lists them.
+
+    names: what is in the folder, or belongs there; None: what is in it.
+    """
     try:
-        names = sorted(os.listdir(folder))
+        names = sorted(os.listdir(folder)) if names is None else names
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be listed: {error.strerror or error}. Make the folder readable."
@@ -349,7 +409,8 @@ def leaves_model(folder: Path, file: str) -> bool:
     """
     root = folder.resolve()
     target = Path(os.path.realpath(root / file))
-    return not any(target.is_relative_to(inside) for inside in (root, *_hub_cache_folders(root)))
+    inside = any(target.is_relative_to(folder) for folder in (root, *_hub_cache_folders(root)))
+    return not inside and not _is_shared_blob(root, target)
 
 
 def _hub_cache_folders(folder: Path) -> list[Path]:
@@ -359,6 +420,17 @@ def _hub_cache_folders(folder: Path) -> list[Path]:
         for snapshots in folder.parents
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
     ]
+
+
+def _is_shared_blob(folder: Path, target: Path) -> bool:
+    """Whether a file is one of the store that the models of a Hugging Face cache share,
+    `blobs/12/12ab…`: a file whose name is its hash, beside the model's folder in the cache.
+    """
+    return any(
+        _SHARED_BLOB.fullmatch(target.relative_to(of_model.parent).as_posix()) is not None
+        for of_model in _hub_cache_folders(folder)
+        if target.is_relative_to(of_model.parent)
+    )
 
 
 def _check_shard_numbers(files: list[str], folder: Path) -> None:
@@ -407,22 +479,18 @@ def _explain_absent(reference: str, path: Path) -> str:
             f"folder or a {SUFFIX} file."
         )
     resolved = Path(os.path.realpath(path))
-    message = f"model {quoted(reference)}: not found (resolved to {resolved})."
+    return (
+        f"model {quoted(reference)}: not found (resolved to {resolved})."
+        f"{_near_names(resolved) or ' Correct the path, or download the model there.'}"
+    )
+
+
+def _near_names(resolved: Path) -> str:
+    """A sentence on what lies where a file or folder does not, if it has much the same name."""
     try:
         with os.scandir(resolved.parent) as entries:
             names = [entry.name for entry in islice(entries, _NAMES_COMPARED)]
         near = difflib.get_close_matches(resolved.name, names, n=3)
     except OSError:
         near = []
-    if near:
-        message += f" {resolved.parent} holds {listed(near)}: is one of them meant?"
-    else:
-        message += " Correct the path, or download the model there."
-    hub_id = re.split(r"[@+]", reference, maxsplit=1)[0]
-    if _HUB_ID.fullmatch(hub_id):
-        message += (
-            " If it is a model of the Hugging Face Hub: this version reads local folders only. "
-            f"Download it into the folder of that name with `hf download {hub_id} --local-dir "
-            f"{hub_id}`."
-        )
-    return message
+    return f" {resolved.parent} holds {listed(near)}: is one of them meant?" if near else ""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,9 @@ from .wording import kind, quoted, shown
 LENGTH_BYTES = 8
 HEADER_LIMIT_BYTES = 100_000_000
 """The largest header that the format allows."""
+
+FIRST_READ_BYTES = 1 << 17
+"""Asked for of a file that lies elsewhere. Nearly all headers are smaller."""
 
 VALUES_PER_TENSOR = 12
 """What most_values finds in a matrix's entry: a name, three fields, two lists with two numbers."""
@@ -109,10 +112,36 @@ def read_header(path: Path | str, file: str | None = None) -> Header:
     name = path.name if file is None else file
     try:
         prefix, header, size_bytes, modified_ns = _read_raw(path)
-        with garbage_collector_paused():
-            tensors, metadata = _parse(header, size_bytes, name)
+        return _header(prefix, header, size_bytes, modified_ns, name)
     except _BrokenHeaderError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def parse_header(start: Callable[[int], bytes], size_bytes: int, file: str, where: str) -> Header:
+    """Validate the header of a safetensors file that lies elsewhere.
+
+    start: gives the file's first bytes, as many as it is asked for and the file has.
+    size_bytes: of the whole file.
+    file: what FileInfo and TensorInfo call it. where: what messages call it.
+
+    Raises InputError as read_header does; what `start` raises passes through.
+    """
+    try:
+        begin = start(FIRST_READ_BYTES)
+        stop = LENGTH_BYTES + _checked_length(begin[:LENGTH_BYTES], size_bytes)
+        if stop > len(begin):
+            begin = start(stop)
+        prefix, header = begin[:LENGTH_BYTES], begin[LENGTH_BYTES:stop]
+        return _header(prefix, header, size_bytes, None, file)
+    except _BrokenHeaderError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _header(
+    prefix: bytes, header: bytes, size_bytes: int, modified_ns: int | None, name: str
+) -> Header:
+    with garbage_collector_paused():
+        tensors, metadata = _parse(header, size_bytes, name)
     digest = xxhash.xxh3_128(prefix)
     digest.update(header)
     info = FileInfo(
@@ -128,34 +157,42 @@ def read_header(path: Path | str, file: str | None = None) -> Header:
 def _read_raw(path: Path) -> tuple[bytes, bytes, int, int]:
     """The length prefix, the header's bytes, the file's size in bytes and its mtime in ns."""
     with open_regular_file(path) as (descriptor, status):
-        size_bytes = status.st_size
-        if size_bytes < LENGTH_BYTES:
-            raise _BrokenHeaderError(
-                f"holds {size_bytes} bytes, less than the {LENGTH_BYTES} of a safetensors length "
-                f"prefix.",
-                _DOWNLOAD_AGAIN,
-            )
-        prefix = read_exactly(descriptor, LENGTH_BYTES, path)
-        length = int.from_bytes(prefix, "little")
-        if length > HEADER_LIMIT_BYTES:
-            if _GIT_LFS_POINTER.startswith(prefix):
-                raise _BrokenHeaderError(
-                    "looks like a Git LFS pointer, not the file it points to.",
-                    "Run `git lfs pull` in the model's repository.",
-                )
-            raise _BrokenHeaderError(
-                f"claims a header of {length:,} bytes; the format allows {HEADER_LIMIT_BYTES:,}.",
-                _NOT_SAFETENSORS,
-            )
-        if LENGTH_BYTES + length > size_bytes:
-            raise _BrokenHeaderError(
-                f"is truncated inside its header: {LENGTH_BYTES + length - size_bytes:,} bytes of "
-                f"the header are missing ({LENGTH_BYTES + length:,} expected, {size_bytes:,} "
-                f"present).",
-                _DOWNLOAD_AGAIN,
-            )
+        prefix = read_exactly(descriptor, min(LENGTH_BYTES, status.st_size), path)
+        length = _checked_length(prefix, status.st_size)
         header = read_exactly(descriptor, length, path)
-    return prefix, header, size_bytes, status.st_mtime_ns
+    return prefix, header, status.st_size, status.st_mtime_ns
+
+
+def _checked_length(prefix: bytes, size_bytes: int) -> int:
+    """Bytes of the header, from the length prefix.
+
+    Raises _BrokenHeaderError.
+    """
+    if size_bytes < LENGTH_BYTES:
+        raise _BrokenHeaderError(
+            f"holds {size_bytes} bytes, less than the {LENGTH_BYTES} of a safetensors length "
+            f"prefix.",
+            _DOWNLOAD_AGAIN,
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > HEADER_LIMIT_BYTES:
+        if _GIT_LFS_POINTER.startswith(prefix):
+            raise _BrokenHeaderError(
+                "looks like a Git LFS pointer, not the file it points to.",
+                "Run `git lfs pull` in the model's repository.",
+            )
+        raise _BrokenHeaderError(
+            f"claims a header of {length:,} bytes; the format allows {HEADER_LIMIT_BYTES:,}.",
+            _NOT_SAFETENSORS,
+        )
+    if LENGTH_BYTES + length > size_bytes:
+        raise _BrokenHeaderError(
+            f"is truncated inside its header: {LENGTH_BYTES + length - size_bytes:,} bytes of "
+            f"the header are missing ({LENGTH_BYTES + length:,} expected, {size_bytes:,} "
+            f"present).",
+            _DOWNLOAD_AGAIN,
+        )
+    return length
 
 
 def _parse(

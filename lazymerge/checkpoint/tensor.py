@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+from .hub import HubSource
+
 
 @dataclass(frozen=True, slots=True)
 class DType:
@@ -119,14 +121,15 @@ class FileInfo:
     """One file of a checkpoint, as it was when its header was read.
 
     path: relative to the checkpoint's folder.
-    size_bytes, modified_ns: from stat.
+    size_bytes, modified_ns: from stat. modified_ns is None for a file of the Hugging Face Hub: its
+        commit says what it is, whenever it was downloaded.
     header_digest: hex xxh3-128 of the header's bytes (length prefix included; of torch files the
         pickle, the directory of entries and their headers).
     """
 
     path: str
     size_bytes: int
-    modified_ns: int
+    modified_ns: int | None
     header_digest: str
 
 
@@ -141,6 +144,7 @@ class Checkpoint:
     config: the parsed config.json, or None where there is none.
     header_bytes_read: bytes read to learn all this (headers, index, config).
     notices: what a person should know of how it was read; one sentence each.
+    hub: where its files come from; they may not all be in `folder` yet. None: a local model.
     """
 
     reference: str
@@ -150,6 +154,7 @@ class Checkpoint:
     config: dict[str, object] | None
     header_bytes_read: int
     notices: tuple[str, ...] = ()
+    hub: HubSource | None = None
 
     @property
     def size_bytes(self) -> int:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model folder, .safetensors or torch file.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Model folder, .safetensors or torch file, or id on the Hub."
+        ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: JsonOption = False,

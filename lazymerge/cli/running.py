@@ -50,8 +50,9 @@ def run_and_report(
         from ..engine.torch_loading import load_torch
 
         load_torch()
-    from ..engine.run import run_plan
+    from ..engine.run import prepare_inputs, run_plan
     from .console import messages
+    from .download import download_display
     from .progress import progress_display
 
     console = messages()
@@ -60,6 +61,11 @@ def run_and_report(
 
         for notice in made.notices:
             console.print(Text.assemble(("notice", "yellow"), f" {notice}"), soft_wrap=True)
+    with (
+        says_how_to_resume(output, quiet=quiet),
+        download_display(made, console, quiet=quiet or as_json) as moved,
+    ):
+        prepare_inputs(made, output, overwrite=overwrite, moved=moved)
     with (
         says_how_to_resume(output, quiet=quiet),
         progress_display(made, console, quiet=quiet or as_json) as observer,

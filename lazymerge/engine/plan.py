@@ -21,6 +21,7 @@ from ..architecture.config import config_conflicts
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.fused import is_rows_of, taken_apart
+from ..checkpoint.hub_reference import SCHEME, is_commit, local_path
 from ..checkpoint.tensor import DTYPES
 from ..errors import InputError, InputErrors
 from ..graph.compile import ResolvedTensor, compile_recipe, config_of
@@ -32,7 +33,7 @@ from ..methods import METHODS
 from ..methods.plugins import load_installed
 from ..output.layout import OutputTensor, Shard, lay_out
 from ..output.manifest import MANIFEST_NAME
-from ..output.sidecars import sidecar_files
+from ..output.sidecars import copied_files, sidecar_files
 from ..recipe import Recipe, Signature, load_recipe, parse_recipe
 from ..recipe.signature import Scalar
 from ..sizes import format_bytes, format_count, format_memory
@@ -40,6 +41,7 @@ from ..version import __version__
 from ..vocabulary.files import is_tokenizer_file
 from .blocks import DeviceClass
 from .device.memory import DEFAULT_WORKERS, USED_SHARE, default_device_limit_bytes
+from .download import MissingFile, fetch_tokenizers, missing_files
 from .execution import DEFAULT_READ_MODE, Execution, Kernels, ReadMode, default_kernels
 from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memory
 from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
@@ -193,6 +195,7 @@ class Plan:
                 f"{dtype_text(dict(shares.most_common()))}, {format_bytes(self.bytes_written)} "
                 f"in {_counted(len(self.shards), 'shard')}",
             ),
+            *self._download_facts(),
             ("beside it", ", ".join([*beside, "README.md", MANIFEST_NAME])),
             (
                 "operations",
@@ -216,6 +219,19 @@ class Plan:
             ),
             *self._device_facts(),
         ]
+
+    @property
+    def missing_files(self) -> tuple[MissingFile, ...]:
+        """What is not in the Hub's cache yet, of what a run needs."""
+        return missing_files(self.checkpoints.values(), self.sidecar_folder, self.sidecars)
+
+    def _download_facts(self) -> list[tuple[str, str]]:
+        missing = self.missing_files
+        if not missing:
+            return []
+        size = format_bytes(sum(file.size_bytes for file in missing))
+        models = ", ".join(dict.fromkeys(file.source.repository for file in missing))
+        return [("download", f"{size} in {_counted(len(missing), 'file')} of {models}")]
 
     def _device_facts(self) -> list[tuple[str, str]]:
         vram = self.memory.vram
@@ -295,6 +311,7 @@ class Plan:
                 "size_bytes": checkpoint.size_bytes,
                 "dtypes": dtype_shares(checkpoint),
                 "files": [asdict(file) for file in checkpoint.files],
+                **({} if checkpoint.hub is None else {"hub": checkpoint.hub.as_dict()}),
             }
             for reference, checkpoint in self.checkpoints.items()
         ]
@@ -315,6 +332,7 @@ class Plan:
                 "bytes_read": self.bytes_read,
                 "bytes_written": self.bytes_written,
                 "header_bytes_read": sum(c.header_bytes_read for c in self.checkpoints.values()),
+                "bytes_to_download": sum(file.size_bytes for file in self.missing_files),
             },
             "memory": self.memory.as_dict(),
             "read_mode": self.execution.read_mode,
@@ -387,6 +405,8 @@ def make_plan(
     """
     resources = resources or Resources()
     checkpoints, renamings = _aligned(recipe, _open_all(recipe, paths or {}))
+    if recipe.tokenizer is not None or recipe.chat_template is not None:
+        fetch_tokenizers(checkpoints.values())
     tokenizer = plan_tokenizer(recipe, checkpoints, paths)
     alignment = None if tokenizer is None else tokenizer.alignment
     compiled = compile_recipe(
@@ -408,6 +428,7 @@ def make_plan(
         tensors=compiled.tensors,
         notices=(
             *_recipe_notices(recipe),
+            *(f"{model}: {notice}" for model, c in checkpoints.items() for notice in c.notices),
             *renamings,
             *(f"{model}: {notice}" for model, c in checkpoints.items() for notice in c.notices),
             *compiled.notices,
@@ -423,10 +444,8 @@ def make_plan(
         memory=_memory(compiled.graph, tasks, resources, tokenizer),
         config=config,
         sidecar_folder=source.folder,
-        sidecars=(
-            _sidecars(source.folder, tokenizer)
-            if Path((paths or {}).get(source.reference, source.reference)).is_dir()
-            else ()
+        sidecars=_sidecars(
+            source, (paths or {}).get(source.reference, source.reference), tokenizer
         ),
         execution=resources.execution,
         tokenizer=tokenizer,
@@ -503,14 +522,14 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     recipe = recipe.with_seed(_of_kind(saved["seed"], int))
     checkpoints = {}
     for model in document["models"]:
-        checkpoint = open_checkpoint(model["reference"])
+        checkpoint = open_checkpoint(_reference_again(model))
         now = [asdict(file) for file in checkpoint.files]
         if checkpoint.folder != model["folder"] or now != model["files"]:
             raise InputError(
                 f"model {model['reference']} is not what it was when {path} was made "
                 f"({_first_difference(model, checkpoint.folder, now)}); plan the recipe again"
             )
-        checkpoints[model["reference"]] = checkpoint
+        checkpoints[model["reference"]] = replace(checkpoint, reference=model["reference"])
     made_for = document["device"]
     if made_for not in get_args(DeviceClass):
         raise ValueError(f"device {made_for!r}")
@@ -525,6 +544,8 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     _check_reads(graph, checkpoints, path)
     output = document["output"]
     _check_sidecars(output, checkpoints[recipe.main_model], path)
+    if recipe.tokenizer is not None or recipe.chat_template is not None:
+        fetch_tokenizers(checkpoints.values())
     tokenizer = plan_tokenizer(recipe, checkpoints)
     if (tokenizer and tokenizer.as_dict()) != output.get("tokenizer"):
         raise InputError(
@@ -650,7 +671,7 @@ def _check_sidecars(output: Mapping[str, Any], source: Checkpoint, path: str) ->
     Raises:
         InputError: one is not.
     """
-    known = sidecar_files(source.folder)
+    known = _sidecars(source, source.folder, None)
     other = [file for file in output["sidecars"] if file not in known]
     if output["sidecar_folder"] != source.folder or other:
         what = f"{other[0]!r}, which is not there" if other else "files from another folder"
@@ -699,13 +720,6 @@ def _aligned(
     return aligned, sentences
 
 
-def _sidecars(folder: str, tokenizer: TokenizerPlan | None) -> tuple[str, ...]:
-    """The files that are copied from a folder: those of the tokenizer are not, where it is made."""
-    return tuple(
-        name for name in sidecar_files(folder) if tokenizer is None or not is_tokenizer_file(name)
-    )
-
-
 def _memory(
     graph: Graph,
     tasks: tuple[TensorTask, ...],
@@ -752,6 +766,37 @@ def _config_notices(
         for conflict in config_conflicts(configs)
         if not (is_vocabulary_matched and conflict.key.endswith("vocab_size"))
     ]
+
+
+def _sidecars(
+    source: Checkpoint, reference: str, tokenizer: TokenizerPlan | None
+) -> tuple[str, ...]:
+    """The small files that are copied from a model: those of the tokenizer are not, where it is
+    made.
+
+    reference: what it was opened by.
+    """
+    if source.hub is not None:
+        names = copied_files(source.hub.sizes)
+    else:
+        names = sidecar_files(source.folder) if Path(local_path(reference)).is_dir() else ()
+    return tuple(name for name in names if tokenizer is None or not is_tokenizer_file(name))
+
+
+def _reference_again(model: Mapping[str, Any]) -> str:
+    """What opens a model as it was when a plan or an output was begun: of the Hub, its commit.
+
+    Raises:
+        ValueError: it names no commit.
+    """
+    hub = model.get("hub")
+    if hub is None:
+        reference: str = _of_kind(model["reference"], str)
+        return reference
+    commit = _of_kind(hub["commit"], str)
+    if not is_commit(commit):
+        raise ValueError(f"commit {commit!r}")
+    return f"{SCHEME}{_of_kind(hub['repository'], str)}@{commit}"
 
 
 def _first_difference(model: dict[str, Any], folder: str, now: list[dict[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from xxhash import xxh3_128_hexdigest
 
 from ..checkpoint import is_torch_name
+from ..checkpoint.hub import Moved
 from ..errors import InputError, LazymergeError
 from ..graph.node import Read, Write
 from ..output.folder import clear_output_folder
@@ -28,6 +29,7 @@ from .baseline import peak_resident_bytes, resident_bytes, store_baseline
 from .device.frame import Lane
 from .device.interface import Device
 from .device.memory import fit_to_device, open_lanes
+from .download import download
 from .finishing import manifest, write_beside_weights
 from .inputs import InputFiles
 from .memory import available_memory_bytes
@@ -101,7 +103,7 @@ def run_plan(
                 hash_inputs=hash_inputs,
             )
     folder = Path(output)
-    check_inputs(plan)
+    prepare_inputs(plan, folder, overwrite=overwrite)
     plan = plan.in_this_process(resident_bytes())
     if device is not None:
         plan = fit_to_device(plan, device)
@@ -236,6 +238,29 @@ def outgrows_cache(plan: Plan) -> bool:
     return moved > CACHED_SHARE * available_memory_bytes()
 
 
+def prepare_inputs(
+    plan: Plan, output: Path, *, overwrite: bool, moved: Moved | None = None
+) -> None:
+    """Has the inputs on the local disk, and checks that they are what was planned.
+
+    Nothing is downloaded for an output that is complete or cannot be written.
+
+    moved: is told of downloaded bytes; None: the library shows its own progress.
+
+    Raises:
+        InputError: an input is not what was planned, or the output cannot be written.
+        DoesNotFitError: what is to be downloaded does not fit on the disk.
+        LazymergeError: the download fails.
+    """
+    missing = plan.missing_files
+    if missing:
+        if not overwrite and is_complete(plan, output):
+            return
+        check_output(plan, output, overwrite=overwrite)
+        download(missing, plan.checkpoints.values(), moved)
+    check_inputs(plan)
+
+
 def check_inputs(plan: Plan) -> None:
     """Checks that the inputs are the files that were planned, and has the safetensors library
     check the headers of its files once more by its own rules.
@@ -255,7 +280,8 @@ def check_inputs(plan: Plan) -> None:
                         pass
             except (OSError, SafetensorError) as error:
                 raise InputError(f"{path} cannot be read: {error}") from error
-            if (status.st_size, status.st_mtime_ns) != (file.size_bytes, file.modified_ns):
+            modified_ns = status.st_mtime_ns if checkpoint.hub is None else None
+            if (status.st_size, modified_ns) != (file.size_bytes, file.modified_ns):
                 raise InputError(f"{path} has changed since the merge was planned; plan it again")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.hub_reference import SCHEME, local_path
 from ..errors import InputError, LazymergeError, RecipeError
 from ..output.checksum import file_checksum
 from ..output.folder import is_unfinished
@@ -36,7 +37,7 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "recipe": plan.recipe_dict(),
         "models": [
-            {**model, "path": os.path.abspath(os.path.expanduser(model["reference"]))}
+            {**model, "path": _path_of(plan.checkpoints[model["reference"]])}
             for model in plan.models_dict()
         ],
         "device": plan.execution.device,
@@ -47,6 +48,13 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
         },
         **({"tokenizer": plan.tokenizer.as_dict()} if plan.tokenizer else {}),
     }
+
+
+def _path_of(checkpoint: Checkpoint) -> str:
+    """What opens a model again, wherever that is done: of the Hub, at the same commit."""
+    if checkpoint.hub is not None:
+        return f"{SCHEME}{checkpoint.hub.repository}@{checkpoint.hub.commit}"
+    return os.path.abspath(local_path(checkpoint.reference))
 
 
 def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -> Plan:
@@ -282,6 +290,8 @@ def _first_changed_file(models: list[Any]) -> str | None:
     """What has changed of the models' files, as far as a look at the folders shows."""
     try:
         for model in models:
+            if model.get("hub") is not None:
+                continue  # its commit says what its files are, and they can be fetched again
             for file in model["files"]:
                 path = Path(model["folder"], file["path"])
                 try:

@@ -25,13 +25,17 @@ def model_card(
 
     models: references as the recipe writes them, base included.
     """
-    hub_ids = [model for model in models if _HUB_ID.fullmatch(model) and not Path(model).exists()]
+    hub_ids = [
+        repository
+        for repository in (model.partition("@")[0] for model in models)
+        if _HUB_ID.fullmatch(repository) and not Path(repository).exists()
+    ]
     metadata: dict[str, object] = {
         "library_name": "transformers",
         "tags": ["merge", "mergekit", "lazymerge"],
     }
     if hub_ids:
-        metadata["base_model"] = hub_ids
+        metadata["base_model"] = list(dict.fromkeys(hub_ids))
         metadata["base_model_relation"] = "merge"
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
     listed = "\n".join(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..checkpoint import leaves_model
@@ -62,14 +62,31 @@ def sidecar_files(folder: str) -> tuple[str, ...]:
     for candidate in [*root.glob("*"), *root.glob("1_Pooling/*")]:
         name = candidate.relative_to(root).as_posix()
         if (
-            name.isprintable()
-            and any(fnmatch.fnmatchcase(name, pattern) for pattern in COPIED)
+            _is_copied(name)
             and candidate.is_file()
             and not leaves_model(root, name)
             and candidate.stat().st_size <= MAX_SIDECAR_BYTES
         ):
             found.add(name)
     return tuple(sorted(found))
+
+
+def copied_files(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Those of a model's files that would be copied, sorted.
+
+    sizes: of its files, by relative path.
+    """
+    return tuple(
+        sorted(
+            name
+            for name, size_bytes in sizes.items()
+            if _is_copied(name) and size_bytes <= MAX_SIDECAR_BYTES
+        )
+    )
+
+
+def _is_copied(name: str) -> bool:
+    return name.isprintable() and any(fnmatch.fnmatchcase(name, pattern) for pattern in COPIED)
 
 
 def copy_sidecars(folder: str, files: Sequence[str], output: Path, *, fsync: bool) -> None:

@@ -1,0 +1,147 @@
+"""Merges of models of the Hub, from the recipe to the output, against a server of our own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lazymerge
+import pytest
+import torch
+import yaml
+from lazymerge.engine.report import Silent
+from lazymerge.engine.run import run_plan
+from lazymerge.errors import InputError, LazymergeError
+
+from conftest import write_checkpoint
+from hub_server import TOKEN, HubServer
+
+NAMES = [f"model.layers.{n}.w" for n in range(4)]
+
+
+def publish(hub: HubServer, folder: Path, name: str, seed: int) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {key: torch.randn(40, 30, generator=generator) for key in NAMES}
+    write_checkpoint(folder / name, tensors, {"model_type": "llama", "num_hidden_layers": 4})
+    (folder / name / "generation_config.json").write_text('{"a": 1}')
+    (folder / name / "modeling.py").write_text("raise SystemExit")
+    hub.publish(f"org/{name}", folder / name)
+    return folder / name
+
+
+@pytest.fixture
+def models(hub: HubServer, tmp_path: Path) -> dict[str, Path]:
+    """Local folders by the id that they are published under."""
+    return {f"org/{name}": publish(hub, tmp_path, name, seed) for seed, name in enumerate("ab")}
+
+
+def recipe(first: object, second: object, path: Path) -> Path:
+    document = {
+        "merge_method": "slerp",
+        "base_model": str(first),
+        "models": [{"model": str(second)}],
+        "parameters": {"t": 0.3},
+    }
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def expected(models: dict[str, Path], tmp_path: Path) -> bytes:
+    path = recipe(models["org/a"], models["org/b"], tmp_path / "local.yml")
+    lazymerge.run(lazymerge.plan(path), tmp_path / "local", fsync=False)
+    return weights(tmp_path / "local")
+
+
+def facts(plan: Any) -> dict[str, str]:
+    return dict(plan.facts())
+
+
+def test_a_merge(models: dict[str, Path], hub: HubServer, tmp_path: Path, expected: bytes) -> None:
+    path = recipe("org/a", "org/b@main", tmp_path / "hub.yml")
+    plan = lazymerge.plan(path)
+    cached = [p.name for p in (tmp_path / "cache").rglob("*") if p.name.endswith(".safetensors")]
+    assert cached == []
+    assert facts(plan)["download"].endswith(" files of org/a, org/b")
+    out = tmp_path / "out"
+    lazymerge.run(plan, out, fsync=False)
+    assert weights(out) == expected
+    assert (out / "generation_config.json").read_text() == '{"a": 1}'
+    assert not (out / "modeling.py").exists()
+    manifest = json.loads((out / "lazymerge.json").read_text())
+    commits = {model["reference"]: model["hub"]["commit"] for model in manifest["models"]}
+    assert all(len(commit) == 40 for commit in commits.values())
+    assert "base_model:\n- org/a\n- org/b" in (out / "README.md").read_text()
+    everything = "".join(p.read_text(errors="replace") for p in out.glob("*.json"))
+    assert TOKEN not in everything
+    assert "download" not in facts(lazymerge.plan(path))
+    assert lazymerge.verify(out, recompute=4).problems == ()
+
+
+def test_a_branch_that_moves_between_runs(
+    models: dict[str, Path], hub: HubServer, tmp_path: Path, expected: bytes
+) -> None:
+    """What was begun goes on with the commits that it was begun with."""
+    path = recipe("org/a", "org/b", tmp_path / "hub.yml")
+    plan = lazymerge.plan(path)
+    plan.save(tmp_path / "plan.json")
+
+    class Stopper(Silent):
+        def finished(self, _: str) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan, tmp_path / "out", fsync=False, observer=Stopper())
+    publish(hub, tmp_path / "later", "b", 7)
+    other = lazymerge.plan(path)
+    assert other.fingerprint != plan.fingerprint
+    with pytest.raises(InputError, match="org/b"):
+        run_plan(other, tmp_path / "out", fsync=False)
+    assert lazymerge.resume(tmp_path / "out").resumed_tensors >= 1
+    assert weights(tmp_path / "out") == expected
+    run_plan(lazymerge.plan(tmp_path / "plan.json"), tmp_path / "saved", fsync=False)
+    assert weights(tmp_path / "saved") == expected
+
+
+def test_offline(
+    models: dict[str, Path],
+    hub: HubServer,
+    tmp_path: Path,
+    expected: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = recipe("org/a", "org/b", tmp_path / "hub.yml")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        lazymerge.plan(path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    lazymerge.run(lazymerge.plan(path), tmp_path / "once", fsync=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    plan = lazymerge.plan(path)
+    assert plan.notices == ()
+    lazymerge.run(plan, tmp_path / "out", fsync=False)
+    assert weights(tmp_path / "out") == expected
+
+
+def test_a_download_that_breaks_off_leaves_no_output(
+    models: dict[str, Path], hub: HubServer, tmp_path: Path
+) -> None:
+    plan = lazymerge.plan(recipe("org/a", "org/b", tmp_path / "hub.yml"))
+    hub.answers["org/b/model.safetensors"] = (403, "")
+    with pytest.raises(LazymergeError, match="may not be read"):
+        lazymerge.run(plan, tmp_path / "out", fsync=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_local_folder_goes_first(models: dict[str, Path], hub: HubServer, tmp_path: Path) -> None:
+    here = Path.cwd() / "org"
+    here.mkdir()
+    (here / "a").symlink_to(models["org/b"])
+    plan = lazymerge.plan(recipe("org/a", "org/b", tmp_path / "hub.yml"))
+    assert plan.checkpoints["org/a"].hub is None
+    assert plan.checkpoints["org/b"].hub is not None
