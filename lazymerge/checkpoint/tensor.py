@@ -62,6 +62,8 @@ class TensorInfo:
     start, stop_exclusive: its byte range within that file (absolute, header included).
     scale: what the stored numbers must be multiplied by; None: by nothing.
     node: of the graph, that yields the tensor: it is another merge's, and lies in no file.
+    low_rank: an adapter's product, which is to be added; None: nothing is.
+    folder: that the file lies in, if it is not the checkpoint's.
     """
 
     name: str
@@ -72,6 +74,8 @@ class TensorInfo:
     stop_exclusive: int
     scale: BlockScale | None = None
     node: str | None = None
+    low_rank: LowRank | None = None
+    folder: str | None = None
 
     @property
     def element_count(self) -> int:
@@ -83,8 +87,22 @@ class TensorInfo:
 
     @property
     def stored(self) -> TensorInfo:
-        """The tensor as it lies in the file, without its scale."""
-        return self if self.scale is None else replace(self, scale=None)
+        """The tensor as it lies in the file, without its scale and adapter."""
+        if self.scale is None and self.low_rank is None and self.folder is None:
+            return self
+        return replace(self, scale=None, low_rank=None, folder=None)
+
+    @property
+    def parts(self) -> tuple[tuple[str | None, TensorInfo], ...]:
+        """All that is read for the tensor, each with its folder if that is not the checkpoint's."""
+        found = [(self.folder, self.stored)]
+        if self.scale is not None:
+            found.append((None, self.scale.tensor))
+        if self.low_rank is not None:
+            low_rank = self.low_rank
+            small = (low_rank.a, low_rank.b, low_rank.magnitude)
+            found += [(low_rank.folder, part) for part in small if part is not None]
+        return tuple(found)
 
     @property
     def value_dtype(self) -> str:
@@ -113,6 +131,26 @@ class BlockScale:
 
     tensor: TensorInfo
     block: tuple[int, int]
+    first_row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What a LoRA adapter adds to a matrix: factor · B A.
+
+    folder: absolute path of the adapter's folder.
+    a, b: of shape (r, n) and (m, r).
+    is_turned: (B A)ᵀ is added.
+    magnitude: the length that every row of the sum is scaled to (DoRA); None: as it is.
+    first_row: of the whole matrix: where some of its rows are a tensor's.
+    """
+
+    folder: str
+    a: TensorInfo
+    b: TensorInfo
+    factor: float
+    is_turned: bool = False
+    magnitude: TensorInfo | None = None
     first_row: int = 0
 
 

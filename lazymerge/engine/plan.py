@@ -19,7 +19,8 @@ from typing import Any, get_args
 from ..architecture import LayerStacks, find_layer_stacks
 from ..architecture.config import config_conflicts
 from ..architecture.layouts import example, renamed
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import Checkpoint
+from ..checkpoint.adapter import open_model, split_reference
 from ..checkpoint.fused import is_rows_of, taken_apart
 from ..checkpoint.hub_reference import SCHEME, is_commit, local_path
 from ..checkpoint.tensor import DTYPES
@@ -428,7 +429,6 @@ def make_plan(
         tensors=compiled.tensors,
         notices=(
             *_recipe_notices(recipe),
-            *(f"{model}: {notice}" for model, c in checkpoints.items() for notice in c.notices),
             *renamings,
             *(f"{model}: {notice}" for model, c in checkpoints.items() for notice in c.notices),
             *compiled.notices,
@@ -522,7 +522,7 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     recipe = recipe.with_seed(_of_kind(saved["seed"], int))
     checkpoints = {}
     for model in document["models"]:
-        checkpoint = open_checkpoint(_reference_again(model))
+        checkpoint = open_model(_reference_again(model))
         now = [asdict(file) for file in checkpoint.files]
         if checkpoint.folder != model["folder"] or now != model["files"]:
             raise InputError(
@@ -608,10 +608,10 @@ def _check_reads(graph: Graph, checkpoints: Mapping[str, Checkpoint], path: str)
         InputError: one is not.
     """
     known = {
-        (checkpoint.folder, part.file, part.name): part
+        (folder or checkpoint.folder, part.file, part.name): part
         for checkpoint in checkpoints.values()
         for tensor in checkpoint.tensors.values()
-        for part in (tensor.stored, *([tensor.scale.tensor] if tensor.scale else []))
+        for folder, part in tensor.parts
     }
     for node in graph:
         if not isinstance(node, Read):
@@ -687,7 +687,7 @@ def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]
     problems: list[str] = []
     for reference in recipe.models_read:
         try:
-            opened = open_checkpoint(paths.get(reference, reference))
+            opened = open_model(paths.get(reference, reference))
             checkpoints[reference] = replace(opened, reference=reference)
         except InputError as error:
             problems.append(str(error))
@@ -779,7 +779,8 @@ def _sidecars(
     if source.hub is not None:
         names = copied_files(source.hub.sizes)
     else:
-        names = sidecar_files(source.folder) if Path(local_path(reference)).is_dir() else ()
+        model, _ = split_reference(reference) or (reference, "")
+        names = sidecar_files(source.folder) if Path(local_path(model)).is_dir() else ()
     return tuple(name for name in names if tokenizer is None or not is_tokenizer_file(name))
 
 
@@ -796,7 +797,9 @@ def _reference_again(model: Mapping[str, Any]) -> str:
     commit = _of_kind(hub["commit"], str)
     if not is_commit(commit):
         raise ValueError(f"commit {commit!r}")
-    return f"{SCHEME}{_of_kind(hub['repository'], str)}@{commit}"
+    of_hub = f"{SCHEME}{_of_kind(hub['repository'], str)}@{commit}"
+    parts = split_reference(_of_kind(model["reference"], str))
+    return of_hub if parts is None else f"{of_hub}+{parts[1]}"
 
 
 def _first_difference(model: dict[str, Any], folder: str, now: list[dict[str, Any]]) -> str:

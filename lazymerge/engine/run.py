@@ -280,7 +280,7 @@ def check_inputs(plan: Plan) -> None:
                         pass
             except (OSError, SafetensorError) as error:
                 raise InputError(f"{path} cannot be read: {error}") from error
-            modified_ns = status.st_mtime_ns if checkpoint.hub is None else None
+            modified_ns = None if file.modified_ns is None else status.st_mtime_ns
             if (status.st_size, modified_ns) != (file.size_bytes, file.modified_ns):
                 raise InputError(f"{path} has changed since the merge was planned; plan it again")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.adapter import split_reference
 from ..checkpoint.hub_reference import SCHEME, local_path
 from ..errors import InputError, LazymergeError, RecipeError
 from ..output.checksum import file_checksum
@@ -52,9 +53,15 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
 
 def _path_of(checkpoint: Checkpoint) -> str:
     """What opens a model again, wherever that is done: of the Hub, at the same commit."""
+    parts = split_reference(checkpoint.reference)
+    model = checkpoint.reference if parts is None else parts[0]
     if checkpoint.hub is not None:
-        return f"{SCHEME}{checkpoint.hub.repository}@{checkpoint.hub.commit}"
-    return os.path.abspath(local_path(checkpoint.reference))
+        path = f"{SCHEME}{checkpoint.hub.repository}@{checkpoint.hub.commit}"
+    else:
+        path = os.path.abspath(local_path(model))
+    if parts is None:
+        return path
+    return f"{path}+{os.path.abspath(os.path.expanduser(parts[1]))}"
 
 
 def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -> Plan:
@@ -290,9 +297,9 @@ def _first_changed_file(models: list[Any]) -> str | None:
     """What has changed of the models' files, as far as a look at the folders shows."""
     try:
         for model in models:
-            if model.get("hub") is not None:
-                continue  # its commit says what its files are, and they can be fetched again
             for file in model["files"]:
+                if file["modified_ns"] is None:
+                    continue  # of the Hub: its commit says what it is, and it can be fetched again
                 path = Path(model["folder"], file["path"])
                 try:
                     now = path.stat()

@@ -33,6 +33,7 @@ from .embeddings import AlignedEmbeddings
 from .graph import Graph
 from .node import Read, Write
 from .operations.block_scales import add_dequantised
+from .operations.low_rank import add_low_rank
 from .targets import LayerOrigins, Source, Target, find_targets
 
 MOST_PROBLEMS_SHOWN = 20
@@ -278,16 +279,18 @@ class _Compiler:
         shapes = {info.shape for info in infos.values()}
         if len(shapes) > 1 and not (self.embeddings is not None and is_vocabulary(name)):
             infos = self._common_rows(name, infos)
-        return {model: Read(folders[model], info) for model, info in infos.items()}
+        return {model: Read(info.folder or folders[model], info) for model, info in infos.items()}
 
     def _node(self, read: Read) -> str:
         """The node that yields a tensor's values."""
         if read.tensor.node is not None:
             return read.tensor.node
         stored, scale = Read(read.folder, read.tensor.stored), read.tensor.scale
-        if scale is None or stored.element_count == 0:
+        low_rank = read.tensor.low_rank
+        if stored.element_count == 0:
             return self.graph.add(stored)
-        return add_dequantised(self.graph, stored, scale)
+        node = add_dequantised(self.graph, stored, scale) if scale else self.graph.add(stored)
+        return add_low_rank(self.graph, node, low_rank) if low_rank else node
 
     def _nodes(self, name: str, reads: Mapping[str, Read]) -> dict[str, str]:
         """One node per model, of one shape: rows of embeddings are matched by token.
@@ -302,6 +305,12 @@ class _Compiler:
             raise InputError(
                 f"tensor {name} of {', '.join(quantised)} is block-quantised: its rows cannot be "
                 "matched; convert the model to bfloat16 first"
+            )
+        adapted = [model for model, read in reads.items() if read.tensor.low_rank is not None]
+        if adapted:
+            raise InputError(
+                f"tensor {name} of {', '.join(adapted)} has an adapter: its rows cannot be "
+                "matched; merge the adapter into its model first"
             )
         nodes = self.embeddings.nodes(name, reads)
         alignment = self.embeddings.alignment

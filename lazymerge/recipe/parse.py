@@ -92,8 +92,6 @@ CONDITION_KEYS = ("value", "filter")
 MOST_LAYERS = 1_000_000
 """No stack has more: lazymerge.architecture.layers."""
 
-_NOT_YET = "not supported yet by this version of lazymerge"
-
 # Python's float() takes more than YAML's and JSON's numbers (nan, 1_0, other alphabets' digits).
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -584,21 +582,43 @@ class _Parser:
         return start, stop
 
     def _reference(self, node: Node, key: str) -> str | None:
-        """A model reference, as written."""
+        """A model reference, as written; a mapping is put into words."""
         if isinstance(node, MapNode):
-            self._report(f"a mapping as {key!r} is {_NOT_YET}; write its path", node.position)
+            return self._spelt_out_reference(node, key)
+        return self._text_of(node, key)
+
+    def _spelt_out_reference(self, node: MapNode, key: str) -> str | None:
+        """`{model: {path: a, revision: b}, lora: {path: c}}` as `a@b+c`."""
+        paths = []
+        for part in ("model", "lora"):
+            entry = node.entries.get(part)
+            if part == "lora" and (entry is None or _is_null(entry.node)):
+                continue
+            path = None if entry is None else self._place_of(entry.node, f"{key}.{part}")
+            if entry is None:
+                self._report(f"{key!r} has no 'model: {{path: <path>}}'", node.position)
+            if path is None:
+                return None
+            paths.append(path)
+        for stray, entry in node.entries.items():
+            if stray not in ("model", "lora") and not _is_null(entry.node):
+                self._report(f"unknown key {quote(stray)} in {key!r}", entry.key_position)
+        return "+".join(paths)
+
+    def _place_of(self, node: Node, key: str) -> str | None:
+        """A path, or `{path: a, revision: b}` as `a@b`."""
+        if not isinstance(node, MapNode):
+            return self._text_of(node, key)
+        entry = node.entries.get("path")
+        if entry is None:
+            self._report(f"{key!r} has no 'path'", node.position)
             return None
-        text = self._text_of(node, key)
-        if text is None:
-            return None
-        if "+" in text:
-            self._report(
-                f"{quote(text)}: adapters (+lora) are {_NOT_YET}; "
-                "merge the adapter into its model first",
-                node.position,
-            )
-            return None
-        return text
+        path = self._text_of(entry.node, f"{key}.path")
+        revision = node.entries.get("revision")
+        if path is None or revision is None or _is_null(revision.node):
+            return path
+        at = self._text_of(revision.node, f"{key}.revision")
+        return None if at is None else f"{path}@{at}"
 
     def _dtype(self, key: str) -> str | None:
         entry = self._root.entries.get(key)

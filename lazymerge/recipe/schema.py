@@ -21,13 +21,38 @@ _DTYPE_TEXT = (
 )
 
 
+_LORA = {"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]}
+
+
 def json_schema(signatures: Mapping[str, Signature]) -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of recipes that use these merge methods.
 
     signatures: of the known merge methods, by name.
     """
     definitions: dict[str, Any] = {
-        "reference": {"type": "string", "pattern": r"^[^+]+$"},
+        "reference": {
+            "anyOf": [
+                {"type": "string", "pattern": "."},
+                {
+                    "type": "object",
+                    "required": ["model"],
+                    "properties": {"model": {"$ref": "#/$defs/place"}, "lora": _LORA},
+                },
+            ]
+        },
+        "place": {
+            "anyOf": [
+                {"type": "string", "pattern": "."},
+                {
+                    "type": "object",
+                    "required": ["path"],
+                    "properties": {
+                        "path": {"type": "string"},
+                        "revision": {"type": ["string", "null"]},
+                    },
+                },
+            ]
+        },
         "dtype": {
             "type": ["string", "null"],
             "enum": [
@@ -222,7 +247,7 @@ def _of_method(signature: Signature) -> dict[str, Any]:
         then["if"] = {"required": ["models"], "properties": {"models": {"type": "array"}}}
         then["then"] = {
             "required": ["base_model"],
-            "properties": {"base_model": {"type": "string"}},
+            "properties": {"base_model": {"type": ["string", "object"]}},
         }
     return {
         "if": {

@@ -311,7 +311,9 @@ def test_an_error_in_a_worker_is_raised_whenever_it_comes(
             tmp_path / "deeper" / "out",
             observer=Recorder(fail),
         )
-    assert_can_be_resumed(plan, tmp_path, tmp_path / "deeper" / "out", kept=share > 0)
+    # of four workers each may be in the middle of a tensor of its own
+    is_any_kept = share == 1.0 or (share > 0 and workers == 1)
+    assert_can_be_resumed(plan, tmp_path, tmp_path / "deeper" / "out", kept=is_any_kept)
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 

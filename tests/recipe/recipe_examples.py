@@ -103,6 +103,19 @@ out_dtype: ~
 slices:
 tokenizer:
 """,
+    "references spelt out": """\
+merge_method: slerp
+base_model: {model: {path: a, revision: main}, lora: null}
+models:
+  - model: {model: {path: org/b, revision: v1}, lora: {path: c}, override_architecture: ~}
+parameters: {t: 0.5}
+""",
+    "adapters": """\
+merge_method: slerp
+base_model: a
+models: [{model: org/b@v1+c}]
+parameters: {t: 0.5}
+""",
     "frankenmerge": """\
 merge_method: passthrough
 slices:

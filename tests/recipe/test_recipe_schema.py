@@ -44,7 +44,7 @@ BAD: dict[str, tuple[str, str]] = {
     "empty models": ("merge_method: linear\nmodels: []", "models"),
     "model is text": ("merge_method: linear\nmodels: [a]", "models/0"),
     "model without reference": ("merge_method: linear\nmodels: [{parameters: {}}]", "models/0"),
-    "adapter": ("merge_method: linear\nmodels: [{model: a+b}]", "models/0/model"),
+    "a list as model": ("merge_method: linear\nmodels: [{model: [a]}]", "models/0/model"),
     "unknown key": ("merge_method: linear\nmodels: [{model: a}]\nfoo: 1", ""),
     "a name that is none": ("merge_method: linear\nmodels: [{model: a}]\nname: 5", "name"),
     "models and slices": (
