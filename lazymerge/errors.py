@@ -24,6 +24,12 @@ def printable(text: str) -> str:
     )
 
 
+def brief(error: BaseException, most: int = 300) -> str:
+    """An error of Python's in short: what a damaged file holds may be megabytes."""
+    text = repr(error)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 class LazymergeError(Exception):
     """A failure at run time (exit code 1)."""
 

@@ -52,6 +52,7 @@ from lazymerge.engine.run import run_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
 from lazymerge.errors import LazymergeError
+from lazymerge.output import lock as lock_module
 from lazymerge.output.journal import JOURNAL_PATH, boot_id, read_journal
 from lazymerge.output.lock import LOCK_PATH, OutputLock
 from lazymerge.output.manifest import MERGE_PATH
@@ -369,6 +370,8 @@ class Place:
 
     def name(self, data: bytes) -> None:
         """A shard and a vocabulary of this name in a model's folder."""
+        if b"/" in data:
+            return  # a name in another folder
         with setting_up():
             folder = self.folder / "names"
             shutil.rmtree(folder, ignore_errors=True)
@@ -379,7 +382,7 @@ class Place:
                     with open(os.path.join(os.fsencode(folder), data + suffix), "xb") as stream:
                         stream.write(self.shard.replace(b".weight", b".weighs"))
                 except (OSError, ValueError):
-                    return  # no name that a file can have, or one in another folder
+                    return  # no name that a file can have
         self._merge(self._linear("names"))
 
     def _linear(self, name: str) -> Recipe:
@@ -435,6 +438,7 @@ class Place:
             plan_of_unfinished(folder)
 
     def lock(self, data: bytes) -> None:
+        lock_module.NAMED_SECONDS = 0.001  # nobody is about to write a name
         with self._unfinished_with(LOCK_PATH, data) as folder:
             output_status(folder)
             OutputLock(folder).release()

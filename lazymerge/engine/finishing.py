@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import is_plain_name
 from ..checkpoint.tensor import DTYPES
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..graph.node import Write
 from ..methods import METHODS
 from ..output.card import model_card
@@ -144,7 +144,7 @@ def faults(document: Mapping[str, Any], folder: Path) -> list[str]:
             or {entry["file"] for entry in document["tensors"].values()} != sizes.keys()
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / MANIFEST_NAME} is damaged ({error!r})") from error
+        raise InputError(f"{folder / MANIFEST_NAME} is damaged ({brief(error)})") from error
     found = []
     if unlike:
         found.append(f"{folder / MANIFEST_NAME} does not list all tensors and shards")

@@ -24,7 +24,7 @@ from ..checkpoint.adapter import open_model, split_reference
 from ..checkpoint.fused import is_rows_of, taken_apart
 from ..checkpoint.hub_reference import SCHEME, is_commit, local_path
 from ..checkpoint.tensor import DTYPES
-from ..errors import InputError, InputErrors
+from ..errors import InputError, InputErrors, brief
 from ..graph.compile import ResolvedTensor, compile_recipe, config_of
 from ..graph.export import graph_from_json, graph_to_json
 from ..graph.graph import Graph
@@ -513,7 +513,7 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
         TypeError,
         ValueError,
     ) as error:
-        raise InputError(f"{path} is damaged ({error!r}); plan the recipe again") from error
+        raise InputError(f"{path} is damaged ({brief(error)}); plan the recipe again") from error
 
 
 def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Plan:

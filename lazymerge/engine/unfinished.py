@@ -20,7 +20,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..checkpoint.adapter import split_reference
 from ..checkpoint.hub_reference import SCHEME, local_path
-from ..errors import InputError, LazymergeError, RecipeError
+from ..errors import InputError, LazymergeError, RecipeError, brief
 from ..output.checksum import file_checksum
 from ..output.folder import is_unfinished
 from ..output.manifest import MANIFEST_NAME, MERGE_PATH, count, read_document
@@ -87,7 +87,7 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
         if type(seed) is not int:
             raise TypeError("number expected")
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{where} is damaged ({error!r})") from error
+        raise InputError(f"{where} is damaged ({brief(error)})") from error
     if version != __version__:
         raise InputError(
             f"{where} was written by lazymerge {version}, this is {__version__}: another version "
@@ -194,7 +194,7 @@ def difference(document: Mapping[str, Any], plan: Plan) -> str:
         if then["output"] != now["output"]:
             return f"its output was {_output(then['output'])}, now it is {_output(now['output'])}"
     except (AttributeError, KeyError, TypeError) as error:
-        return f"its {MERGE_PATH} is damaged ({error!r})"
+        return f"its {MERGE_PATH} is damaged ({brief(error)})"
     return "the operations differ, though the recipe does not: has a plugin changed?"
 
 
@@ -276,7 +276,7 @@ def _tokenizer_path(recipe: Recipe, document: Mapping[str, Any], where: Path) ->
         if not isinstance(folder, str):
             raise TypeError("text expected")
     except (KeyError, TypeError) as error:
-        raise InputError(f"{where} is damaged ({error!r})") from error
+        raise InputError(f"{where} is damaged ({brief(error)})") from error
     return {recipe.tokenizer.source: folder}
 
 
@@ -310,7 +310,7 @@ def _first_changed_file(models: list[Any]) -> str | None:
                 if now.st_mtime_ns != file["modified_ns"]:
                     return f"{path} has changed: its time of modification is not what it was"
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return f"what stands there of the models is damaged ({error!r})"
+        return f"what stands there of the models is damaged ({brief(error)})"
     return None
 
 

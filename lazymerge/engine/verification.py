@@ -18,7 +18,7 @@ from typing import Any
 
 from ..checkpoint import is_plain_name, read_header
 from ..checkpoint.tensor import DTYPES, TensorInfo
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..output.checksum import file_checksum, tensor_checksum
 from ..output.layout import OutputTensor, lay_out
 from ..output.manifest import CHECKSUM, MANIFEST_NAME, read_document
@@ -84,7 +84,7 @@ def verify_output(
         if manifest["checksum"] != CHECKSUM:
             raise ValueError("its checksums are of another kind")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error!r})") from error
+        raise InputError(f"{path} is damaged ({brief(error)})") from error
     problems = faults(manifest, folder)
     if sum(entry.size_bytes for entry in entries.values()) != manifest["output"].get("bytes"):
         problems.append(f"{path} does not list all bytes")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import InputError
+from ..errors import InputError, brief
 from .folder import is_unfinished
 from .journal import JournalContents, read_journal
 from .lock import Owner, lock_owner
@@ -63,7 +63,7 @@ def output_status(output: Path | str) -> OutputStatus:
     try:
         facts = _facts(document)
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error!r})") from error
+        raise InputError(f"{path} is damaged ({brief(error)})") from error
     if not unfinished:
         return OutputStatus(
             state="complete",
