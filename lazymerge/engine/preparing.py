@@ -156,8 +156,9 @@ def prepare(
     except BaseException:
         writer.close()
         if not recovery.finished:
-            writer.discard()
-            clear_output_folder(folder)
+            with suppress(OSError):  # what went wrong first is what is to be said
+                writer.discard()
+                clear_output_folder(folder)
         raise
     return Prepared(recovery, writer, journal_file, beginning)
 

@@ -177,8 +177,9 @@ def _closed_at_the_end(prepared: Prepared, folder: Path, lock: OutputLock) -> It
         prepared.writer.close()
         prepared.journal.close()
         if _is_to_be_removed(prepared, error) and not lock.is_lost:
-            prepared.writer.discard()
-            clear_output_folder(folder)
+            with suppress(OSError):  # what went wrong first is what is to be said
+                prepared.writer.discard()
+                clear_output_folder(folder)
         raise
 
 
