@@ -57,7 +57,8 @@ def _models(plan: Plan) -> RenderableType:
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
     table.add_column("files", justify="right", no_wrap=True)
-    for label, (reference, checkpoint) in zip(_labels(plan), plan.checkpoints.items(), strict=True):
+    labels = _labels(plan)
+    for label, (reference, checkpoint) in zip(labels, plan.checkpoints.items(), strict=False):
         is_base = reference == plan.recipe.base_model
         table.add_row(
             Text.assemble(f"{label} {reference}", (" (base)" if is_base else "", "dim")),
@@ -66,7 +67,16 @@ def _models(plan: Plan) -> RenderableType:
             dtype_text(dtype_shares(checkpoint)),
             str(len(checkpoint.files)),
         )
+    for label, merge in zip(labels[len(plan.checkpoints) :], plan.recipe.merges, strict=True):
+        inputs = [labels[_models_of(plan).index(reference)] for reference in merge.references]
+        how = f" = {merge.merge_method} of {', '.join(inputs)}"
+        table.add_row(Text.assemble(f"{label} {merge.name}", (how, "dim")))
     return table
+
+
+def _models_of(plan: Plan) -> list[str]:
+    """All that parameters are given for: the models, and the merges of the recipe that it uses."""
+    return [*plan.checkpoints, *(str(merge.name) for merge in plan.recipe.merges)]
 
 
 def _facts(plan: Plan, place: Path, *, is_given: bool) -> RenderableType:
@@ -222,7 +232,7 @@ def _values(plan: Plan, tensor: ResolvedTensor) -> dict[str, str]:
     names = dict.fromkeys(name for model in tensor.by_model.values() for name in model)
     for name in names:
         values[name] = " ".join(
-            _text(tensor.by_model.get(model, {}).get(name)) for model in plan.checkpoints
+            _text(tensor.by_model.get(model, {}).get(name)) for model in _models_of(plan)
         )
     return values
 
@@ -275,7 +285,7 @@ def _parameters(plan: Plan) -> list[RenderableType]:
 
 def _labels(plan: Plan) -> list[str]:
     """A, B, C …: what per-model values refer to, in the order of the models table."""
-    count = len(plan.checkpoints)
+    count = len(_models_of(plan))
     return [chr(ord("A") + n) if count <= 26 else f"#{n + 1}" for n in range(count)]
 
 

@@ -413,3 +413,19 @@ def test_inf_is_named_and_strict_refuses_it(lazymerge: Command, place: Path) -> 
     assert refused.code == 1
     assert "holds inf or nan" in refused.err
     assert not (place / "strict").exists()
+
+
+def test_merges_that_use_others_are_shown(lazymerge: Command, place: Path) -> None:
+    first = {**TASK_ARITHMETIC, "name": "both"}
+    second = {
+        "merge_method": "linear",
+        "models": [
+            {"model": "both", "parameters": {"weight": [0.25, 0.75]}},
+            {"model": "one", "parameters": {"weight": 0.5}},
+        ],
+    }
+    (place / "recipe.yml").write_text(yaml.safe_dump_all([first, second]))
+    shown = lazymerge("plan", "recipe.yml", "--dry-run").out
+    assert "D both = task_arithmetic of " in shown
+    assert "0.25" in shown
+    assert "0.75" in shown
