@@ -15,6 +15,8 @@ tiny and made by transformers; `dtype` is float64, so that mergekit rounds once,
     modules       models with several layer stacks, part by part
     models        whole models, with gradients and filters
     documents     merges that use other merges of the same file; mergekit makes one after the other
+    adapters      models with LoRA adapters; mergekit has peft merge those first, in float32
+    torch         models in torch files
 
 Names, shapes and dtypes must be equal, elements no more than an ulp of the output's dtype apart,
 and of config.json the entries that a form decides. Recipes that mergekit does not merge are counted
@@ -45,7 +47,7 @@ import torch
 import yaml
 from lazymerge.errors import LazymergeError
 from lazymerge.version import __version__
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarking.processes import BenchError
 from benchmarking.programs import PEERS, make_venv, peer_facts
@@ -232,16 +234,76 @@ def documents(models: Models, random: Random) -> dict[str, Any]:
     return {**last, "before": [first, second] if random.random() < 0.7 else [second, first]}
 
 
+def adapters(models: Models, random: Random) -> dict[str, Any]:
+    """b, and sometimes a too, with an adapter."""
+    document = whole(models, random)
+    adapted = ["b"] if random.random() < 0.5 else ["a", "b"]
+    for name in adapted:
+        folder = make_adapter(models[name], random)
+        reference = f"{models[name]}+{folder}"
+        document = json.loads(
+            json.dumps(document).replace(json.dumps(str(models[name])), json.dumps(reference))
+        )
+    return document
+
+
+def make_adapter(model: Path, random: Random) -> Path:
+    """An adapter of a model with llama's names, beside it."""
+    folder = model.with_name(f"{model.name}-adapter-{random.randint(0, 10**9)}")
+    folder.mkdir(exist_ok=True)
+    rank, generator = random.randint(1, 6), torch.Generator().manual_seed(random.randint(0, 10**9))
+    words = random.sample(["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj"], 3)
+    tensors = {}
+    for name, weight in read_tensors(model).items():
+        module = name.removesuffix(".weight")
+        if module.endswith(tuple(words)):
+            rows, columns = weight.shape
+            for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                values = 0.1 * torch.randn(shape, generator=generator)
+                tensors[f"base_model.model.{module}.lora_{part}.weight"] = values
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+        "r": rank,
+        "lora_alpha": random.randint(1, 12),
+        "use_rslora": random.random() < 0.3,
+        "target_modules": words,
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def torch_files(models: Models, random: Random) -> dict[str, Any]:
+    """The same models in torch files, of one or two shards' worth of tensors."""
+    return whole({name: as_torch_file(folder) for name, folder in models.items()}, random)
+
+
+def as_torch_file(model: Path) -> Path:
+    folder = model.with_name(f"{model.name}-torch")
+    if not folder.exists() and model.exists():
+        folder.mkdir()
+        (folder / "config.json").write_text((model / "config.json").read_text())
+        torch.save(read_tensors(model), folder / "pytorch_model.bin")
+    return folder
+
+
 WIDE = {"dtype": "float64", "out_dtype": "float64"}
 """lazymerge does not round between merges."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """families: whose models are merged. make: a recipe of some models."""
+    """families: whose models are merged. make: a recipe of some models. out_dtypes: of the output,
+    wide enough to show what mergekit does not round before. rounding: what float32 leaves of
+    elements of about 1, where something else than mergekit computes in it."""
 
     families: Sequence[str]
     make: Callable[[Models, Random, str], dict[str, Any]]
+    out_dtypes: Sequence[str] = ("float32", "bfloat16", "float16")
+    rounding: float = 0.0
 
 
 FORMS: Mapping[str, Form] = {
@@ -250,6 +312,13 @@ FORMS: Mapping[str, Form] = {
     "modules": Form(WITH_MODULES, modules),
     "models": Form(WHOLE, lambda models, random, _: whole(models, random)),
     "documents": Form(WHOLE, lambda models, random, _: documents(models, random)),
+    "adapters": Form(
+        ("llama", "mistral", "qwen2", "gemma 2"),
+        lambda models, random, _: adapters(models, random),
+        ("bfloat16", "float16"),
+        1e-7,
+    ),
+    "torch": Form(WHOLE, lambda models, random, _: torch_files(models, random)),
 }
 
 
@@ -348,8 +417,8 @@ def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return info.eps * torch.ldexp(torch.ones_like(values), exponent - 1)
 
 
-def compare(found: Found, ours: Path, theirs: Path) -> list[str]:
-    """What differs."""
+def compare(found: Found, ours: Path, theirs: Path, rounding: float = 0.0) -> list[str]:
+    """What differs. rounding: more than an ulp that elements may be apart."""
     first, second = read_tensors(ours), read_tensors(theirs)
     if first.keys() != second.keys():
         more, less = sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys())
@@ -375,7 +444,7 @@ def compare(found: Found, ours: Path, theirs: Path) -> list[str]:
         found.apart += int((distance > unit).sum())
         if tensor.numel():
             found.worst = max(found.worst, float((distance / unit).max()))
-        if bool((distance > unit).any()):
+        if bool((distance > unit + rounding).any()):
             said.append(f"{name}: up to {float(distance.max()):.3g} apart")
     return said
 
@@ -425,7 +494,10 @@ def compare_recipe(
     except LazymergeError as error:
         said = [f"lazymerge: {error}"]
     else:
-        said = [*compare(found, ours, theirs), *compare_configs(ours, theirs)]
+        said = [
+            *compare(found, ours, theirs, FORMS[found.form].rounding),
+            *compare_configs(ours, theirs),
+        ]
     if said:
         found.wrong += 1
         recipe = yaml.safe_dump_all([*before, document], sort_keys=False)
@@ -472,7 +544,7 @@ def compare_form(
         document = {
             **form.make(models, random, family),
             "dtype": "float64",
-            "out_dtype": random.choice(["float32", "bfloat16", "float16"]),
+            "out_dtype": random.choice(form.out_dtypes),
         }
         compare_recipe(found, mergekit, document, folder)
     return found

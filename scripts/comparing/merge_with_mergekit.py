@@ -31,7 +31,12 @@ def main() -> None:
         try:
             configuration = MergeConfiguration.model_validate(yaml.safe_load(job["recipe"]))
             options = MergeOptions(
-                copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=job["seed"]
+                copy_tokenizer=False,
+                write_model_card=False,
+                quiet=True,
+                random_seed=job["seed"],
+                lora_merge_cache=job["output"] + " adapters",
+                lazy_unpickle=True,
             )
             run_merge(configuration, job["output"], options)
         except Exception as error:
