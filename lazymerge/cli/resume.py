@@ -45,10 +45,10 @@ def resume(
     from .status import status
 
     if (output / MANIFEST_NAME).is_file() and not is_unfinished(output):
-        tidy_up(output)
         wrong = faults(read_document(output / MANIFEST_NAME), output)
         if wrong:
             raise LazymergeError("\n".join([*wrong, "make it again: lazymerge run … --overwrite"]))
+        tidy_up(output)
         if as_json:
             status(output, as_json=True)
         elif not quiet:

@@ -38,6 +38,10 @@ def tidy_up(folder: Path) -> None:
     """Removes what a run that was killed after its manifest was written has left."""
     if not (folder / OWN_FOLDER).is_dir() or (folder / OWN_FOLDER).is_symlink():
         return
+    try:
+        read_document(folder / MANIFEST_NAME)
+    except InputError:
+        return  # it says nothing: what is beside it may still be wanted
     with suppress(LazymergeError):  # the one that is still at it will do so
         lock = OutputLock(folder)
         remove_beginnings(folder)

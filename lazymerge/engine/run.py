@@ -176,6 +176,7 @@ def _closed_at_the_end(prepared: Prepared, folder: Path, lock: OutputLock) -> It
     except BaseException as error:
         prepared.writer.close()
         prepared.journal.close()
+        lock.touch()  # what is there may be another's by now
         if _is_to_be_removed(prepared, error) and not lock.is_lost:
             with suppress(OSError):  # what went wrong first is what is to be said
                 prepared.writer.discard()
@@ -312,7 +313,12 @@ def _run(
         checksum = xxh3_128_hexdigest(b"".join(digest for digest in digests if digest))
         file, place = places[write.name]
         prepared.journal.finished(
-            write.name, file, place, checksum, is_nonfinite=write.name in nonfinite
+            write.name,
+            file,
+            place,
+            checksum,
+            is_nonfinite=write.name in nonfinite,
+            identity=writer.identity(write.name),
         )
         with lock:
             prepared.checksums[write.name] = checksum

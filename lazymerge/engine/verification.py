@@ -137,7 +137,8 @@ def _entry(entry: Any) -> _Entry:
         raise TypeError(f"{entry!r}")
     if not is_plain_name(file):
         raise ValueError(f"file {file!r}")
-    if not all(type(number) is int for number in (*shape, span)) or not 0 < span < 1 << 63:
+    numbers = [*shape, span]
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or not span or len(shape) > 64:
         raise TypeError(f"{entry!r}")
     return _Entry(file, dtype, tuple(shape), span, checksum)
 

@@ -72,7 +72,13 @@ def is_own(entry: Path) -> bool:
 
 def is_unfinished(output: Path) -> bool:
     """Whether a run has begun to write here and is not complete."""
-    return (output / MERGE_PATH).is_file() and not (output / MANIFEST_NAME).is_file()
+    return (output / MERGE_PATH).is_file() and not _has_manifest(output)
+
+
+def _has_manifest(output: Path) -> bool:
+    """An empty one is none: that is what a power failure may leave of a run that did not sync."""
+    path = output / MANIFEST_NAME
+    return path.is_file() and path.stat().st_size > 0
 
 
 def check_output_folder(
@@ -88,7 +94,7 @@ def check_output_folder(
     """
     resolved = os.path.realpath(output)
     for folder in inputs:
-        if resolved == os.path.realpath(folder):
+        if resolved == os.path.realpath(folder) or _is_same_folder(resolved, folder):
             raise InputError(
                 f"the output folder {output} is the folder of an input model; choose another one"
             )
@@ -134,6 +140,13 @@ def check_output_folder(
             f"the output folder {output} holds files that no merge has written ({_some(foreign)}); "
             "--overwrite does not remove those: choose another folder or move them away"
         )
+
+
+def _is_same_folder(first: str, second: str) -> bool:
+    """Whether two paths lead to one folder: by links, or by mounts of it at two places."""
+    with suppress(OSError):
+        return os.path.samefile(first, second)
+    return False
 
 
 def check_disk(output: Path, needed_bytes: int, *, overwrite: bool) -> None:

@@ -3,7 +3,7 @@
     OUT/.lazymerge/journal
     3f0c… {"format": 1, "fingerprint": "…"}                       the merge that it belongs to
     a81d… {"boot": "…", "pid": 4711, "host": "…", "at": …}        a process begins or goes on
-    77e2… {"tensor": "…", "file": "…", "bytes": [8, 4104], "checksum": "…", "at": …}
+    77e2… {"tensor": "…", "file": "…", "bytes": [8, 4104], "checksum": "…", "inode": […], …}
     …
 
 Every line begins with a checksum of its own (xxh3_64 of the rest). Reading stops at the first line
@@ -65,6 +65,7 @@ class Finished:
 
     file: its shard's final name. start, stop_exclusive: its byte range in that file.
     checksum: as the manifest defines it.
+    identity: of the file that it was written to (device and inode); None if nothing says so.
     is_nonfinite: it holds inf or nan.
     at: when it was complete, in seconds since 1970.
     session: of the process that wrote it.
@@ -75,6 +76,7 @@ class Finished:
     start: int
     stop_exclusive: int
     checksum: str
+    identity: tuple[int, int] | None
     is_nonfinite: bool
     at: float
     session: Session
@@ -169,6 +171,12 @@ def _place(value: Any) -> int:
     return value
 
 
+def _identity(value: Any) -> tuple[int, int] | None:
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    return int(_number(value[0])), int(_number(value[1]))
+
+
 def _session(record: dict[str, Any]) -> Session:
     boot = record["boot"]
     if not isinstance(boot, str):
@@ -184,6 +192,7 @@ def _finished(record: dict[str, Any], session: Session) -> Finished:
         start=start,
         stop_exclusive=stop,
         checksum=_text(record["checksum"]),
+        identity=_identity(record.get("inode")),
         is_nonfinite=record.get("nonfinite") is True,
         at=_number(record["at"]),
         session=session,
@@ -228,11 +237,18 @@ class Journal:
             sync_folder(self._path.parent)
 
     def finished(
-        self, name: str, file: str, place: tuple[int, int], checksum: str, *, is_nonfinite: bool
+        self,
+        name: str,
+        file: str,
+        place: tuple[int, int],
+        checksum: str,
+        *,
+        is_nonfinite: bool,
+        identity: tuple[int, int] | None = None,
     ) -> None:
         """Writes down that a tensor is complete, all its bytes written.
 
-        place: its byte range in the file.
+        place: its byte range in the file. identity: the file's.
 
         Raises:
             LazymergeError: it cannot be written.
@@ -244,6 +260,8 @@ class Journal:
             "checksum": checksum,
             "at": round(time.time(), 3),
         }
+        if identity is not None:
+            record["inode"] = list(identity)
         if is_nonfinite:
             record["nonfinite"] = True
         self._append(record)

@@ -181,6 +181,8 @@ class OutputLock:
         """Raises:
         LockLostError: somebody has removed the lock, so that another process may be writing.
         """
+        if not self.is_lost and not _is_at(self._descriptor, self._path):
+            self.is_lost = True
         if self.is_lost:
             raise LockLostError(
                 f"{self._path} was removed or replaced while it was held: another process may be "
@@ -278,6 +280,8 @@ def _is_alive(owner: Owner, descriptor: int, is_free: bool | None) -> bool:
     if is_named_alike and not owner.boot and is_free:
         return False  # a machine that does not tell when it was started, and does lock
     touched = os.fstat(descriptor).st_mtime
+    if touched > time.time() + ALIVE_SECONDS:
+        return False  # of a clock that was set back since; nobody touches it now
     if is_named_alike and touched < time.time() - _seconds_since_boot():
         return False  # this machine, before it was started again
     return time.time() - touched < ALIVE_SECONDS

@@ -6,10 +6,11 @@ files do not bear out:
     a shard         is used if its size and header are those of the plan, under its final name or
                     its partial one; else it is made anew
     a tensor        is done if its record names the place where the plan puts it in a shard that
-                    is used, and was written since this machine started: what a process hands to
-                    the system outlives the process. Records from before (a power failure may have
-                    kept the record and lost the data) and of other machines are believed when the
-                    tensor's bytes give the checksum
+                    is used, and was written since this machine started, to the very file that is
+                    there: what a process hands to the system outlives the process. Other records
+                    (a power failure may have kept the record and lost the data; a copy, or a file
+                    from a backup, may be older than the journal) are believed when the tensor's
+                    bytes give the checksum
     a final name    is taken back from a shard that lacks a tensor
 """
 
@@ -70,7 +71,7 @@ def recover(
     for shard in shards:
         final = folder / shard.file
         partial = folder / (shard.file + PARTIAL_SUFFIX)
-        path = final if os.path.lexists(final) else partial
+        path = final
         claims = {
             tensor.name: record
             for tensor in shard.tensors
@@ -80,16 +81,20 @@ def recover(
         }
         claimed += len(claims)
         try:
-            if path == final and os.path.lexists(partial):
-                partial.unlink()
+            if not _is_shard(final, shard):
+                final.unlink(missing_ok=True)
+                path = partial
+            else:
+                partial.unlink(missing_ok=True)
             if not _is_shard(path, shard):
-                if os.path.lexists(path):
-                    path.unlink()
+                path.unlink(missing_ok=True)
                 continue
             descriptor = open_shard(path)
             try:
+                status = os.fstat(descriptor)
+                identity = status.st_dev, status.st_ino
                 for name, record in claims.items():
-                    if recheck or is_doubted(record):
+                    if recheck or is_doubted(record) or record.identity != identity:
                         sum_now = tensor_checksum(
                             descriptor, record.start, record.stop_exclusive, span_bytes(name)
                         )

@@ -92,6 +92,11 @@ class ShardWriter:
         writes it without `write`."""
         return self._descriptors[self._shards[tensor].file], self._placements[tensor].start
 
+    def identity(self, tensor: str) -> tuple[int, int]:
+        """Device and inode of the file that a tensor is in."""
+        status = os.fstat(self.place(tensor)[0])
+        return status.st_dev, status.st_ino
+
     def failure(self, tensor: str, error: OSError, size_bytes: int) -> LazymergeError:
         """What `write` would raise for an error.
 
@@ -114,10 +119,12 @@ class ShardWriter:
         path = self._partial(shard)
         try:
             try:
+                identity = os.fstat(descriptor)
                 if self._fsync:
                     _sync(descriptor, path)
             finally:
                 os.close(descriptor)
+            _check_is_at(identity, path)
             path.rename(self._folder / shard.file)
             if self._fsync:
                 sync_folder(self._folder)
@@ -179,10 +186,24 @@ def open_own(path: Path, flags: int) -> int:
     for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"):
         flags |= getattr(os, name, 0)
     descriptor = os.open(path, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    problem = None
+    if not stat.S_ISREG(status.st_mode):
+        problem = "not a regular file"
+    elif status.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
+        problem = "it has other names too (hard links), which would change with it: copy it"
+    if problem is not None:
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise OSError(errno.EINVAL, problem, str(path))
     return descriptor
+
+
+def _check_is_at(identity: os.stat_result, path: Path) -> None:
+    """Raises:
+    OSError: a path leads to another file than the one that was written.
+    """
+    if not os.path.samestat(identity, os.stat(path, follow_symlinks=False)):
+        raise OSError(errno.ESTALE, "it was removed or replaced while it was written", str(path))
 
 
 def sync_file(path: Path) -> None:

@@ -580,3 +580,64 @@ def test_a_shard_that_was_lost_and_made_anew_is_not_believed(recipe: Path, tmp_p
     assert (out / plan.shards[0].file).read_bytes() == (
         tmp_path / "whole" / plan.shards[0].file
     ).read_bytes()
+
+
+def test_a_copy_of_an_output_that_was_being_written(recipe: Path, tmp_path: Path) -> None:
+    """Its journal is newer than its shards."""
+    plan = lazymerge.plan(recipe, workers=1)
+    copy = tmp_path / "copy"
+    for after, what in ((2, "shards"), (4, "journal")):
+        with pytest.raises(Stop):
+            run_plan(plan, tmp_path / "out", observer=Stopper(after if what == "shards" else 2))
+        if what == "shards":
+            copy.mkdir()
+            shutil.copy(tmp_path / "out" / "model.safetensors.partial", copy)
+    shutil.copytree(tmp_path / "out" / ".lazymerge", copy / ".lazymerge")
+    assert lazymerge.resume(copy).resumed_tensors == 2
+    run_plan(plan, tmp_path / "whole")
+    assert (copy / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_output_that_is_removed_under_a_run(recipe: Path, tmp_path: Path) -> None:
+    """And another begun in its place: that stays as it is."""
+    out = tmp_path / "out"
+    plan = planned(recipe)
+
+    class Remover(Stopper):
+        def finished(self, tensor: str) -> None:
+            if not self.tensors:
+                shutil.rmtree(out)
+                begin(recipe, out, 2)
+            super().finished(tensor)
+
+    with pytest.raises(LazymergeError):
+        run_plan(plan, out, observer=Remover(99))
+    assert len(read_journal(out).finished) == 2
+    assert run_plan(plan, out).resumed_tensors == 2
+    run_plan(plan, tmp_path / "whole")
+    assert checksums(out) == checksums(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", [JOURNAL_PATH, "model-00002-of-00003.safetensors.partial"])
+def test_other_names_of_a_file_do_not_change_with_it(
+    recipe: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    begin(recipe, out)
+    names = [path.name for path in out.glob("*.partial")]
+    path = out / (name if name == JOURNAL_PATH else names[0])
+    before = path.read_bytes()
+    os.link(path, tmp_path / "mine")
+    with pytest.raises(LazymergeError, match=r"hard links"):
+        lazymerge.resume(out)
+    assert (tmp_path / "mine").read_bytes() == before
+
+
+def test_an_empty_manifest_is_none(recipe: Path, tmp_path: Path) -> None:
+    """As a power failure leaves it of a run that did not sync."""
+    out = tmp_path / "out"
+    begin(recipe, out)
+    (out / MANIFEST_NAME).touch()
+    assert lazymerge.resume(out).resumed_tensors == 3

@@ -152,6 +152,10 @@ class TestWhereTheFileDecides:
         held[0].release()
         assert [*tmp_path.iterdir()] == []
 
+    def test_a_clock_that_was_set_back(self, tmp_path: Path) -> None:
+        write_owner(tmp_path, -86400, boot="of another machine")
+        OutputLock(tmp_path).release()
+
     def test_the_lock_of_another_is_neither_removed_nor_kept(self, tmp_path: Path) -> None:
         lock = OutputLock(tmp_path)
         (tmp_path / LOCK_PATH).unlink()

@@ -32,6 +32,7 @@ def journalled(folder: Path, names: str) -> dict[str, Finished]:
         path = folder / shard.file
         path = path if path.exists() else folder / (shard.file + ".partial")
         descriptor = os.open(path, os.O_RDONLY)
+        status = os.fstat(descriptor)
         for tensor in shard.tensors:
             if tensor.name in names:
                 checksum = tensor_checksum(descriptor, tensor.start, tensor.stop_exclusive, SPAN)
@@ -42,6 +43,7 @@ def journalled(folder: Path, names: str) -> dict[str, Finished]:
                     tensor.start,
                     tensor.stop_exclusive,
                     checksum,
+                    (status.st_dev, status.st_ino),
                     False,
                     1.0,
                     this_session(),
@@ -120,6 +122,29 @@ def test_a_partial_file_beside_the_final_one_goes(folder: Path) -> None:
     found = recover(folder, SHARDS, journalled(folder, "ab"), span)
     assert found.complete == {FIRST}
     assert FIRST + ".partial" not in files(folder)
+
+
+def test_junk_under_the_final_name_does_not_cost_the_partial_file(folder: Path) -> None:
+    records = journalled(folder, "abc")
+    (folder / FIRST).rename(folder / (FIRST + ".partial"))
+    (folder / FIRST).write_text("junk")
+    found = recover(folder, SHARDS, records, span)
+    assert sorted(found.finished) == ["a", "b", "c"]
+    assert FIRST in found.begun
+
+
+def test_a_file_that_is_not_the_one_that_was_written_is_read(folder: Path) -> None:
+    """A copy of an output that was still being written, or a file from a backup."""
+    records = journalled(folder, "abc")
+    path = folder / FIRST
+    data = bytearray(path.read_bytes())
+    place = records["a"].start
+    data[place : place + 4] = b"old!"
+    path.unlink()
+    path.write_bytes(data)
+    found = recover(folder, SHARDS, records, span)
+    assert sorted(found.finished) == ["b", "c"]
+    assert found.lost == 1
 
 
 def test_records_that_name_another_place(folder: Path) -> None:
