@@ -134,12 +134,12 @@ def _entry(entry: Any) -> _Entry:
     file, dtype, checksum = entry["file"], entry["dtype"], entry["checksum"]
     shape, span = entry["shape"], entry["span_elements"]
     if not all(isinstance(text, str) for text in (file, dtype, checksum)) or dtype not in DTYPES:
-        raise TypeError(f"{entry!r}")
+        raise TypeError("a tensor's entry")
     if not is_plain_name(file):
-        raise ValueError(f"file {file!r}")
+        raise ValueError(f"file {file[:80]!r}")
     numbers = [*shape, span]
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or not span or len(shape) > 64:
-        raise TypeError(f"{entry!r}")
+        raise TypeError("a tensor's entry")
     return _Entry(file, dtype, tuple(shape), span, checksum)
 
 
