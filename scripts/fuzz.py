@@ -664,6 +664,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number_of_signal, _alarm)
     with tempfile.TemporaryDirectory(prefix="lazymerge-fuzz-") as name:
         folder = Path(name)
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
         targets = Place(folder).targets()
         chosen = parsed.targets or list(targets)
         if unknown := set(chosen) - set(targets):

@@ -90,13 +90,13 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
         raise InputError(f"{where} is damaged ({brief(error)})") from error
     if version != __version__:
         raise InputError(
-            f"{where} was written by lazymerge {version[:40]}, this is {__version__}: another version "
-            "may compute other bytes"
+            f"{where} was written by lazymerge {version[:40]}, this is {__version__}: another "
+            "version may compute other bytes"
         )
     if torch != torch_version():
         raise InputError(
-            f"{where} was written with torch {torch[:40]}, this is {torch_version()}: another version "
-            "may compute other bytes"
+            f"{where} was written with torch {torch[:40]}, this is {torch_version()}: another "
+            "version may compute other bytes"
         )
     if resources.device not in (None, device):
         raise InputError(
