@@ -136,7 +136,7 @@ def faults(document: Mapping[str, Any], folder: Path) -> list[str]:
     """
     try:
         sizes = {name: count(size) for name, size in document["shards"].items()}
-        names = [*sizes, *document["files"]]
+        names = [*sizes, *document["files"].keys()]
         if not all(is_plain_name(part) for name in names for part in name.split("/")):
             raise ValueError("a file's name leads elsewhere")
         unlike = (

@@ -33,7 +33,7 @@ from ..graph.verify import IllegalGraphError, verify_graph
 from ..methods import METHODS
 from ..methods.plugins import load_installed
 from ..output.layout import OutputTensor, Shard, lay_out
-from ..output.manifest import MANIFEST_NAME
+from ..output.manifest import MANIFEST_NAME, write_text
 from ..output.sidecars import copied_files, sidecar_files
 from ..recipe import Recipe, Signature, load_recipe, parse_recipe
 from ..recipe.signature import Scalar
@@ -377,9 +377,8 @@ class Plan:
 
     def save(self, path: Path | str) -> None:
         """Writes the plan as JSON; `load_plan` reads it back."""
-        Path(path).write_text(
-            json.dumps(self.as_dict(), ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(self.as_dict(), ensure_ascii=False) + "\n"
+        write_text(Path(path), text, fsync=False)  # not through a link that somebody has put there
 
 
 def signatures() -> dict[str, Signature]:

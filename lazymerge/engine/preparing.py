@@ -44,7 +44,8 @@ def tidy_up(folder: Path) -> None:
         return  # it says nothing: what is beside it may still be wanted
     with suppress(LazymergeError):  # the one that is still at it will do so
         lock = OutputLock(folder)
-        remove_beginnings(folder)
+        if not is_unfinished(folder):  # still
+            remove_beginnings(folder)
         lock.release()
 
 

@@ -39,6 +39,7 @@ REPLACED_PATH = f"{OWN_FOLDER}/replaced"
 OWN_FOLDERS = {
     OWN_FOLDER: (
         "plan.json",
+        "plan.json" + PARTIAL_SUFFIX,
         *(Path(path).name for path in (JOURNAL_PATH, LOCK_PATH, MERGE_PATH, REPLACED_PATH)),
         Path(MERGE_PATH).name + PARTIAL_SUFFIX,
         MOVED_PATTERN,

@@ -272,3 +272,14 @@ def test_plans_of_method_and_layout_differ(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, recipe, {"a": {"w": torch.zeros(3)}})
     plan.save(tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json", RESOURCES).as_dict()["graph"][0]["kind"] == "read"
+
+
+def test_a_plan_is_not_written_through_links(tmp_path: Path) -> None:
+    """Somebody may have put one where it is to be."""
+    from lazymerge.output.manifest import write_text
+
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "plan.json").symlink_to(tmp_path / "mine")
+    write_text(tmp_path / "plan.json", "{}", fsync=False)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "plan.json").read_text() == "{}"

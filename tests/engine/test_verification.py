@@ -133,6 +133,7 @@ def test_small_files(out: Path) -> None:
         lambda m: m.update(shards={"../evil": 5}),
         lambda m: m.update(files={"../../etc/passwd": "x"}),
         lambda m: m.update(files=None),
+        lambda m: m.update(files=["README.md"]),
         lambda m: m.update(output={"tensors": "many"}),
         lambda m: m["output"].update(bytes=10**400),
         lambda m: m["tensors"].update(extra=m["tensors"][NAMES[0]]),
