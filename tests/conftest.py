@@ -63,6 +63,18 @@ def write_checkpoint(
     return folder
 
 
+def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], **config: Any) -> Path:
+    """Write an adapter as PEFT does, and return its folder.
+
+    config: keys of adapter_config.json besides peft_type.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _small_process() -> Iterator[None]:
     """A run counts what its process holds already, and that of the tests holds more the more tests

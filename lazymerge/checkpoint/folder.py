@@ -233,7 +233,7 @@ def _files_of_folder(
         if len(files) == 1 and files[0] in ADAPTER_NAMES:
             raise InputError(
                 f"{folder}: holds a LoRA adapter ({files[0]}), not a model. "
-                "Merge it into its base model first."
+                "Name it beside its base model: MODEL+ADAPTER."
             )
         _check_shard_numbers(files, folder)
     for file in files:

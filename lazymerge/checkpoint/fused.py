@@ -57,11 +57,11 @@ def rows_of(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
     start, stop: rows, stop exclusive.
     """
     row_bytes = tensor.size_bytes // tensor.shape[0]
-    scale, low_rank = tensor.scale, tensor.low_rank
+    scale = tensor.scale
     return replace(
         tensor,
         scale=None if scale is None else replace(scale, first_row=scale.first_row + start),
-        low_rank=low_rank and replace(low_rank, first_row=low_rank.first_row + start),
+        change=None if tensor.change is None else tensor.change.of_rows(start),
         shape=(stop - start, *tensor.shape[1:]),
         start=tensor.start + start * row_bytes,
         stop_exclusive=tensor.start + stop * row_bytes,

@@ -62,8 +62,8 @@ class TensorInfo:
     start, stop_exclusive: its byte range within that file (absolute, header included).
     scale: what the stored numbers must be multiplied by; None: by nothing.
     node: of the graph, that yields the tensor: it is another merge's, and lies in no file.
-    low_rank: an adapter's product, which is to be added; None: nothing is.
-    folder: that the file lies in, if it is not the checkpoint's.
+    change: what an adapter adds to it; None: nothing.
+    folder: that holds the file, where it is not the checkpoint's but an adapter's.
     """
 
     name: str
@@ -74,7 +74,7 @@ class TensorInfo:
     stop_exclusive: int
     scale: BlockScale | None = None
     node: str | None = None
-    low_rank: LowRank | None = None
+    change: LowRank | None = None
     folder: str | None = None
 
     @property
@@ -87,22 +87,10 @@ class TensorInfo:
 
     @property
     def stored(self) -> TensorInfo:
-        """The tensor as it lies in the file, without its scale and adapter."""
-        if self.scale is None and self.low_rank is None and self.folder is None:
+        """The tensor as it lies in the file, without its scale and an adapter's change."""
+        if self.scale is None and self.change is None and self.folder is None:
             return self
-        return replace(self, scale=None, low_rank=None, folder=None)
-
-    @property
-    def parts(self) -> tuple[tuple[str | None, TensorInfo], ...]:
-        """All that is read for the tensor, each with its folder if that is not the checkpoint's."""
-        found = [(self.folder, self.stored)]
-        if self.scale is not None:
-            found.append((None, self.scale.tensor))
-        if self.low_rank is not None:
-            low_rank = self.low_rank
-            small = (low_rank.a, low_rank.b, low_rank.magnitude)
-            found += [(low_rank.folder, part) for part in small if part is not None]
-        return tuple(found)
+        return replace(self, scale=None, change=None, folder=None)
 
     @property
     def value_dtype(self) -> str:
@@ -118,6 +106,16 @@ class TensorInfo:
         return replace(
             self, shape=(rows, *self.shape[1:]), stop_exclusive=self.start + rows * row_bytes
         )
+
+    def parts(self, folder: str) -> tuple[tuple[str, TensorInfo], ...]:
+        """What is read for it, each with the folder of its file. folder: the checkpoint's."""
+        own = self.folder or folder
+        found = [(own, self.stored)]
+        if self.scale is not None:
+            found.append((own, self.scale.tensor))
+        if self.change is not None:
+            found += [(self.change.folder, part) for part in self.change.parts]
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,22 +134,49 @@ class BlockScale:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What a LoRA adapter adds to a matrix: factor · B A.
+    """What a LoRA adapter changes of a matrix W: W + scaling · B @ A, or W + scaling · (B @ A)ᵀ.
 
-    folder: absolute path of the adapter's folder.
-    a, b: of shape (r, n) and (m, r).
-    is_turned: (B A)ᵀ is added.
-    magnitude: the length that every row of the sum is scaled to (DoRA); None: as it is.
-    first_row: of the whole matrix: where some of its rows are a tensor's.
+    folder: that holds the factors' file.
+    first, second: A and B; all their dimensions but the first are one.
+    is_transposed: rows of the matrix are inputs of the layer (embeddings, gpt-2).
+    scaling: of the product.
+    rows: of W.
+    first_row: of W that the change is for: where some of its rows are a tensor's.
+    magnitude: of DoRA, a length for every output of the layer.
     """
 
     folder: str
-    a: TensorInfo
-    b: TensorInfo
-    factor: float
-    is_turned: bool = False
-    magnitude: TensorInfo | None = None
+    first: TensorInfo
+    second: TensorInfo
+    is_transposed: bool
+    scaling: float
+    rows: int
     first_row: int = 0
+    magnitude: TensorInfo | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.first.shape[0]
+
+    @property
+    def left(self) -> TensorInfo:
+        """The factor that has the matrix's rows, as it is stored or transposed."""
+        return self.first if self.is_transposed else self.second
+
+    @property
+    def right(self) -> TensorInfo:
+        """The factor that has the matrix's columns, as it is stored or transposed."""
+        return self.second if self.is_transposed else self.first
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """All tensors that it is made of."""
+        magnitude = () if self.magnitude is None else (self.magnitude,)
+        return (self.first, self.second, *magnitude)
+
+    def of_rows(self, start: int) -> LowRank:
+        """The change of a matrix that is some rows of this one's, from one on."""
+        return replace(self, first_row=self.first_row + start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +197,29 @@ class FileInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter that a checkpoint's tensors are read with.
+
+    reference: as the recipe writes it.
+    folder: absolute path.
+    files: its tensors' file and adapter_config.json.
+    kind: LoRA or DoRA, for people.
+    ranks: of its changes, ascending.
+    parameter_count: elements of its tensors.
+    changed, replaced: how many of the model's tensors it changes, and how many it brings.
+    """
+
+    reference: str
+    folder: str
+    files: tuple[FileInfo, ...]
+    kind: str
+    ranks: tuple[int, ...]
+    parameter_count: int
+    changed: int
+    replaced: int
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model's tensors as they lie on disk. Holds no open file.
 
@@ -183,6 +231,7 @@ class Checkpoint:
     header_bytes_read: bytes read to learn all this (headers, index, config).
     notices: what a person should know of how it was read; one sentence each.
     hub: where its files come from; they may not all be in `folder` yet. None: a local model.
+    adapter: that the tensors are read with; None: there is none.
     """
 
     reference: str
@@ -193,6 +242,13 @@ class Checkpoint:
     header_bytes_read: int
     notices: tuple[str, ...] = ()
     hub: HubSource | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def files_by_folder(self) -> tuple[tuple[str, tuple[FileInfo, ...]], ...]:
+        """All files, the adapter's among them."""
+        own = ((self.folder, self.files),)
+        return own if self.adapter is None else (*own, (self.adapter.folder, self.adapter.files))
 
     @property
     def size_bytes(self) -> int:

@@ -25,10 +25,10 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's tensors, layers, dtypes and files without reading tensor data."""
-    from ..checkpoint import open_checkpoint
+    from ..adapters import open_model
     from .console import print_json, results
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_model(model)
     if as_json:
         print_json(checkpoint_document(checkpoint))
     else:
@@ -62,6 +62,7 @@ def checkpoint_document(checkpoint: Checkpoint) -> dict[str, Any]:
             for t in checkpoint.tensors.values()
         },
         "config": checkpoint.config,
+        **({"adapter": asdict(checkpoint.adapter)} if checkpoint.adapter else {}),
         "notices": list(checkpoint.notices),
     }
 
@@ -73,7 +74,7 @@ def _view(checkpoint: Checkpoint, *, with_tensors: bool) -> RenderableType:
     from rich.text import Text
 
     from ..architecture import find_layer_stacks
-    from ..engine.plan import dtype_shares
+    from ..engine.plan import adapter_text, dtype_shares
     from ..graph.targets import natural_order
     from ..sizes import format_bytes, format_count
 
@@ -98,6 +99,8 @@ def _view(checkpoint: Checkpoint, *, with_tensors: bool) -> RenderableType:
     stacks = find_layer_stacks(checkpoint.tensors)
     layers = ", ".join(f"{stack.layer_count} in {stack.prefix}" for stack in stacks)
     facts.add_row("layers", layers or "none found")
+    if checkpoint.adapter is not None:
+        facts.add_row("adapter", Text(adapter_text(checkpoint.adapter)))
     for notice in checkpoint.notices:
         facts.add_row("notice", Text(notice))
     parts: list[RenderableType] = [Text(checkpoint.reference, style="bold"), Text(), facts]

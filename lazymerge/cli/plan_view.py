@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.plan import Plan, dtype_shares, dtype_text
+from ..engine.plan import Plan, adapter_text, dtype_shares, dtype_text
 from ..graph.compile import ResolvedTensor
 from ..output.folder import free_disk_bytes
 from ..recipe.signature import Scalar
@@ -67,6 +67,8 @@ def _models(plan: Plan) -> RenderableType:
             dtype_text(dtype_shares(checkpoint)),
             str(len(checkpoint.files)),
         )
+        if checkpoint.adapter is not None:
+            table.add_row(Text(f"  {adapter_text(checkpoint.adapter)}", style="dim"))
     for label, merge in zip(labels[len(plan.checkpoints) :], plan.recipe.merges, strict=True):
         inputs = [labels[_models_of(plan).index(reference)] for reference in merge.references]
         how = f" = {merge.merge_method} of {', '.join(inputs)}"

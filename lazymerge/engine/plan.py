@@ -16,14 +16,14 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, get_args
 
+from ..adapters import open_model, split_reference
 from ..architecture import LayerStacks, find_layer_stacks
 from ..architecture.config import config_conflicts
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint
-from ..checkpoint.adapter import open_model, split_reference
 from ..checkpoint.fused import is_rows_of, taken_apart
 from ..checkpoint.hub_reference import SCHEME, is_commit, local_path
-from ..checkpoint.tensor import DTYPES
+from ..checkpoint.tensor import DTYPES, Adapter
 from ..errors import InputError, InputErrors, brief
 from ..graph.compile import ResolvedTensor, compile_recipe, config_of
 from ..graph.export import graph_from_json, graph_to_json
@@ -172,8 +172,9 @@ class Plan:
             "writes": [write.id for write in self.graph.writes],
             "shards": [(shard.file, shard.size_bytes) for shard in self.shards],
             "inputs": [
-                [checkpoint.folder, [asdict(file) for file in checkpoint.files]]
+                [folder, [asdict(file) for file in files]]
                 for checkpoint in self.checkpoints.values()
+                for folder, files in checkpoint.files_by_folder
             ],
         }
         if self.tokenizer is not None:
@@ -256,6 +257,8 @@ class Plan:
                 f"{format_count(checkpoint.parameter_count)} parameters, "
                 f"{format_bytes(checkpoint.size_bytes)}, {dtype_text(dtype_shares(checkpoint))}"
             )
+            if checkpoint.adapter is not None:
+                lines.append(f"adapter     {adapter_text(checkpoint.adapter)}")
         lines += [f"{label:<12}{fact}" for label, fact in self.facts()]
         lines += [f"notice      {notice}" for notice in self.notices]
         return "\n".join(lines)
@@ -313,6 +316,7 @@ class Plan:
                 "dtypes": dtype_shares(checkpoint),
                 "files": [asdict(file) for file in checkpoint.files],
                 **({} if checkpoint.hub is None else {"hub": checkpoint.hub.as_dict()}),
+                **({"adapter": asdict(checkpoint.adapter)} if checkpoint.adapter else {}),
             }
             for reference, checkpoint in self.checkpoints.items()
         ]
@@ -522,12 +526,14 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     checkpoints = {}
     for model in document["models"]:
         checkpoint = open_model(_reference_again(model))
-        now = [asdict(file) for file in checkpoint.files]
-        if checkpoint.folder != model["folder"] or now != model["files"]:
-            raise InputError(
-                f"model {model['reference']} is not what it was when {path} was made "
-                f"({_first_difference(model, checkpoint.folder, now)}); plan the recipe again"
-            )
+        parts = [model, *([model["adapter"]] if "adapter" in model else [])]
+        for part, (folder, files) in zip(parts, checkpoint.files_by_folder, strict=True):
+            now = [asdict(file) for file in files]
+            if folder != part["folder"] or now != part["files"]:
+                raise InputError(
+                    f"model {model['reference']} is not what it was when {path} was made "
+                    f"({_first_difference(part, folder, now)}); plan the recipe again"
+                )
         checkpoints[model["reference"]] = replace(checkpoint, reference=model["reference"])
     made_for = document["device"]
     if made_for not in get_args(DeviceClass):
@@ -590,6 +596,20 @@ def dtype_shares(checkpoint: Checkpoint) -> dict[str, int]:
     return dict(shares.most_common())
 
 
+def adapter_text(adapter: Adapter) -> str:
+    """An adapter in a line, for people."""
+    ranks = [str(rank) for rank in adapter.ranks]
+    rank = (
+        "" if not ranks else f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(ranks)}"
+    )
+    facts = [adapter.reference, adapter.kind, rank]
+    facts.append(f"{format_count(adapter.parameter_count)} parameters")
+    facts.append(f"changes {_counted(adapter.changed, 'tensor')}")
+    if adapter.replaced:
+        facts.append(f"replaces {adapter.replaced}")
+    return ", ".join(fact for fact in facts if fact)
+
+
 def dtype_text(shares: Mapping[str, int]) -> str:
     """`BF16`, or `BF16 + F32` where there are several, the largest share first."""
     return " + ".join(shares)
@@ -607,10 +627,10 @@ def _check_reads(graph: Graph, checkpoints: Mapping[str, Checkpoint], path: str)
         InputError: one is not.
     """
     known = {
-        (folder or checkpoint.folder, part.file, part.name): part
+        (folder, part.file, part.name): part
         for checkpoint in checkpoints.values()
         for tensor in checkpoint.tensors.values()
-        for folder, part in tensor.parts
+        for folder, part in tensor.parts(checkpoint.folder)
     }
     for node in graph:
         if not isinstance(node, Read):
@@ -778,7 +798,7 @@ def _sidecars(
     if source.hub is not None:
         names = copied_files(source.hub.sizes)
     else:
-        model, _ = split_reference(reference) or (reference, "")
+        model, _ = split_reference(reference)
         names = sidecar_files(source.folder) if Path(local_path(model)).is_dir() else ()
     return tuple(name for name in names if tokenizer is None or not is_tokenizer_file(name))
 
@@ -797,8 +817,8 @@ def _reference_again(model: Mapping[str, Any]) -> str:
     if not is_commit(commit):
         raise ValueError(f"commit {commit!r}")
     of_hub = f"{SCHEME}{_of_kind(hub['repository'], str)}@{commit}"
-    parts = split_reference(_of_kind(model["reference"], str))
-    return of_hub if parts is None else f"{of_hub}+{parts[1]}"
+    _, adapter = split_reference(_of_kind(model["reference"], str))
+    return of_hub if adapter is None else f"{of_hub}+{adapter}"
 
 
 def _first_difference(model: dict[str, Any], folder: str, now: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from xxhash import xxh3_128_hexdigest
 
-from ..checkpoint import is_torch_name
+from ..checkpoint.folder import SUFFIX
 from ..checkpoint.hub import Moved
 from ..errors import InputError, LazymergeError
 from ..graph.node import Read, Write
@@ -273,11 +273,13 @@ def check_inputs(plan: Plan) -> None:
     from safetensors import SafetensorError, safe_open
 
     for checkpoint in plan.checkpoints.values():
-        for file in checkpoint.files:
-            path = Path(checkpoint.folder) / file.path
+        for folder, file in (
+            (folder, file) for folder, files in checkpoint.files_by_folder for file in files
+        ):
+            path = Path(folder) / file.path
             try:
                 status = path.stat()
-                if not is_torch_name(file.path):
+                if path.suffix == SUFFIX:
                     with safe_open(path, framework="np"):
                         pass
             except (OSError, SafetensorError) as error:

@@ -386,10 +386,12 @@ def _reduction_bytes(graph: Graph, reduce: Reduce, device: DeviceClass) -> int:
 
 
 def expected_passes(task: TensorTask) -> int:
-    """Trips over the tensor's blocks in the usual case."""
+    """Trips over the tensor's blocks in the usual case; those over small ones beside it, scales and
+    factors, are not among them."""
     return 1 + sum(
         reduce_operation(reduce.operation).expected_passes(dict(reduce.parameters))
         for reduce in task.reductions
+        if reduce.shape == task.write.shape
     )
 
 

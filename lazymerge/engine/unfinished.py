@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..adapters import split_reference
 from ..checkpoint import Checkpoint
-from ..checkpoint.adapter import split_reference
 from ..checkpoint.hub_reference import SCHEME, local_path
 from ..errors import InputError, LazymergeError, RecipeError, brief
 from ..output.checksum import file_checksum
@@ -53,15 +53,12 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
 
 def _path_of(checkpoint: Checkpoint) -> str:
     """What opens a model again, wherever that is done: of the Hub, at the same commit."""
-    parts = split_reference(checkpoint.reference)
-    model = checkpoint.reference if parts is None else parts[0]
+    model, adapter = split_reference(checkpoint.reference)
     if checkpoint.hub is not None:
         path = f"{SCHEME}{checkpoint.hub.repository}@{checkpoint.hub.commit}"
     else:
         path = os.path.abspath(local_path(model))
-    if parts is None:
-        return path
-    return f"{path}+{os.path.abspath(os.path.expanduser(parts[1]))}"
+    return path if adapter is None else f"{path}+{os.path.abspath(os.path.expanduser(adapter))}"
 
 
 def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -> Plan:
@@ -241,25 +238,46 @@ def _model_difference(then: list[Any], now: list[Any]) -> str | None:
         if reference not in before:
             return f"model {reference} was not part of it"
         earlier = before[reference]
-        if earlier["folder"] != model["folder"]:
-            return f"model {reference} was at {earlier['folder']}, it is at {model['folder']}"
-        files = {file["path"]: file for file in earlier["files"]}
-        for file in model["files"]:
-            known = files.get(file["path"])
-            if known is None:
-                return f"model {reference} has a file {file['path']} that it had not"
-            for key, word in (
-                ("size_bytes", "size"),
-                ("header_digest", "header"),
-                ("modified_ns", "time of modification"),
-            ):
-                if known[key] != file[key]:
-                    return (
-                        f"{Path(model['folder'], file['path'])} has changed: "
-                        f"its {word} is not what it was"
-                    )
-        if len(files) != len(model["files"]):
-            return f"model {reference} lacks files that it had"
+        if ("adapter" in earlier) != ("adapter" in model):
+            return f"model {reference} is read with an adapter now, or was then"
+        pairs = zip(_with_adapters([earlier]), _with_adapters([model]), strict=True)
+        for one, other in pairs:
+            found = _files_difference(reference, one, other)
+            if found is not None:
+                return found
+    return None
+
+
+def _with_adapters(models: list[Any]) -> list[Any]:
+    """Models and their adapters, each with a folder and files."""
+    parts = []
+    for model in models:
+        parts.append(model)
+        if "adapter" in model:
+            parts.append(model["adapter"])
+    return parts
+
+
+def _files_difference(
+    reference: str, earlier: Mapping[str, Any], now: Mapping[str, Any]
+) -> str | None:
+    if earlier["folder"] != now["folder"]:
+        return f"model {reference} was at {earlier['folder']}, it is at {now['folder']}"
+    files = {file["path"]: file for file in earlier["files"]}
+    for file in now["files"]:
+        known = files.get(file["path"])
+        if known is None:
+            return f"model {reference} has a file {file['path']} that it had not"
+        for key, word in (
+            ("size_bytes", "size"),
+            ("header_digest", "header"),
+            ("modified_ns", "time of modification"),
+        ):
+            if known[key] != file[key]:
+                path = Path(now["folder"], file["path"])
+                return f"{path} has changed: its {word} is not what it was"
+    if len(files) != len(now["files"]):
+        return f"model {reference} lacks files that it had"
     return None
 
 
@@ -296,11 +314,11 @@ def _tokenizer_difference(then: Any, now: Any) -> str | None:
 def _first_changed_file(models: list[Any]) -> str | None:
     """What has changed of the models' files, as far as a look at the folders shows."""
     try:
-        for model in models:
-            for file in model["files"]:
+        for part in _with_adapters(models):
+            for file in part["files"]:
                 if file["modified_ns"] is None:
                     continue  # of the Hub: its commit says what it is, and it can be fetched again
-                path = Path(model["folder"], file["path"])
+                path = Path(part["folder"], file["path"])
                 try:
                     now = path.stat()
                 except OSError as error:
@@ -322,8 +340,10 @@ def content_hashes(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
     """
     hashes: dict[str, str] = {}
     for checkpoint in checkpoints.values():
-        for file in checkpoint.files:
-            path = os.path.join(checkpoint.folder, file.path)
+        for folder, file in (
+            (folder, file) for folder, files in checkpoint.files_by_folder for file in files
+        ):
+            path = os.path.join(folder, file.path)
             if path in hashes:
                 continue
             try:

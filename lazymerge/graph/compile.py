@@ -32,8 +32,8 @@ from . import operations  # noqa: F401  (registers the shared operations)
 from .embeddings import AlignedEmbeddings
 from .graph import Graph
 from .node import Read, Write
+from .operations.adapters import add_adapted, is_computed_wide
 from .operations.block_scales import add_dequantised
-from .operations.low_rank import add_low_rank
 from .targets import LayerOrigins, Source, Target, find_targets
 
 MOST_PROBLEMS_SHOWN = 20
@@ -263,10 +263,24 @@ class _Compiler:
             graph=self.graph,
             seed=seed_of_part(self.recipe) if self.is_part else self.recipe.seed,
         )
-        result = self.method.build(merge)
+        result = self._built(merge, reads)
         self._result(target.name, self._output_dtype(reads, True), shape, result)
         by_model = {c.model: c.parameters for c in contributions.values()}
         return ResolvedTensor(target.name, signature.name, shared, by_model)
+
+    def _built(self, merge: TensorMerge, reads: Mapping[str, Read]) -> str:
+        """The node of a merge. Where the method computes in float64, so are adapters' changes: the
+        native kernels know one working dtype at a time."""
+        result = self.method.build(merge)
+        contributions = [*([merge.base] if merge.base else ()), *merge.models]
+        changed = {c.model: c.node for c in contributions if reads[c.model].tensor.change}
+        if not is_computed_wide(self.graph, result, changed.values()):
+            return result
+        wide = {model: self._node(reads[model], is_wide=True) for model in changed}
+        base, *models = (replace(c, node=wide.get(c.model, c.node)) for c in contributions)
+        if merge.base is None:
+            return self.method.build(replace(merge, models=(base, *models)))
+        return self.method.build(replace(merge, base=base, models=tuple(models)))
 
     def _reads(self, name: str, having: Having) -> dict[str, Read]:
         """One Read per model, of one shape but for embeddings whose rows are still to be matched.
@@ -275,22 +289,27 @@ class _Compiler:
             InputError: the shapes differ.
         """
         infos = {source.model: info for source, info in having.items()}
-        folders = {source.model: source.checkpoint.folder for source in having}
+        folders = {
+            source.model: info.folder or source.checkpoint.folder for source, info in having.items()
+        }
         shapes = {info.shape for info in infos.values()}
         if len(shapes) > 1 and not (self.embeddings is not None and is_vocabulary(name)):
             infos = self._common_rows(name, infos)
-        return {model: Read(info.folder or folders[model], info) for model, info in infos.items()}
+        return {model: Read(folders[model], info) for model, info in infos.items()}
 
-    def _node(self, read: Read) -> str:
-        """The node that yields a tensor's values."""
+    def _node(self, read: Read, *, is_wide: bool = False) -> str:
+        """The node that yields a tensor's values. is_wide: with an adapter, in float64."""
         if read.tensor.node is not None:
             return read.tensor.node
         stored, scale = Read(read.folder, read.tensor.stored), read.tensor.scale
-        low_rank = read.tensor.low_rank
         if stored.element_count == 0:
             return self.graph.add(stored)
-        node = add_dequantised(self.graph, stored, scale) if scale else self.graph.add(stored)
-        return add_low_rank(self.graph, node, low_rank) if low_rank else node
+        if scale is None:
+            node = self.graph.add(stored)
+        else:
+            node = add_dequantised(self.graph, stored, scale)
+        change = read.tensor.change
+        return node if change is None else add_adapted(self.graph, node, change, is_wide=is_wide)
 
     def _nodes(self, name: str, reads: Mapping[str, Read]) -> dict[str, str]:
         """One node per model, of one shape: rows of embeddings are matched by token.
@@ -306,11 +325,11 @@ class _Compiler:
                 f"tensor {name} of {', '.join(quantised)} is block-quantised: its rows cannot be "
                 "matched; convert the model to bfloat16 first"
             )
-        adapted = [model for model, read in reads.items() if read.tensor.low_rank is not None]
-        if adapted:
+        changed = [model for model, read in reads.items() if read.tensor.change is not None]
+        if changed:
             raise InputError(
-                f"tensor {name} of {', '.join(adapted)} has an adapter: its rows cannot be "
-                "matched; merge the adapter into its model first"
+                f"tensor {name} of {', '.join(changed)} is changed by its adapter: its rows cannot "
+                "be matched; merge the adapter into its model first (passthrough)"
             )
         nodes = self.embeddings.nodes(name, reads)
         alignment = self.embeddings.alignment

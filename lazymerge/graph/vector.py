@@ -38,6 +38,9 @@ LANES = 16
 SLICE_ROWS, SLICE_ELEMENTS = 256, 1 << 12
 """What is done at a time where numpy needs room of its own: 32 KiB each."""
 
+PRODUCT_ELEMENTS = 1 << 14
+"""Of a product of factors, formed at a time: 64 or 128 KiB."""
+
 V = TypeVar("V", bound="Vector")
 
 
@@ -94,6 +97,7 @@ class Recording(Protocol):
     def record_hold(self) -> None: ...
     def record_scale_rows(self, table: Any, row_elements: int) -> None: ...
     def record_scale_columns(self, table: Any) -> None: ...
+    def record_load_product(self, left: Any, right: Any) -> None: ...
     def record_column_dot(self, other: Any, row_elements: int) -> Any: ...
     def record_count_inside(self, low: float, high: float, quota: int) -> Counts: ...
     def record_find_equal(self, value: float, rank: int) -> int: ...
@@ -340,8 +344,9 @@ def same_bytes(one: memoryview, other: memoryview) -> bool:
 
 
 # Rows are vectors along the last dimension. What follows asks for blocks of whole rows
-# (ApplyOperation.is_by_rows), except for scale_rows, scale_columns and column_dot. Numbers by row
-# are arrays of float64, shape (rows of the block,), or what stands for one in a recording.
+# (ApplyOperation.is_by_rows), except for scale_rows, scale_columns, load_product and column_dot.
+# Numbers by row are arrays of float64, shape (rows of the block,), or what stands for one in a
+# recording.
 
 
 def rank_rows(vector: Vector, row_elements: int) -> None:
@@ -448,8 +453,8 @@ def div_rows(vector: Vector, rows: Numbers, row_elements: int) -> None:
 def scale_rows(vector: Vector, table: Numbers, row_elements: int, start: int) -> None:
     """Multiplies every element by its row's number.
 
-    table: float64, shape (rows of the tensor,). start: flat index of the block's first element.
-    The vector is float64.
+    table: float64, shape (rows of the tensor,); its numbers are rounded to the working dtype first.
+    start: flat index of the block's first element.
     """
     if isinstance(vector, Recording):
         vector.record_scale_rows(table, row_elements)
@@ -457,30 +462,76 @@ def scale_rows(vector: Vector, table: Numbers, row_elements: int, start: int) ->
     values = _array(vector)
     first_row, column = divmod(start, row_elements)
     head = min(len(values), (row_elements - column) % row_elements)
+    number = values.dtype.type
     with _numpy().errstate(over="ignore", invalid="ignore"):
         if head:
-            values[:head] *= table[first_row]
+            values[:head] *= number(table[first_row])
             first_row += 1
         rows = (len(values) - head) // row_elements
         matrix = values[head : head + rows * row_elements].reshape(rows, row_elements)
-        matrix *= table[first_row : first_row + rows, None]
+        matrix *= table[first_row : first_row + rows, None].astype(values.dtype, copy=False)
         if len(values) > head + rows * row_elements:
-            values[head + rows * row_elements :] *= table[first_row + rows]
+            values[head + rows * row_elements :] *= number(table[first_row + rows])
 
 
 def scale_columns(vector: Vector, table: Numbers, start: int) -> None:
     """Multiplies every element by its column's number.
 
-    table: float64, shape (row elements,). start: flat index of the block's first element. The
-    vector is float64.
+    table: float64, shape (row elements,); its numbers are rounded to the working dtype first.
+    start: flat index of the block's first element.
     """
     if isinstance(vector, Recording):
         vector.record_scale_columns(table)
         return
     values = _array(vector)
+    table = table.astype(values.dtype, copy=False)
     with _numpy().errstate(over="ignore", invalid="ignore"):
         for first, matrix in _whole_rows(values, len(table), start):
             matrix *= table[first : first + matrix.shape[1]]
+
+
+def load_product(vector: Vector, left: Numbers, right: Numbers, start: int) -> None:
+    """Fills a vector with left @ right, a matrix that it is a stretch of, row by row.
+
+    Each element is a sum of the working dtype that begins at 0 and takes one term after the other;
+    nothing of it depends on where blocks begin and end.
+
+    left: shape (rows of the tensor, r); right: (r, row elements); both of the working dtype and
+    contiguous. start: flat index of the block's first element.
+    """
+    if isinstance(vector, Recording):
+        vector.record_load_product(left, right)
+        return
+    import numpy
+
+    values = _array(vector)
+    values.fill(0)
+    terms = numpy.empty(PRODUCT_ELEMENTS, values.dtype)
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        for row, column, sums in _tiles(values, right.shape[1], start):
+            rows, columns = sums.shape
+            term = terms[: sums.size].reshape(sums.shape)
+            for one, other in zip(
+                left[row : row + rows].T, right[:, column : column + columns], strict=True
+            ):
+                numpy.multiply(one[:, None], other, out=term)
+                numpy.add(sums, term, out=sums)
+
+
+def _tiles(values: Any, row_elements: int, start: int) -> Iterator[tuple[int, int, Any]]:
+    """A block as matrices of at most PRODUCT_ELEMENTS, each with the row and the column of the
+    tensor that it begins at."""
+    done = 0
+    while done < len(values):
+        row, column = divmod(start + done, row_elements)
+        left = len(values) - done
+        if column or left < row_elements or row_elements > PRODUCT_ELEMENTS:
+            columns = min(row_elements - column, left, PRODUCT_ELEMENTS)
+            rows = 1
+        else:
+            columns, rows = row_elements, min(left, PRODUCT_ELEMENTS) // row_elements
+        yield row, column, values[done : done + rows * columns].reshape(rows, columns)
+        done += rows * columns
 
 
 def column_dot(one: Vector, other: Vector, row_elements: int, start: int, room: Vector) -> Numbers:

@@ -21,6 +21,8 @@
 #include <unistd.h>
 
 #define CHUNK 1024 /* elements; program.py sizes the registers by lm_chunk() */
+#define MADE (1 << 16) /* elements of a product of factors that are formed at a time */
+#define TILE 128       /* columns of it */
 #define LANES 16   /* running sums of a reduction; vector.py defines their order */
 
 enum dtype { F64, F32, F16, BF16, F8_E4M3, F8_E5M2 };
@@ -69,6 +71,8 @@ enum operation {
     SUB_ROWS,     /* dst = a - list c [row of the block]            */
     DIV_ROWS,     /* dst = a / list c [row of the block]            */
     LOAD_STORED,  /* dst = memory b                                 */
+    LOAD_PRODUCT, /* dst = table c @ table b, of the working type;  */
+                  /* d rows of b; memory a holds some chunks of it  */
     /* whole blocks: what follows sees what all of the block has left */
     WAIT,
     RANK_ROWS     /* memory b: rank of each |element| in its row    */
@@ -78,7 +82,7 @@ struct instruction {
     int32_t operation, dst, a, b;
     double x, y;
     int64_t k;
-    int32_t c, unused;
+    int32_t c, d;
 };
 
 struct call {
@@ -91,7 +95,7 @@ struct call {
     double *lanes;             /* LANES each */
     int64_t *counters;         /* 3 each */
     double *const *lists;      /* of rows of the block, or columns */
-    const double *const *tables; /* of rows or columns of the tensor */
+    const void *const *tables; /* double, of rows or columns of the tensor; factors of LOAD_PRODUCT */
     void *spare;               /* 24 bytes for each element of a row that is ranked */
     void *output;              /* NULL: none */
     int64_t length;            /* instructions */
@@ -320,10 +324,14 @@ static void floats_to_halves(const float *from, uint16_t *to, ptrdiff_t n)
 #define TO_ODD(value) (value)
 #define ABSOLUTE fabsf
 #define RUN run_float
+#define PRODUCT product_float
+#define PRODUCT_OF_ROW product_of_row_float
 #include "loops.h"
 #define REAL double
 #define ABSOLUTE fabs
 #define RUN run_double
+#define PRODUCT product_double
+#define PRODUCT_OF_ROW product_of_row_double
 #define TO_ODD to_odd_float
 #include "loops.h"
 #undef TARGET
@@ -361,10 +369,14 @@ TARGET static void floats_to_halves_avx2(const float *from, uint16_t *to, ptrdif
 #define TO_ODD(value) (value)
 #define ABSOLUTE fabsf
 #define RUN run_float_avx2
+#define PRODUCT product_float_avx2
+#define PRODUCT_OF_ROW product_of_row_float_avx2
 #include "loops.h"
 #define REAL double
 #define ABSOLUTE fabs
 #define RUN run_double_avx2
+#define PRODUCT product_double_avx2
+#define PRODUCT_OF_ROW product_of_row_double_avx2
 #define TO_ODD to_odd_float
 #include "loops.h"
 #endif
@@ -539,5 +551,5 @@ int32_t lm_chunk(void)
 
 int32_t lm_version(void)
 {
-    return 5; /* of this interface; library.py refuses another */
+    return 6; /* of this interface; library.py refuses another */
 }

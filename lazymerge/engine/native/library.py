@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ...checkpoint.tensor import DTYPES
 from .program import Program
 
-INTERFACE_VERSION = 5
+INTERFACE_VERSION = 6
 
 KERNELS_VARIABLE = "LAZYMERGE_KERNELS"
 """Set to "torch", the native kernels are not used."""
@@ -48,7 +48,7 @@ class _Instruction(ctypes.Structure):
         ("y", ctypes.c_double),
         ("k", ctypes.c_int64),
         ("c", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("d", ctypes.c_int32),
     )
 
 
@@ -146,7 +146,8 @@ class EncodedProgram:
 def encode_program(program: Program) -> EncodedProgram:
     """Lays a program's instructions out in memory."""
     laid_out = (
-        _Instruction(int(i.code), i.dst, i.a, i.b, i.x, i.y, i.k, i.c) for i in program.instructions
+        _Instruction(int(i.code), i.dst, i.a, i.b, i.x, i.y, i.k, i.c, i.d)
+        for i in program.instructions
     )
     count = max(1, len(program.instructions))
     return EncodedProgram(program, (_Instruction * count)(*laid_out))

@@ -119,6 +119,46 @@
         }                                                                                          \
     } while (0)
 
+/* to = left @ right of one row: `left` is a row of the left factor, `right` begins at the first of n
+ * columns of the right one, whose rows are `width` apart. Every sum begins at 0 and takes one term
+ * after the other, four in a trip. */
+TARGET static void PRODUCT_OF_ROW(REAL *to, const REAL *left, const REAL *right, int64_t width,
+                                  int32_t rank, ptrdiff_t n)
+{
+    int32_t k = 0;
+    memset(to, 0, (size_t)n * sizeof *to);
+    for (; k + 4 <= rank; k += 4, right += 4 * width) {
+        const REAL *one = right, *two = one + width, *three = two + width, *four = three + width;
+        const REAL p = left[k], q = left[k + 1], r = left[k + 2], s = left[k + 3];
+        PORTABLE_LOOP
+        for (ptrdiff_t i = 0; i < n; i++)
+            to[i] = to[i] + p * one[i] + q * two[i] + r * three[i] + s * four[i];
+    }
+    for (; k < rank; k++, right += width) {
+        const REAL p = left[k];
+        PORTABLE_LOOP
+        for (ptrdiff_t i = 0; i < n; i++)
+            to[i] = to[i] + p * right[i];
+    }
+}
+
+/* to = elements `begin` to `end` of left @ right, row by row. A few columns at a time, of all rows
+ * that are wanted, so that the right factor comes from the first-level cache. */
+TARGET static void PRODUCT(REAL *to, const REAL *left, const REAL *right, int64_t width,
+                           int32_t rank, int64_t begin, int64_t end)
+{
+    for (int64_t tile = 0; tile < width; tile += TILE) {
+        const int64_t stop = tile + TILE < width ? tile + TILE : width;
+        for (int64_t row = begin / width; row * width < end; row++) {
+            const int64_t first = row * width + tile, last = row * width + stop;
+            const int64_t from = first > begin ? first : begin, until = last < end ? last : end;
+            if (from < until)
+                PRODUCT_OF_ROW(to + (from - begin), left + row * rank, right + (from - row * width),
+                               width, rank, (ptrdiff_t)(until - from));
+        }
+    }
+}
+
 TARGET static void RUN(const struct call *call)
 {
     REAL *registers = call->registers;
@@ -255,7 +295,8 @@ TARGET static void RUN(const struct call *call)
                 EACH((REAL)logarithm(a[i]));
                 break;
             case SCALE_ROWS: {
-                const double *table = call->tables[now->c] + (call->start + first) / now->k;
+                const double *table =
+                    (const double *)call->tables[now->c] + (call->start + first) / now->k;
                 int64_t column = (call->start + first) % now->k;
                 for (ptrdiff_t i = 0; i < n; table++, column = 0) {
                     const int64_t left = now->k - column;
@@ -271,7 +312,7 @@ TARGET static void RUN(const struct call *call)
             case SCALE_COLUMNS: {
                 int64_t column = (call->start + first) % now->k;
                 for (ptrdiff_t i = 0; i < n; column = 0) {
-                    const double *table = call->tables[now->c] + column;
+                    const double *table = (const double *)call->tables[now->c] + column;
                     const int64_t left = now->k - column;
                     const ptrdiff_t end_of_row = left < n - i ? i + (ptrdiff_t)left : n;
                     PORTABLE_LOOP
@@ -294,6 +335,16 @@ TARGET static void RUN(const struct call *call)
                         sums[column + j - i] += (double)a[j] * (double)b[j];
                     i = end_of_row;
                 }
+                break;
+            }
+            case LOAD_PRODUCT: {
+                REAL *made = call->stores[now->a];
+                if (first % MADE == 0) {
+                    const int64_t begin = call->start + first, left = call->count - first;
+                    PRODUCT(made, call->tables[now->c], call->tables[now->b], now->k, now->d, begin,
+                            begin + (left < MADE ? left : MADE));
+                }
+                memcpy(dst, made + first % MADE, (size_t)n * sizeof *dst);
                 break;
             }
             case DOT_ROWS:
@@ -440,4 +491,6 @@ TARGET static void RUN(const struct call *call)
 #undef REAL
 #undef ABSOLUTE
 #undef RUN
+#undef PRODUCT
+#undef PRODUCT_OF_ROW
 #undef TO_ODD

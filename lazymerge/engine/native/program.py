@@ -72,8 +72,9 @@ class Code(IntEnum):
     SUB_ROWS = 38
     DIV_ROWS = 39
     LOAD_STORED = 40
-    WAIT = 41
-    RANK_ROWS = 42
+    LOAD_PRODUCT = 41
+    WAIT = 42
+    RANK_ROWS = 43
 
 
 BARRIERS = frozenset({Code.WAIT, Code.RANK_ROWS})
@@ -86,6 +87,7 @@ READS_A = frozenset(Code) - {
     Code.LOAD_MUL_ADD,
     Code.DRAW,
     Code.LOAD_STORED,
+    Code.LOAD_PRODUCT,
     *BARRIERS,
 }
 READS_B = frozenset(
@@ -131,6 +133,7 @@ class Instruction:
     y: float = 0.0
     k: int = 0
     c: int = 0
+    d: int = 0
 
     def reads(self, register: int) -> bool:
         return register in self.operands
@@ -174,7 +177,8 @@ class Program:
     registers: how many it uses. result: the register that holds an Apply's block.
     lanes, counters, stores: how many of each it fills.
     lists: how many vectors of float64 it fills, one number for each row or column of a block.
-    tables: vectors of float64 that it reads, one number for each row or column of the tensor.
+    tables: vectors of float64 that it reads, one number for each row or column of the tensor, and
+        matrices of the working dtype (factors).
     outcome: what a reduction returned, with Outcomes for what is known only afterwards.
     """
 
@@ -205,6 +209,7 @@ class _Recorder:
     stores: int = 0
     lists: int = 0
     tables: list[Any] = field(default_factory=list)
+    products: dict[tuple[int, int], int] = field(default_factory=dict)
     defined: set[int] = field(default_factory=set)
     stored: dict[int, int] = field(default_factory=dict)
 
@@ -233,6 +238,13 @@ class _Recorder:
         self.add(Code.STORE, a=register, b=number)
         return number
 
+    def product(self, factors: tuple[int, int]) -> int:
+        """The store for a product of two tables."""
+        if factors not in self.products:
+            self.products[factors] = self.stores
+            self.stores += 1
+        return self.products[factors]
+
     def list(self) -> int:
         """A list to be filled."""
         self.lists += 1
@@ -244,7 +256,7 @@ class _Recorder:
         return self.lanes - 1
 
     def table(self, values: Any) -> int:
-        """A table of the whole tensor's rows or columns."""
+        """A table of the whole tensor's rows or columns, or a factor."""
         for number, table in enumerate(self.tables):
             if table is values:
                 return number
@@ -423,6 +435,19 @@ class Register:
         number = self._recorder.table(table)
         self._recorder.add(
             Code.SCALE_COLUMNS, dst=self.number, a=self.number, c=number, k=len(table)
+        )
+
+    def record_load_product(self, left: Any, right: Any) -> None:
+        rank, columns = right.shape
+        factors = self._recorder.table(left), self._recorder.table(right)
+        self._recorder.add(
+            Code.LOAD_PRODUCT,
+            dst=self.number,
+            a=self._recorder.product(factors),
+            b=factors[1],
+            c=factors[0],
+            k=columns,
+            d=rank,
         )
 
     def record_column_dot(self, other: Register, row_elements: int) -> Any:

@@ -1,5 +1,13 @@
 """Operations that several merge methods share. Importing this package registers them."""
 
-from . import block_scales, combination, gram, identical, low_rank, padding, selection
+from . import adapters, block_scales, combination, gram, identical, padding, selection
 
-__all__ = ["block_scales", "combination", "gram", "identical", "low_rank", "padding", "selection"]
+__all__ = [
+    "adapters",
+    "block_scales",
+    "combination",
+    "gram",
+    "identical",
+    "padding",
+    "selection",
+]

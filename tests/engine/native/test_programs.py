@@ -66,6 +66,7 @@ from lazymerge.graph.vector import (
     find_equal,
     hold,
     keep_largest,
+    load_product,
     logarithm,
     rank_rows,
     row_dot,
@@ -82,7 +83,7 @@ from lazymerge.graph.vector import (
 from lazymerge.methods import METHODS
 from processors import processor  # noqa: F401 (a fixture)
 
-from conftest import needs_kernels
+from conftest import needs_kernels, write_adapter
 from merging import plan_of
 from method_recipes import SETTINGS, model_counts, recipe_for
 
@@ -200,7 +201,7 @@ def test_reads_and_writes() -> None:
     summed = Instruction(Code.DOT_ROWS, dst=0, a=1, b=2, c=3)  # dst is a list, c a lane
     assert [summed.reads(r) for r in range(4)] == [False, True, True, False]
     assert not any(summed.writes(r) for r in range(4))
-    for code in (Code.WAIT, Code.RANK_ROWS, Code.DRAW, Code.LOAD_STORED):
+    for code in (Code.WAIT, Code.RANK_ROWS, Code.DRAW, Code.LOAD_STORED, Code.LOAD_PRODUCT):
         assert not any(Instruction(code).reads(r) for r in range(3))
     assert Instruction(Code.DRAW, dst=1).writes(1)
     assert Instruction(Code.LOAD_STORED, dst=1).writes(1)
@@ -216,6 +217,8 @@ def test_operands_are_those_of_the_list_in_the_kernels() -> None:
             names -= {"b"}  # a place in memory, or a rank
         if "table c" in right or "list c" in right:
             names -= {"c"}
+        if "table b" in right:
+            names -= {"b"}
         if code is Code.COUNT or code is Code.FIND:
             names |= {"a"}
         values = {"a": 1, "b": 2, "c": 3}
@@ -258,6 +261,7 @@ def test_every_instruction_is_reached_by_some_program() -> None:
         logarithm(a, room, more_room)
         scale_rows(a, table, 3, 0)
         scale_columns(a, table, 0)
+        load_product(room, table.reshape(3, 3), table.reshape(3, 3), 0)
         i[0].read_into(a)
         a.sub_(b)
         i[0].read_into(a)
@@ -381,6 +385,7 @@ def test_a_vector_that_holds_nothing_cannot_be_read(name: str) -> None:
         lambda vector, other: vector.load(0),
         lambda vector, other: vector.copy_(other),
         lambda vector, other: draw(vector, 1, 0, other),
+        lambda vector, other: load_product(vector, np.ones((3, 2)), np.ones((2, 4)), 0),
     ],
 )
 def test_what_fills_a_vector(fill: Callable[[Any, Any], Any]) -> None:
@@ -643,7 +648,21 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> list[Plan]:
             )
             made.append(plan_of(folder, document, tensors))
             tensors = {}  # written once
-    return made
+    return [*made, plan_with_adapter(folder)]
+
+
+def plan_with_adapter(folder: Path) -> Plan:
+    """A model's matrices with DoRA, as they are."""
+    generator = torch.Generator().manual_seed(4)
+    factors, tensors = {}, {}
+    for name, (rows, columns) in {"w": (30, 7), "coarse": (20, 6)}.items():
+        tensors[f"{name}.weight"] = torch.randn(rows, columns, generator=generator)
+        factors[f"{name}.lora_A.weight"] = torch.randn(5, columns, generator=generator)
+        factors[f"{name}.lora_B.weight"] = torch.randn(rows, 5, generator=generator)
+        factors[f"{name}.lora_magnitude_vector"] = torch.rand(rows, generator=generator)
+    adapter = write_adapter(folder / "adapter", factors, r=5, lora_alpha=7, use_dora=True)
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"plain+{adapter}"}]}
+    return plan_of(folder, recipe, {"plain": tensors})
 
 
 @pytest.fixture
@@ -745,6 +764,12 @@ def check_room(program: Program, layout: NativeLayout, elements: int) -> None:
                 assert len(program.tables[i.c]) * i.k >= elements
             case Code.SCALE_COLUMNS:
                 assert len(program.tables[i.c]) == i.k
+            case Code.LOAD_PRODUCT:
+                left, right = program.tables[i.c], program.tables[i.b]
+                assert right.shape == (i.d, i.k)
+                assert left.shape[1] == i.d
+                assert len(left) * i.k >= elements
+                assert layout.stores[i.a].elements >= block
             case Code.RANK_ROWS:
                 assert layout.spare is not None
                 assert layout.spare.elements >= library.RANKED_BYTES * i.k
@@ -753,6 +778,7 @@ def check_room(program: Program, layout: NativeLayout, elements: int) -> None:
                 pass
     assert filled == set(range(program.lists))
     for table in program.tables:
+        # factors are of the working dtype, which is float64 for the reference that makes them here
         assert table.dtype == np.float64
         assert table.flags.c_contiguous
 

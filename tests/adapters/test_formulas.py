@@ -11,7 +11,7 @@ import lazymerge
 import pytest
 import torch
 import yaml
-from lazymerge.checkpoint.adapter import open_model, split_reference
+from lazymerge.adapters import open_model, split_reference
 from lazymerge.engine.plan import Resources
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
@@ -100,7 +100,7 @@ def check(tmp_path: Path, models: dict[str, Tensors], adapted: Tensors, adapter:
     for name in SHAPES:
         base, tuned = double(models["base"][name]), double(models["tuned"][name])
         exact = base + 0.7 * (adapted.get(name, tuned) - base)
-        torch.testing.assert_close(double(found[name]), exact, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(double(found[name]), exact, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("default", ["", ".default"])
@@ -196,7 +196,7 @@ def test_saved_modules(
         f"{EMBED}.modules_to_save.default.weight": embed,
         **lora(Q, factors(generator, 60, 40)),
     }
-    adapter = write_adapter(tmp_path / "lora", tensors)
+    adapter = write_adapter(tmp_path / "lora", tensors, modules_to_save=["norm", "embed_tokens"])
     q = {"A": tensors[f"{Q}.lora_A.weight"], "B": tensors[f"{Q}.lora_B.weight"]}
     name = f"{Q}.weight"
     adapted = {
@@ -213,7 +213,7 @@ def test_saved_plans_and_going_on(
     adapter = write_adapter(tmp_path / "lora", lora(Q, factors(generator, 60, 40)))
     path = recipe(tmp_path, f"{tmp_path}/tuned+{adapter}", "slerp")
     plan = lazymerge.plan(path)
-    assert any("rank 4, 1 weights" in notice for notice in plan.notices)
+    assert "LoRA, rank 4, 400 parameters, changes 1 tensor" in plan.summary()
     plan.save(tmp_path / "plan.json")
 
     class Stopper(Silent):
@@ -237,21 +237,21 @@ def test_saved_plans_and_going_on(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, c: c.update(peft_type="LOHA"), "only LORA adapters"),
-        (lambda t, c: c.update(bias="all"), "changes biases"),
-        (lambda t, c: c.update(r="x"), "not a number"),
-        (lambda t, c: c.update(r=8), "has rank 4, adapter_config.json says 8"),
-        (lambda t, c: c.update(layer_replication=[[0, 1]]), "replicated layers"),
-        (lambda t, c: c.update(rank_pattern=[1]), "not a mapping"),
-        (lambda t, c: c.update(alpha_pattern={"q" * 300: 1}), "short names"),
-        (lambda t, c: c.update(alpha_pattern={"(a+)+b": 1}), "is not supported"),
-        (lambda t, c: c.update(alpha_pattern={".*.*q": 1}), "is not supported"),
-        (lambda t, c: c.update(alpha_pattern={"(q": 1}), "is not supported"),
+        (lambda t, c: c.update(peft_type="LOHA"), "only LORA is known"),
+        (lambda t, c: c.update(bias="some"), "known are none"),
+        (lambda t, c: c.update(r="x"), "no number"),
+        (lambda t, c: c.update(r=8), "is of rank 4, adapter_config.json says r: 8"),
+        (lambda t, c: c.update(layer_replication=[[0, 1]]), "repeats layers"),
+        (lambda t, c: c.update(rank_pattern=[1]), "no mapping"),
+        (lambda t, c: c.update(alpha_pattern={"(q)" * 100: 1}), "holds the regular expression"),
+        (lambda t, c: c.update(alpha_pattern={"(a+)+b": 1}), "holds the regular expression"),
+        (lambda t, c: c.update(alpha_pattern={".*.*q": 1}), "holds the regular expression"),
+        (lambda t, c: c.update(alpha_pattern={"(q": 1}), "holds the regular expression"),
         (lambda t, c: t.pop(f"{Q}.lora_B.weight"), "has no lora_B"),
-        (lambda t, c: t.update({f"{Q}.lora_B.weight": torch.ones(59, 4)}), "do not fit a weight"),
-        (lambda t, c: t.update({"x.lora_A.weight": torch.ones(4, 4)}), "adapts 'x'"),
-        (lambda t, c: t.update({"x.weight": torch.ones(4)}), "has no such tensor"),
-        (lambda t, c: t.update({f"{NORM}.weight": torch.ones(4)}), r"one of shape \[40\]"),
+        (lambda t, c: t.update({f"{Q}.lora_B.weight": torch.ones(59, 4)}), "do not fit"),
+        (lambda t, c: t.update({"x.lora_A.weight": torch.ones(4, 4)}), "is for 'x.weight'"),
+        (lambda t, c: t.update({"x.weight": torch.ones(4)}), "is neither a factor nor"),
+        (lambda t, c: t.update({f"{NORM}.weight": torch.ones(4)}), "is neither a factor nor"),
     ],
 )
 def test_what_cannot_be_folded_is_refused(
@@ -269,9 +269,9 @@ def test_what_cannot_be_folded_is_refused(
 
 
 def test_adapters_that_are_not_there(tmp_path: Path, models: dict[str, Tensors]) -> None:
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="not found"):
         open_model(f"{tmp_path}/tuned+{tmp_path}/nothing")
-    with pytest.raises(InputError, match=r"has no adapter_model\.safetensors"):
+    with pytest.raises(InputError, match=r"holds no adapter_config\.json"):
         open_model(f"{tmp_path}/tuned+{tmp_path}/base")
 
 
@@ -279,8 +279,8 @@ def test_names_with_a_plus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     for name in ("a+b", "c"):
         (tmp_path / name).mkdir()
-    assert split_reference("a+b") is None
+    assert split_reference("a+b") == ("a+b", None)
     assert split_reference("a+b+c") == ("a+b", "c")
     assert split_reference("c+d+e") == ("c", "d+e")
     assert split_reference("org/x@main+c") == ("org/x@main", "c")
-    assert split_reference("c") is None
+    assert split_reference("c") == ("c", None)
