@@ -119,22 +119,21 @@
         }                                                                                          \
     } while (0)
 
-/* to = left @ right of one row: `left` is a row of the left factor, `right` begins at the first of n
- * columns of the right one, whose rows are `width` apart. Every sum begins at 0 and takes one term
- * after the other, four in a trip. */
-TARGET static void PRODUCT_OF_ROW(REAL *to, const REAL *left, const REAL *right, int64_t width,
-                                  int32_t rank, ptrdiff_t n)
+/* to += left @ right of one row, `rank` terms of every sum: `left` is a part of a row of the left
+ * factor, `right` as many rows of the right one, TILE apart. One term is added after the other, four
+ * in a trip. */
+TARGET static void ADD_TERMS(REAL *to, const REAL *left, const REAL *right, int32_t rank,
+                             ptrdiff_t n)
 {
     int32_t k = 0;
-    memset(to, 0, (size_t)n * sizeof *to);
-    for (; k + 4 <= rank; k += 4, right += 4 * width) {
-        const REAL *one = right, *two = one + width, *three = two + width, *four = three + width;
+    for (; k + 4 <= rank; k += 4, right += 4 * TILE) {
+        const REAL *one = right, *two = one + TILE, *three = two + TILE, *four = three + TILE;
         const REAL p = left[k], q = left[k + 1], r = left[k + 2], s = left[k + 3];
         PORTABLE_LOOP
         for (ptrdiff_t i = 0; i < n; i++)
             to[i] = to[i] + p * one[i] + q * two[i] + r * three[i] + s * four[i];
     }
-    for (; k < rank; k++, right += width) {
+    for (; k < rank; k++, right += TILE) {
         const REAL p = left[k];
         PORTABLE_LOOP
         for (ptrdiff_t i = 0; i < n; i++)
@@ -142,19 +141,29 @@ TARGET static void PRODUCT_OF_ROW(REAL *to, const REAL *left, const REAL *right,
     }
 }
 
-/* to = elements `begin` to `end` of left @ right, row by row. A few columns at a time, of all rows
- * that are wanted, so that the right factor comes from the first-level cache. */
+/* to = elements `begin` to `end` of left @ right, row by row. A tile of the right factor at a time,
+ * copied to where it stays in the first-level cache (its rows may lie such that they drive each other
+ * out), for all rows that are wanted. Every sum begins at 0 and takes its terms in order. */
 TARGET static void PRODUCT(REAL *to, const REAL *left, const REAL *right, int64_t width,
                            int32_t rank, int64_t begin, int64_t end)
 {
+    REAL packed[TERMS * TILE];
+    memset(to, 0, (size_t)(end - begin) * sizeof *to);
     for (int64_t tile = 0; tile < width; tile += TILE) {
         const int64_t stop = tile + TILE < width ? tile + TILE : width;
-        for (int64_t row = begin / width; row * width < end; row++) {
-            const int64_t first = row * width + tile, last = row * width + stop;
-            const int64_t from = first > begin ? first : begin, until = last < end ? last : end;
-            if (from < until)
-                PRODUCT_OF_ROW(to + (from - begin), left + row * rank, right + (from - row * width),
-                               width, rank, (ptrdiff_t)(until - from));
+        for (int32_t k = 0; k < rank; k += TERMS) {
+            const int32_t terms = rank - k < TERMS ? rank - k : TERMS;
+            for (int32_t j = 0; j < terms; j++)
+                memcpy(packed + j * TILE, right + (k + j) * width + tile,
+                       (size_t)(stop - tile) * sizeof *to);
+            for (int64_t row = begin / width; row * width < end; row++) {
+                const int64_t first = row * width + tile, last = row * width + stop;
+                const int64_t from = first > begin ? first : begin;
+                const int64_t until = last < end ? last : end;
+                if (from < until)
+                    ADD_TERMS(to + (from - begin), left + row * rank + k, packed + (from - first),
+                              terms, (ptrdiff_t)(until - from));
+            }
         }
     }
 }
@@ -492,5 +501,5 @@ TARGET static void RUN(const struct call *call)
 #undef ABSOLUTE
 #undef RUN
 #undef PRODUCT
-#undef PRODUCT_OF_ROW
+#undef ADD_TERMS
 #undef TO_ODD
