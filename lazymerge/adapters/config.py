@@ -219,6 +219,8 @@ def _is_simple(pattern: str) -> bool:
         return False
     if len(re.findall(r"[*+]", pattern)) > 1 or re.search(r"\)[*+]", pattern):
         return False
+    if re.search(r"\[.*\[|--|\|\|", pattern):  # what sets may mean in later versions of Python
+        return False
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lazymerge.adapters import open_model, split_reference
-from lazymerge.adapters.config import AdapterConfig, _fits
+from lazymerge.adapters.config import AdapterConfig, _fits, _is_simple
 from lazymerge.adapters.names import Part, part_of
 from lazymerge.checkpoint.tensor import LowRank
+from lazymerge.cli.inspect import _view, checkpoint_document
+from lazymerge.cli.plan_view import plan_view
 from lazymerge.engine.plan import Resources
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import write_adapter, write_checkpoint
@@ -442,6 +446,53 @@ def test_refused(case: str, models: Path) -> None:
     with pytest.raises(InputError, match=message) as caught:
         open_model("base+tuned")
     assert str(models / "tuned") in str(caught.value)
+
+
+KEYS = (
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("fan_in_fan_out", "modules_to_save", "bias", "init_lora_weights", "lora_bias", "use_x", "x"),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=6,
+)
+
+
+def test_any_config_is_taken_or_refused_by_name(models: Path) -> None:
+    @given(st.dictionaries(st.sampled_from(KEYS), JSON | st.just("LORA"), max_size=5))
+    def check(values: dict[str, Any]) -> None:
+        document = {"peft_type": "LORA", "r": 2, **values}
+        (models / "tuned" / "adapter_config.json").write_text(json.dumps(document))
+        try:
+            opened = open_model("base+tuned")
+        except InputError as error:
+            problem = str(error)
+        else:
+            problem = None
+            assert opened.adapter is not None
+        assert problem is None or str(models / "tuned") in problem
+
+    check()
+
+
+@given(st.text(alphabet=r"abq_.\|()[]^$*+-d1{}?", max_size=30))
+def test_expressions_that_are_taken_are_quick(pattern: str) -> None:
+    assert not _is_simple(pattern) or not re.search(r"[{}?]|\)[*+]", pattern)
+    if _is_simple(pattern):
+        _fits(pattern, "model.layers.0.self_attn.q_proj." * 10 + "!")
+
+
+def test_what_people_are_shown(models: Path) -> None:
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"base+{models}/tuned"}]}
+    plan = plan_of(models, recipe, {})
+    console = Console(file=StringIO(), width=200)
+    console.print(plan_view(plan, models, is_given=False))
+    console.print(_view(open_model("base+tuned"), with_tensors=False))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert printed.count("tuned, LoRA, rank 2, 40 parameters, changes 1 tensor") == 2
+    assert checkpoint_document(open_model("base+tuned"))["adapter"]["ranks"] == (2,)
+    assert plan.as_dict()["models"][0]["adapter"]["changed"] == 1
 
 
 def test_what_is_no_folder(models: Path) -> None:
