@@ -17,7 +17,7 @@ from .errors import DoesNotFitError, InputError, LazymergeError, RecipeError
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import plan, plan_of_unfinished, resume, run, status, verify
+    from .api import plan, plan_intermediate, plan_of_unfinished, resume, run, status, verify
     from .engine.plan import Plan
     from .engine.report import RunReport
     from .methods.plugins import load_plugin
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "load_plugin",
     "plan",
+    "plan_intermediate",
     "plan_of_unfinished",
     "resume",
     "run",
@@ -42,7 +43,15 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Loads the rest of the interface when it is first used."""
-    if name in ("plan", "plan_of_unfinished", "resume", "run", "status", "verify"):
+    if name in (
+        "plan",
+        "plan_intermediate",
+        "plan_of_unfinished",
+        "resume",
+        "run",
+        "status",
+        "verify",
+    ):
         from . import api
 
         return getattr(api, name)

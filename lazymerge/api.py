@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .engine import unfinished
+from .engine import intermediates, unfinished
 from .engine.blocks import DeviceClass
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
 from .engine.plan import (
@@ -117,6 +117,17 @@ def run(
         recheck=recheck,
         hash_inputs=hash_inputs,
     )
+
+
+def plan_intermediate(plan: Plan, name: str) -> Plan:
+    """The plan that writes one of the merges that the others of its recipe use, which else is never
+    written: with the same bytes that they are made from, rounded once, to its own dtype.
+
+    Raises:
+        InputError: the recipe uses no merge of that name.
+        DoesNotFitError: the memory does not suffice.
+    """
+    return intermediates.plan_intermediate(plan, name)
 
 
 def plan_of_unfinished(

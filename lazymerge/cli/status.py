@@ -47,7 +47,7 @@ def _view(found: OutputStatus) -> RenderableType:
     share = found.bytes / found.total_bytes if found.total_bytes else 1.0
     rows: list[tuple[str, RenderableType]] = [
         ("state", state),
-        ("recipe", found.recipe),
+        ("recipe", found.recipe if found.part is None else f"{found.recipe}: {found.part}"),
         (
             "done",
             f"{share * 100:.0f} % · {format_bytes(found.bytes)} of "

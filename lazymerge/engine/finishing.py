@@ -71,6 +71,7 @@ def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> tuple[str,
         list(plan.checkpoints),
         plan.recipe.base_model,
         __version__,
+        plan.recipe.name if plan.recipe.part_of else None,
     )
     write_text(folder / "README.md", card, fsync=fsync)
     return (*files, *sorted([*plan.sidecars, *made]), "README.md")

@@ -25,7 +25,7 @@ from ..checkpoint.fused import is_rows_of, taken_apart
 from ..checkpoint.hub_reference import SCHEME, is_commit, local_path
 from ..checkpoint.tensor import DTYPES, Adapter
 from ..errors import InputError, InputErrors, brief
-from ..graph.compile import ResolvedTensor, compile_recipe, config_of
+from ..graph.compile import ResolvedTensor, compile_recipe, config_of, seed_of_part
 from ..graph.export import graph_from_json, graph_to_json
 from ..graph.graph import Graph
 from ..graph.node import Read
@@ -35,7 +35,7 @@ from ..methods.plugins import load_installed
 from ..output.layout import OutputTensor, Shard, lay_out
 from ..output.manifest import MANIFEST_NAME, write_text
 from ..output.sidecars import copied_files, sidecar_files
-from ..recipe import Recipe, Signature, load_recipe, parse_recipe
+from ..recipe import Recipe, Signature, load_recipe, parse_recipe, part_named
 from ..recipe.signature import Scalar
 from ..sizes import format_bytes, format_count, format_memory
 from ..version import __version__
@@ -249,7 +249,8 @@ class Plan:
 
     def summary(self) -> str:
         """The plan in a few lines of plain text."""
-        lines = [f"{self.recipe.merge_method}  {self.recipe.path}"]
+        part = f" ({self.recipe.name})" if self.recipe.part_of else ""
+        lines = [f"{self.recipe.merge_method}  {self.recipe.path}{part}"]
         for reference, checkpoint in self.checkpoints.items():
             base = " (base)" if reference == self.recipe.base_model else ""
             lines.append(
@@ -296,13 +297,23 @@ class Plan:
         return replace(self, memory=memory)
 
     def recipe_dict(self) -> dict[str, Any]:
-        """The recipe for JSON."""
+        """The recipe for JSON. Of one that is part of another: the seed is that of the whole, which
+        `recipe_again` begins from, and the parts' own are what their numbers are drawn by."""
+        recipe = self.recipe
+        whole = recipe.part_of or recipe
+        named = {
+            "part": {
+                "name": recipe.name,
+                "seeds": {str(part.name): seed_of_part(part) for part in (*recipe.merges, recipe)},
+            }
+        }
         return {
-            "path": self.recipe.path,
-            "merge_method": self.recipe.merge_method,
-            "base_model": self.recipe.base_model,
-            "seed": self.recipe.seed,
-            "text": self.recipe.text,
+            "path": recipe.path,
+            "merge_method": recipe.merge_method,
+            "base_model": recipe.base_model,
+            "seed": whole.seed,
+            "text": recipe.text,
+            **({} if recipe.part_of is None else named),
         }
 
     def models_dict(self) -> list[dict[str, Any]]:
@@ -408,7 +419,7 @@ def make_plan(
         DoesNotFitError: the memory does not suffice.
     """
     resources = resources or Resources()
-    checkpoints, renamings = _aligned(recipe, _open_all(recipe, paths or {}))
+    checkpoints, renamings = open_models(recipe, paths or {})
     if recipe.tokenizer is not None or recipe.chat_template is not None:
         fetch_tokenizers(checkpoints.values())
     tokenizer = plan_tokenizer(recipe, checkpoints, paths)
@@ -520,9 +531,7 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
 
 
 def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Plan:
-    saved = document["recipe"]
-    recipe = parse_recipe(_of_kind(saved["text"], str), _of_kind(saved["path"], str), signatures())
-    recipe = recipe.with_seed(_of_kind(saved["seed"], int))
+    recipe = recipe_again(document["recipe"])
     checkpoints = {}
     for model in document["models"]:
         checkpoint = open_model(_reference_again(model))
@@ -580,6 +589,23 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     if plan.fingerprint != document["fingerprint"]:
         raise InputError(f"{path} was altered after it was made; plan the recipe again")
     return plan
+
+
+def recipe_again(saved: Mapping[str, Any]) -> Recipe:
+    """The recipe that a plan or an output was made by.
+
+    saved: as Plan.recipe_dict gives it.
+
+    Raises:
+        RecipeError: a method is not known any more.
+        InputError: it has no such part.
+        AttributeError, KeyError, TypeError: the document is damaged.
+    """
+    text, path = _of_kind(saved["text"], str), _of_kind(saved["path"], str)
+    seed, part = _of_kind(saved["seed"], int), saved.get("part")
+    name = None if part is None else _of_kind(part["name"], str)
+    recipe = parse_recipe(text, path, signatures()).with_seed(seed)
+    return recipe if name is None else part_named(recipe, name)
 
 
 @cache
@@ -698,6 +724,20 @@ def _check_sidecars(output: Mapping[str, Any], source: Checkpoint, path: str) ->
             f"{path} copies {what}; the model {source.reference} has the sidecar files "
             f"{', '.join(known) or '(none)'}: plan the recipe again"
         )
+
+
+def open_models(
+    recipe: Recipe, paths: Mapping[str, str]
+) -> tuple[dict[str, Checkpoint], list[str]]:
+    """Opens every model of a recipe, with names as the main model writes them; and says in a
+    sentence which have others.
+
+    paths: where models are whose references say so from another folder.
+
+    Raises:
+        InputErrors: some cannot be opened.
+    """
+    return _aligned(recipe, _open_all(recipe, paths))
 
 
 def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]:

@@ -65,8 +65,10 @@ def is_complete(plan: Plan, folder: Path) -> bool:
         return False
 
 
-def check_output(plan: Plan, folder: Path, *, overwrite: bool) -> bool:
+def check_output(plan: Plan, folder: Path, *, overwrite: bool, inputs: Sequence[str] = ()) -> bool:
     """Whether there is an unfinished output to go on with.
+
+    inputs: folders that it may not be, besides those that the plan reads from.
 
     Raises:
         InputError: the folder cannot be used.
@@ -74,7 +76,8 @@ def check_output(plan: Plan, folder: Path, *, overwrite: bool) -> bool:
     resumes = not overwrite and is_unfinished(folder)
     if resumes:
         check_is_same_merge(plan, folder)
-    check_output_folder(folder, read_folders(plan), overwrite=overwrite, resumes=resumes)
+    inputs = (*read_folders(plan), *inputs)
+    check_output_folder(folder, inputs, overwrite=overwrite, resumes=resumes)
     return resumes
 
 

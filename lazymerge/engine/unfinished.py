@@ -24,10 +24,10 @@ from ..errors import InputError, LazymergeError, RecipeError, brief
 from ..output.checksum import file_checksum
 from ..output.folder import is_unfinished
 from ..output.manifest import MANIFEST_NAME, MERGE_PATH, count, read_document
-from ..recipe import Recipe, parse_recipe
+from ..recipe import Recipe
 from ..recipe.tokenizer import BASE, UNION
 from ..version import __version__
-from .plan import Plan, Resources, make_plan, signatures, torch_version
+from .plan import Plan, Resources, make_plan, recipe_again, torch_version
 
 
 def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "recipe": plan.recipe_dict(),
         "models": [
-            {**model, "path": _path_of(plan.checkpoints[model["reference"]])}
+            {**model, "path": path_again(plan.checkpoints[model["reference"]])}
             for model in plan.models_dict()
         ],
         "device": plan.execution.device,
@@ -51,7 +51,7 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _path_of(checkpoint: Checkpoint) -> str:
+def path_again(checkpoint: Checkpoint) -> str:
     """What opens a model again, wherever that is done: of the Hub, at the same commit."""
     model, adapter = split_reference(checkpoint.reference)
     if checkpoint.hub is not None:
@@ -75,10 +75,12 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
         saved = document["recipe"]
         paths = {model["reference"]: model["path"] for model in document["models"]}
         text, path, seed = saved["text"], saved["path"], saved["seed"]
+        part = saved.get("part")
+        name = path if part is None else part["name"]
         device, version, torch = document["device"], document["lazymerge"], document["torch"]
         fingerprint = document["fingerprint"]
         max_shard_bytes = count(document["output"]["max_shard_bytes"])
-        strings = [text, path, device, version, torch, fingerprint, *paths, *paths.values()]
+        strings = [text, path, name, device, version, torch, fingerprint, *paths, *paths.values()]
         if not all(isinstance(value, str) for value in strings):
             raise TypeError("text expected")
         if type(seed) is not int:
@@ -103,7 +105,7 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
     changed = _first_changed_file(document["models"])
     if changed is not None:
         raise InputError(changed)
-    recipe = parse_recipe(text, path, signatures()).with_seed(seed)
+    recipe = recipe_again(saved)
     paths = _tokenizer_path(recipe, document, where) | paths
     plan = make_plan(
         recipe,
@@ -164,6 +166,12 @@ def _anew(document: Mapping[str, Any], output: Path) -> str:
     recipe = document.get("recipe")
     path = recipe.get("path") if isinstance(recipe, dict) else None
     name = shlex.quote(path) if isinstance(path, str) else "RECIPE"
+    part = recipe.get("part") if isinstance(recipe, dict) else None
+    if isinstance(part, dict):
+        asked = shlex.quote(f"{part.get('name')}={output}")
+        return (
+            f"to begin anew: lazymerge run {name} -o OUT --write-intermediate {asked} --overwrite"
+        )
     return f"to begin anew: lazymerge run {name} -o {shlex.quote(str(output))} --overwrite"
 
 
@@ -178,6 +186,9 @@ def difference(document: Mapping[str, Any], plan: Plan) -> str:
         found = _recipe_difference(then["recipe"]["text"], now["recipe"]["text"])
         if found is not None:
             return found
+        part, part_now = (_part_name(each["recipe"]) for each in (then, now))
+        if part != part_now:
+            return f"it was {part}, now it is {part_now}"
         if then["recipe"]["seed"] != now["recipe"]["seed"]:
             return f"its seed was {then['recipe']['seed']}, now it is {now['recipe']['seed']}"
         if then["device"] != now["device"]:
@@ -193,6 +204,12 @@ def difference(document: Mapping[str, Any], plan: Plan) -> str:
     except (AttributeError, KeyError, TypeError) as error:
         return f"its {MERGE_PATH} is damaged ({brief(error)})"
     return "the operations differ, though the recipe does not: has a plugin changed?"
+
+
+def _part_name(recipe: Mapping[str, Any]) -> str:
+    """What of a recipe is written, in words."""
+    part = recipe.get("part")
+    return "the merge that its recipe leads to" if part is None else f"its merge {part['name']!r}"
 
 
 def _output(facts: Mapping[str, Any]) -> str:

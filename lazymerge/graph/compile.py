@@ -143,6 +143,8 @@ class _Compiler:
     ) -> None:
         """is_part: its results are another merge's inputs, and not written."""
         self.is_part = is_part
+        is_used = is_part or recipe.part_of is not None
+        self.seed = seed_of_part(recipe) if is_used else recipe.seed
         self.results: dict[str, TensorInfo] = {}
         self.recipe = recipe
         self.method: Method = METHODS[recipe.merge_method]
@@ -261,7 +263,7 @@ class _Compiler:
             models=tuple(c for s, c in contributions.items() if not s.is_base),
             parameters=shared,
             graph=self.graph,
-            seed=seed_of_part(self.recipe) if self.is_part else self.recipe.seed,
+            seed=self.seed,
         )
         result = self._built(merge, reads)
         self._result(target.name, self._output_dtype(reads, True), shape, result)

@@ -20,10 +20,12 @@ def model_card(
     models: Sequence[str],
     base_model: str | None,
     version: str,
+    part: str | None = None,
 ) -> str:
     """The card's text.
 
     models: references as the recipe writes them, base included.
+    part: name of the merge, where the recipe has others that use it.
     """
     hub_ids = [
         repository
@@ -42,6 +44,7 @@ def model_card(
         f"- {model}" + (" (base)" if model == base_model else "") for model in models
     )
     source = f" ([source]({method_source}))" if method_source else ""
+    which = "" if part is None else f"The merge that it names {_code(part)}.\n\n"
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", recipe_text)), default=0))
     return (
         f"---\n{front}\n---\n"
@@ -49,5 +52,12 @@ def model_card(
         f"A merge of models, made with lazymerge {version}.\n\n"
         f"## Method\n\n`{method}`: {method_summary}{source}\n\n"
         f"## Models\n\n{listed}\n\n"
-        f"## Recipe\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}\n"
+        f"## Recipe\n\n{which}{fence}yaml\n{recipe_text.rstrip()}\n{fence}\n"
     )
+
+
+def _code(text: str) -> str:
+    """A text as code, whatever is in it, on one line."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall(r"`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"

@@ -156,26 +156,55 @@ def check_disk(output: Path, needed_bytes: int, *, overwrite: bool) -> None:
     Raises:
         DoesNotFitError: it does not.
     """
-    free = free_disk_bytes(output)
-    if overwrite and output.is_dir():
-        free += sum(
-            entry.stat().st_blocks * 512
-            for entry in output.iterdir()
-            if entry.is_file() and is_own(entry)
-        )
-    if needed_bytes + FILESYSTEM_SLACK_BYTES > free:
-        raise DoesNotFitError(
-            f"the output needs {format_bytes(needed_bytes)} on disk, and {output} has "
-            f"{format_bytes(free)} free; free some space or choose another output folder"
-        )
+    check_disks([(output, needed_bytes)], overwrite=overwrite)
+
+
+def check_disks(outputs: Sequence[tuple[Path, int]], *, overwrite: bool) -> None:
+    """Checks that outputs, each with the bytes that it needs, fit on their filesystems together.
+
+    Raises:
+        DoesNotFitError: they do not.
+    """
+    by_filesystem: dict[int, list[tuple[Path, int]]] = {}
+    for output, needed_bytes in outputs:
+        device = _existing(output).stat().st_dev
+        by_filesystem.setdefault(device, []).append((output, needed_bytes))
+    for together in by_filesystem.values():
+        output = together[0][0]
+        needed_bytes = sum(needed for _, needed in together)
+        free = free_disk_bytes(output)
+        if overwrite:
+            free += sum(_own_bytes(folder) for folder, _ in together)
+        if needed_bytes + len(together) * FILESYSTEM_SLACK_BYTES > free:
+            what = "the output needs" if len(together) == 1 else "the outputs need"
+            raise DoesNotFitError(
+                f"{what} {format_bytes(needed_bytes)} on disk, and {output} has "
+                f"{format_bytes(free)} free; free some space or choose another output folder"
+            )
+
+
+def _own_bytes(output: Path) -> int:
+    """What an earlier merge in a folder occupies, and --overwrite sets free."""
+    if not output.is_dir():
+        return 0
+    return sum(
+        entry.stat().st_blocks * 512
+        for entry in output.iterdir()
+        if entry.is_file() and is_own(entry)
+    )
+
+
+def _existing(output: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    existing = output.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
 def free_disk_bytes(output: Path) -> int:
     """Free bytes on the filesystem where a folder is or would be."""
-    existing = output.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(output)).free
 
 
 def clear_output_folder(output: Path, *, fsync: bool = False) -> None:

@@ -24,6 +24,7 @@ class OutputStatus:
     """What can be said of an output.
 
     recipe: path of its recipe. fingerprint: of its plan.
+    part: name of the merge, where it is one that others of the recipe use.
     tensors, bytes: finished. total_tensors, total_bytes: of the whole output.
     owner: the process at work on it.
     sessions: how many processes have worked on it.
@@ -40,6 +41,7 @@ class OutputStatus:
     total_tensors: int
     bytes: int
     total_bytes: int
+    part: str | None = None
     owner: Owner | None = None
     sessions: int = 0
     began: float | None = None
@@ -94,13 +96,15 @@ def output_status(output: Path | str) -> OutputStatus:
 
 
 def _facts(document: dict[str, Any]) -> dict[str, Any]:
+    part = document["recipe"].get("part")
     facts = {
         "recipe": document["recipe"]["path"],
+        "part": None if part is None else part["name"],
         "fingerprint": document["fingerprint"],
         "total_tensors": count(document["output"]["tensors"]),
         "total_bytes": count(document["output"]["bytes"]),
     }
-    for key in ("recipe", "fingerprint"):
+    for key in ("recipe", "fingerprint", *([] if part is None else ["part"])):
         if not isinstance(facts[key], str):
             raise TypeError(f"{key} is no text")
     return facts

@@ -10,6 +10,7 @@ Nothing here opens a model or imports torch.
 
 from __future__ import annotations
 
+from .documents import part_named
 from .model import Condition, Conditions, Gradient, ModelEntry, Recipe, Setting, evaluate
 from .parse import FLOAT_DTYPE_NAMES, load_recipe, parse_recipe
 from .schema import json_schema
@@ -32,4 +33,5 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "parse_recipe",
+    "part_named",
 ]

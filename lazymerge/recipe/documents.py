@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..errors import Problem, RecipeError
+from ..errors import InputError, Problem, RecipeError
 from .model import Recipe
 
 
@@ -55,6 +55,30 @@ def joined(recipes: Sequence[Recipe]) -> Recipe:
     ]
     inner = [warning for merge in merges for warning in merge.warnings]
     return replace(final, merges=tuple(merges), warnings=(*final.warnings, *inner, *unused))
+
+
+def part_named(recipe: Recipe, name: str) -> Recipe:
+    """One of the merges that a recipe uses, to be written by itself: as it is within the recipe,
+    with the merges that it needs in turn.
+
+    Raises:
+        InputError: the recipe uses no merge of that name.
+    """
+    named = {str(merge.name): merge for merge in recipe.merges}
+    if name not in named:
+        raise InputError(_no_such_part(recipe, name, list(named)))
+    part = named[name]
+    merges = _in_order(part, named)
+    inner = [warning for merge in merges for warning in merge.warnings]
+    return replace(part, merges=tuple(merges), part_of=recipe, warnings=(*part.warnings, *inner))
+
+
+def _no_such_part(recipe: Recipe, name: str, names: Sequence[str]) -> str:
+    if not names:
+        return f"{recipe.path} has no merge that is named {name!r}, for it uses no other merges"
+    what = "the last merge, which is written in any case" if recipe.name == name else "none of them"
+    known = ", ".join(map(repr, names))
+    return f"{recipe.path}: the merges that the last one uses are {known}; {name!r} is {what}"
 
 
 def _final(recipes: Sequence[Recipe], named: Mapping[str, Recipe]) -> Recipe:

@@ -116,6 +116,8 @@ class Recipe:
     name: under which other recipes of the file use what comes of it as a model.
     merges: recipes of the file whose results are among its models, directly or by way of others;
         each after those that it needs itself. They have no merges of their own.
+    part_of: the recipe that uses what comes of this one, where this one is to be written by itself.
+        Its seed is what the numbers of both are drawn by.
     text: the YAML as read, byte for byte (decoded as UTF-8).
     path: where it was read from, for messages.
     base_position, method_position, name_position: where the values of base_model, merge_method
@@ -135,6 +137,7 @@ class Recipe:
     chat_template: str | None = None
     name: str | None = None
     merges: tuple[Recipe, ...] = ()
+    part_of: Recipe | None = None
     text: str = field(default="", compare=False)
     path: str = field(default="recipe", compare=False)
     base_position: Position | None = field(default=None, compare=False)
