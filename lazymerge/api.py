@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from .engine import intermediates, unfinished
+from .engine import intermediates as parts
+from .engine import unfinished
 from .engine.blocks import DeviceClass
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
 from .engine.plan import (
@@ -82,6 +84,7 @@ def run(
     plan: Plan,
     output: Path | str,
     *,
+    intermediates: Mapping[str, Path | str] | None = None,
     overwrite: bool = False,
     fsync: bool = True,
     observer: Observer | None = None,
@@ -92,6 +95,7 @@ def run(
     """Runs a plan into a folder, or goes on with what an earlier run of it has left there.
 
     output: a folder that is empty, does not exist, or holds an unfinished output of the same plan.
+    intermediates: folders of merges that the recipe uses, by name: they are written too, before it.
     overwrite: replace what an earlier merge has left there.
     fsync: wait until the data is on disk before files get their final names.
     observer: is told how the run proceeds, from the workers' threads.
@@ -107,16 +111,26 @@ def run(
     Whatever it raises, tensors that are complete stay, for another run to go on with; if there are
     none, the files it has made are removed.
     """
-    return run_plan(
-        plan,
-        output,
-        overwrite=overwrite,
-        fsync=fsync,
-        observer=observer,
-        strict=strict,
-        recheck=recheck,
-        hash_inputs=hash_inputs,
-    )
+    outputs = parts.outputs_of(plan, output, intermediates or {})
+    is_one = len(outputs) == 1
+    if not is_one:
+        parts.check_outputs(outputs, overwrite=overwrite)
+        if overwrite:
+            parts.clear_earlier(outputs, fsync=fsync)
+    reports = [
+        run_plan(
+            each.plan,
+            each.folder,
+            overwrite=overwrite and is_one,  # of several all is replaced by now
+            fsync=fsync,
+            observer=observer,
+            strict=strict,
+            recheck=recheck,
+            hash_inputs=hash_inputs,
+        )
+        for each in outputs
+    ]
+    return reports[-1]
 
 
 def plan_intermediate(plan: Plan, name: str) -> Plan:
@@ -127,7 +141,7 @@ def plan_intermediate(plan: Plan, name: str) -> Plan:
         InputError: the recipe uses no merge of that name.
         DoesNotFitError: the memory does not suffice.
     """
-    return intermediates.plan_intermediate(plan, name)
+    return parts.plan_intermediate(plan, name)
 
 
 def plan_of_unfinished(

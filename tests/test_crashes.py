@@ -13,10 +13,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import yaml
 
 from conftest import needs_kernels
 from crash_matrix import KINDS, Trials
-from faults.harness import Bench, Ended, complaints
+from faults.harness import Bench, Ended, complaints, contents
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,40 @@ SHARES = {
 def test_every_byte_is_there_afterwards(bench: Bench, seed: int, kind: str, number: int) -> None:
     _, trial = KINDS[kind]
     assert trial(Trials(bench, Random(f"{seed}/{kind}/{number}")), number) == []
+
+
+@pytest.mark.parametrize("number", range(5, 260, 42))
+def test_a_merge_that_others_use_is_there_too(bench: Bench, seed: int, number: int) -> None:
+    """Killed anywhere in the two outputs: the same command goes on, and each is whole."""
+    folder = bench.folder / "two"
+    for name in ("out", "out-inner"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    documents = list(yaml.safe_load_all(bench.recipe.read_text()))
+    inner = {"name": "inner", **documents[0], "merge_method": "dare_ties"}
+    entries = [{**documents[0]["models"][0], "model": "inner"}, documents[0]["models"][1]]
+    recipe = bench.folder / "two.yml"
+    recipe.write_text(yaml.safe_dump_all([inner, {**documents[0], "models": entries}]))
+
+    def run(out: str, faults: dict[str, str] | None = None) -> Ended:
+        asked = ["-o", f"{folder / out}", "--write-intermediate", "inner"]
+        options = ["--max-shard-size", "25000", "--workers", "2"]
+        return bench.lazymerge("run", str(recipe), *asked, *options, faults=faults)
+
+    struck = bench.folder / "struck-two"
+    faults = {"ROOT": str(folder), "STRUCK": str(struck), "KILL_AT": str(number)}
+    struck.unlink(missing_ok=True)
+    assert complaints(run("out", faults), [0, -signal.SIGKILL]) == []
+    assert struck.exists()
+    assert complaints(run("out"), [0]) == []
+    assert complaints(run("new"), [0]) == []
+    for name in ("", "-inner"):
+        assert contents(folder / f"out{name}") == {
+            # the card has the folder's name
+            **contents(folder / f"new{name}"),
+            "README.md": (folder / f"out{name}" / "README.md").read_bytes(),
+        }
+    verified = bench.lazymerge("verify", str(folder / "out-inner"), "--recompute", "5")
+    assert complaints(verified, [0]) == []
 
 
 def test_every_kind_has_its_share() -> None:

@@ -13,10 +13,13 @@ from ..graph.compile import ResolvedTensor
 from ..output.folder import free_disk_bytes
 from ..recipe.signature import Scalar
 from ..sizes import format_bytes, format_count
+from .running import notices_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+
+    from ..engine.intermediates import Output
 
 ABSENT = "–"
 """Shown where a parameter has no value, and for models that it does not concern."""
@@ -25,9 +28,12 @@ MOST_NAMES_OF_A_PART = 3
 """Tensor names by which a part of a layer is called before the rest is only counted."""
 
 
-def plan_view(plan: Plan, place: Path, *, is_given: bool) -> RenderableType:
+def plan_view(
+    plan: Plan, place: Path, *, is_given: bool, before: Sequence[Output] = ()
+) -> RenderableType:
     """Everything that `lazymerge plan` prints.
 
+    before: merges that are written too, before it.
     place: the output folder, or where it will be looked for disk space.
     is_given: whether the user has named an output folder.
     """
@@ -41,8 +47,8 @@ def plan_view(plan: Plan, place: Path, *, is_given: bool) -> RenderableType:
         title,
         Text(),
         _models(plan),
-        _facts(plan, place, is_given=is_given),
-        *_notices(plan),
+        _facts(plan, before, place, is_given=is_given),
+        *_notices(notices_of(plan, before)),
         Text(),
         *_parameters(plan),
     )
@@ -81,7 +87,7 @@ def _models_of(plan: Plan) -> list[str]:
     return [*plan.checkpoints, *(str(merge.name) for merge in plan.recipe.merges)]
 
 
-def _facts(plan: Plan, place: Path, *, is_given: bool) -> RenderableType:
+def _facts(plan: Plan, before: Sequence[Output], place: Path, *, is_given: bool) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
@@ -90,28 +96,33 @@ def _facts(plan: Plan, place: Path, *, is_given: bool) -> RenderableType:
     facts.add_column(overflow="fold")
     for label, fact in plan.facts():
         facts.add_row(label, Text(fact))
+    for each in before:
+        of_part = dict(each.plan.facts())
+        shown = (of_part["output"], of_part["data"].partition(",")[0], of_part["memory"])
+        facts.add_row("and before", Text(f"{each.name} in {each.folder}: {'; '.join(shown)}"))
+    needed = sum(each.bytes_written for each in (plan, *(other.plan for other in before)))
     free = free_disk_bytes(place)
     where = place if is_given else "the current folder"
     facts.add_row(
         "disk",
         Text.assemble(
-            f"needs {format_bytes(plan.bytes_written)}, {format_bytes(free)} free at {where}",
-            ("" if free > plan.bytes_written else "  not enough", "red"),
+            f"needs {format_bytes(needed)}, {format_bytes(free)} free at {where}",
+            ("" if free > needed else "  not enough", "red"),
         ),
     )
     return facts
 
 
-def _notices(plan: Plan) -> list[RenderableType]:
+def _notices(notices: Sequence[str]) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    if not plan.notices:
+    if not notices:
         return []
     table = Table.grid(padding=(0, 2))
     table.add_column(style="yellow", no_wrap=True)
     table.add_column(overflow="fold")
-    for notice in plan.notices:
+    for notice in notices:
         table.add_row("notice", Text(notice))
     return [Text(), table]
 

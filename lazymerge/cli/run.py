@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .intermediates import IntermediateOption, folders_asked
 from .options import (
     DeviceOption,
     JsonOption,
@@ -37,8 +38,10 @@ def run(
     unsafe_truncate_embeddings: TruncateOption = False,
     seed: SeedOption = None,
     plugin: PluginOption = None,
+    write_intermediate: IntermediateOption = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier merge in OUT.")
+        bool,
+        typer.Option("--overwrite", help="Replace an earlier merge in OUT, and in other folders."),
     ] = False,
     no_fsync: NoSyncOption = False,
     strict: StrictOption = False,
@@ -68,6 +71,7 @@ def run(
     run_and_report(
         made,
         output,
+        intermediates=folders_asked(write_intermediate, made.recipe, output),
         overwrite=overwrite,
         no_fsync=no_fsync,
         strict=strict,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from ..engine.intermediates import Output
     from ..engine.plan import Plan
     from ..engine.report import RunReport
 
@@ -37,6 +38,7 @@ def run_and_report(
     made: Plan,
     output: Path,
     *,
+    intermediates: Mapping[str, Path] | None = None,
     overwrite: bool = False,
     no_fsync: bool,
     strict: bool,
@@ -45,8 +47,18 @@ def run_and_report(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Runs a plan, shows how it proceeds and says what came of it."""
-    if made.memory.libraries == "torch" and made.execution.device == "cpu":
+    """Runs a plan, shows how it proceeds and says what came of it.
+
+    intermediates: folders of merges that are written before it, by name.
+    """
+    from ..engine.intermediates import check_outputs, clear_earlier, outputs_of
+
+    outputs = outputs_of(made, output, intermediates or {})
+    is_one = len(outputs) == 1
+    if any(
+        each.plan.memory.libraries == "torch" and each.plan.execution.device == "cpu"
+        for each in outputs
+    ):
         from ..engine.torch_loading import load_torch
 
         load_torch()
@@ -59,36 +71,70 @@ def run_and_report(
     if not quiet:
         from rich.text import Text
 
-        for notice in made.notices:
+        for notice in notices_of(outputs[-1].plan, outputs[:-1]):
             console.print(Text.assemble(("notice", "yellow"), f" {notice}"), soft_wrap=True)
-    with (
-        says_how_to_resume(output, quiet=quiet),
-        download_display(made, console, quiet=quiet or as_json) as moved,
-    ):
-        prepare_inputs(made, output, overwrite=overwrite, moved=moved)
-    with (
-        says_how_to_resume(output, quiet=quiet),
-        progress_display(made, console, quiet=quiet or as_json) as observer,
-    ):
-        report = run_plan(
-            made,
-            output,
-            overwrite=overwrite,
-            fsync=not no_fsync,
-            observer=observer,
-            strict=strict,
-            recheck=recheck,
-            hash_inputs=hash_inputs,
-        )
+    if not is_one:
+        check_outputs(outputs, overwrite=overwrite)
+    same = "the same command, without --overwrite" if overwrite else "the same command"
+    again = [None if each is outputs[-1] else same for each in outputs]
+    for each, command in zip(outputs, again, strict=True):
+        with (
+            says_how_to_resume(each.folder, command, quiet=quiet),
+            download_display(each.plan, console, quiet=quiet or as_json) as moved,
+        ):
+            prepare_inputs(each.plan, each.folder, overwrite=overwrite, moved=moved)
+    if not is_one and overwrite:
+        clear_earlier(outputs, fsync=not no_fsync)
+    reports: list[RunReport] = []
+    for each, command in zip(outputs, again, strict=True):
+        if not is_one and not quiet and not as_json:
+            which = "what they lead to" if each.name is None else f"the merge {each.name}"
+            console.print(f"writing {which} into {each.folder}", soft_wrap=True)
+        complete = [report.output for report in reports]
+        with (
+            says_how_to_resume(each.folder, command, quiet=quiet),
+            says_what_is_complete(complete, each.folder, same, quiet=quiet),
+            progress_display(each.plan, console, quiet=quiet or as_json) as observer,
+        ):
+            report = run_plan(
+                each.plan,
+                each.folder,
+                overwrite=overwrite and is_one,  # of several all is replaced by now
+                fsync=not no_fsync,
+                observer=observer,
+                strict=strict,
+                recheck=recheck,
+                hash_inputs=hash_inputs,
+            )
+        reports.append(report)
+        if not as_json and not quiet:
+            _report(each.plan, report)
     if as_json:
-        from dataclasses import asdict
-
         from .console import print_json
 
-        memory = made.memory.as_dict()
-        print_json({**asdict(report), "memory": memory, "notices": list(made.notices)})
-    elif not quiet:
-        _report(made, report)
+        *others, last = map(_document, outputs, reports)
+        named = [{"name": o.name, **d} for o, d in zip(outputs, others, strict=False)]
+        print_json({**last, **({} if is_one else {"intermediates": named})})
+
+
+def _document(output: Output, report: RunReport) -> dict[str, object]:
+    """What came of one output, for JSON."""
+    from dataclasses import asdict
+
+    plan = output.plan
+    return {**asdict(report), "memory": plan.memory.as_dict(), "notices": list(plan.notices)}
+
+
+def notices_of(plan: Plan, before: Sequence[Output]) -> list[str]:
+    """The notices of a plan, and of what is written before it those that do not say the same."""
+    said = {*plan.notices}
+    more = [
+        f"{each.name}: {notice}"
+        for each in before
+        for notice in each.plan.notices
+        if not said & {notice, f"{each.name}: {notice}"}
+    ]
+    return [*plan.notices, *more]
 
 
 def _report(made: Plan, report: RunReport) -> None:
@@ -123,9 +169,12 @@ def _report(made: Plan, report: RunReport) -> None:
 
 
 @contextmanager
-def says_how_to_resume(output: Path, *, quiet: bool) -> Iterator[None]:
+def says_how_to_resume(output: Path, command: str | None = None, *, quiet: bool) -> Iterator[None]:
     """Whatever ends the block early: leaves advice on how to go on, if there is something to go on
-    with."""
+    with.
+
+    command: what goes on with it; None: lazymerge resume OUT.
+    """
     try:
         yield
     except BaseException as error:
@@ -136,8 +185,29 @@ def says_how_to_resume(output: Path, *, quiet: bool) -> Iterator[None]:
         if not quiet and not isinstance(error, LockedError) and is_unfinished(output):
             with suppress(OSError):  # what went wrong first is what is to be said
                 done = len(read_journal(output).finished)
+                command = command or f"lazymerge resume {shlex.quote(str(output))}"
                 advice.append(
                     f"{done} finished {'tensor is' if done == 1 else 'tensors are'} kept; "
-                    f"go on with: lazymerge resume {shlex.quote(str(output))}"
+                    f"go on with: {command}"
                 )
+        raise
+
+
+@contextmanager
+def says_what_is_complete(
+    folders: Sequence[str], output: Path, command: str, *, quiet: bool
+) -> Iterator[None]:
+    """Whatever ends the block early, with nothing in the output to go on with: leaves advice on
+    how to go on after the outputs that are complete.
+
+    command: what does so.
+    """
+    try:
+        yield
+    except BaseException:
+        from ..output.folder import is_unfinished
+
+        if folders and not quiet and not is_unfinished(output):
+            are = "is" if len(folders) == 1 else "are"
+            advice.append(f"{', '.join(folders)} {are} complete; go on with: {command}")
         raise

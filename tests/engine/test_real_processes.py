@@ -124,6 +124,37 @@ def test_the_smallest_limit_is_kept(
     assert report["measured_bytes"] <= int(smallest.removesuffix("MiB")) * MIB
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the reserve is measured on Linux")
+@pytest.mark.parametrize("kernels", [pytest.param("native", marks=needs_kernels), "torch"])
+@pytest.mark.parametrize("hungry", ["inner", "last"])
+def test_the_smallest_limit_is_kept_by_several_outputs(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, hungry: str
+) -> None:
+    """One process writes both: what the first has left in memory is there while it writes the
+    second."""
+    if kernels == "torch":
+        monkeypatch.setenv("LAZYMERGE_KERNELS", "torch")
+    first, last = (TIES, LINEAR) if hungry == "inner" else (LINEAR, TIES)
+    used = [
+        {**entry, "model": {"b": "inner"}.get(entry["model"], entry["model"])}
+        for entry in last["models"]
+    ]
+    path = models / "two.yml"
+    path.write_text(yaml.safe_dump_all([{**first, "name": "inner"}, {**last, "models": used}]))
+    asked = ["-o", str(tmp_path / "out"), "--write-intermediate", "inner", "--no-fsync"]
+    memory, refusals = "1MiB", 0
+    while (done := lazymerge_run(models, path.name, *asked, "--json", "--memory", memory)).stderr:
+        refusals += 1
+        assert done.returncode == 3, done.stderr
+        assert refusals < 4
+        assert not [*tmp_path.iterdir()]
+        memory = done.stderr.split("--memory ")[-1].strip()
+    report = json.loads(done.stdout)
+    for each in (report, *report["intermediates"]):
+        assert each["memory"]["workers"] == 1
+        assert each["measured_bytes"] <= int(memory.removesuffix("MiB")) * MIB
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not keep it over exec")
 def test_measured_memory_is_not_that_of_the_parent(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", {"w": torch.zeros(10)})
