@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -160,13 +161,16 @@ def clear_earlier(outputs: Sequence[Output], *, fsync: bool) -> None:
         LockedError: another process is writing one of them.
         OSError: something cannot be removed.
     """
-    for each in outputs:
-        folder = each.folder
-        is_used = folder.is_dir() and any(e.name != OWN_FOLDER for e in folder.iterdir())
-        if not is_used and not is_unfinished(folder):
-            continue
-        lock = OutputLock(folder)
-        try:
+    folders = [each.folder for each in outputs if _is_used(each.folder)]
+    with ExitStack() as locks:
+        for folder in folders:  # all of them, before the first loses anything
+            locks.callback(OutputLock(folder).release)
+        for folder in folders:
             clear_output_folder(folder, fsync=fsync)
-        finally:
-            lock.release()
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether a folder holds more than a saved plan."""
+    if not folder.is_dir():
+        return False
+    return is_unfinished(folder) or any(entry.name != OWN_FOLDER for entry in folder.iterdir())

@@ -145,3 +145,25 @@ def test_a_local_folder_goes_first(models: dict[str, Path], hub: HubServer, tmp_
     plan = lazymerge.plan(recipe("org/a", "org/b", tmp_path / "hub.yml"))
     assert plan.checkpoints["org/a"].hub is None
     assert plan.checkpoints["org/b"].hub is not None
+
+
+def test_a_merge_that_others_use(
+    models: dict[str, Path], hub: HubServer, tmp_path: Path, expected: bytes
+) -> None:
+    """Written by itself from the commits that the whole was planned with."""
+    recipe("org/a", "org/b", tmp_path / "inner.yml")
+    last = {"merge_method": "slerp", "base_model": "org/a", "models": [{"model": "inner"}]}
+    documents = [
+        {"name": "inner", **yaml.safe_load((tmp_path / "inner.yml").read_text())},
+        {**last, "parameters": {"t": 0.5}},
+    ]
+    path = tmp_path / "hub.yml"
+    path.write_text(yaml.safe_dump_all(documents, sort_keys=False))
+    plan = lazymerge.plan(path)
+    publish(hub, tmp_path / "later", "b", 7)
+    part = lazymerge.plan_intermediate(plan, "inner")
+    assert facts(part)["download"].endswith(" files of org/a, org/b")
+    run_plan(part, tmp_path / "out-inner", fsync=False)
+    assert weights(tmp_path / "out-inner") == expected
+    assert (tmp_path / "out-inner" / "generation_config.json").is_file()
+    assert lazymerge.verify(tmp_path / "out-inner", recompute=4).problems == ()

@@ -27,6 +27,7 @@ from lazymerge.errors import DoesNotFitError, InputError
 from lazymerge.graph.compile import seed_of_part
 from lazymerge.graph.node import Write
 from lazymerge.output import folder as folder_module
+from lazymerge.output.lock import LockedError, OutputLock
 from lazymerge.output.writer import ShardWriter
 from safetensors.torch import load_file
 
@@ -367,6 +368,19 @@ def test_what_is_replaced_is_removed_first(models: Path) -> None:
     clear_earlier(found, fsync=False)
     assert [sorted(each.folder.iterdir()) for each in found] == [[], []]
     check_outputs(found, overwrite=False)
+
+
+def test_nothing_is_removed_where_another_process_is_at_work(models: Path) -> None:
+    found = outputs(models, inner="i")
+    other = plan_of(write(models / "other.yml", drop(models, "m0", "m1")))
+    for each in found:
+        run_plan(other, each.folder, fsync=False)
+    before = sorted(models.rglob("*"))
+    lock = OutputLock(models / "out")
+    with pytest.raises(LockedError):
+        clear_earlier(found, fsync=False)
+    lock.release()
+    assert sorted(models.rglob("*")) == before
 
 
 def test_a_saved_plan_stays_in_its_folder(models: Path) -> None:
