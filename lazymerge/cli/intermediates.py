@@ -20,8 +20,8 @@ IntermediateOption = Annotated[
     typer.Option(
         OPTION,
         metavar="NAME[=FOLDER]",
-        help="Write the merge NAME of the recipe, which later ones use, as a model of its own too, "
-        "before OUT; may be given again. [default: in OUT-NAME, beside OUT]",
+        help="Write the merge NAME, which others of the recipe use, as a model too, before OUT. "
+        "Without FOLDER it goes beside OUT, into OUT-NAME. May be given again.",
     ),
 ]
 

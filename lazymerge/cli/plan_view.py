@@ -99,7 +99,7 @@ def _facts(plan: Plan, before: Sequence[Output], place: Path, *, is_given: bool)
     for each in before:
         of_part = dict(each.plan.facts())
         shown = (of_part["output"], of_part["data"].partition(",")[0], of_part["memory"])
-        facts.add_row("and before", Text(f"{each.name} in {each.folder}: {'; '.join(shown)}"))
+        facts.add_row("before it", Text(f"{each.name} in {each.folder}: {'; '.join(shown)}"))
     needed = sum(each.bytes_written for each in (plan, *(other.plan for other in before)))
     free = free_disk_bytes(place)
     where = place if is_given else "the current folder"

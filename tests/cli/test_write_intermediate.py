@@ -154,8 +154,8 @@ def test_plan_shows_what_is_written_before(lazymerge: Command, nested: Path) -> 
     assert document["disk"]["needed_bytes"] == sum(sizes)
     assert plain["disk"]["needed_bytes"] == sizes[-1]
     text = " ".join(lazymerge(*arguments, *asked).out.split())
-    assert "and before inner in out-inner: 31 tensors, " in text
-    assert "and before outer in o: 31 tensors, " in text
+    assert "before it inner in out-inner: 31 tensors, " in text
+    assert "before it outer in o: 31 tensors, " in text
     assert not (nested / "out").exists()
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import lazymerge
@@ -20,7 +21,7 @@ from lazymerge.engine.intermediates import (
     outputs_of,
     plan_intermediate,
 )
-from lazymerge.engine.plan import Plan, load_plan
+from lazymerge.engine.plan import Plan, load_plan, signatures
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.errors import DoesNotFitError, InputError
@@ -31,9 +32,15 @@ from lazymerge.output.lock import LockedError, OutputLock
 from lazymerge.output.writer import ShardWriter
 from safetensors.torch import load_file
 
-from conftest import write_checkpoint
+from conftest import write_adapter, write_checkpoint
+from method_recipes import recipe_for
 
-SHAPES = {"model.layers.0.w": (70, 60), "model.layers.1.w": (33, 41), "model.norm.weight": (50,)}
+SHAPES = {
+    "model.layers.0.w.weight": (70, 60),
+    "model.layers.1.w.weight": (33, 41),
+    "model.norm.weight": (50,),
+}
+METHODS = sorted(set(signatures()) - {"passthrough"})
 RANDOM_METHODS = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
@@ -156,6 +163,75 @@ def test_its_nodes_are_those_of_the_whole(models: Path, name: str) -> None:
     assert [w.id for w in part.graph.writes]
     for node in part.graph:
         assert isinstance(node, Write) or node.id in whole.graph
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(models: Path, method: str) -> None:
+    """Written by itself, without rounding, and read again by what used it."""
+    signature = signatures()[method]
+    folders = [models / f"m{number}" for number in range(4)]
+    count = max(2, signature.min_models)
+    first = {"name": "inner", **recipe_for(signature, folders, count, random=Random(3)), "seed": 6}
+    last = {
+        "merge_method": "slerp",
+        "base_model": str(models / "m3"),
+        "models": [{"model": "inner"}],
+        "parameters": {"t": 0.4},
+        "out_dtype": "float32",
+    }
+    graph = plan_intermediate(plan_of(write(models / "recipe.yml", first, last)), "inner").graph
+    computed = {graph.block_node(node.source).dtype for node in graph.writes}
+    first["out_dtype"] = "float64" if computed == {"F64"} else "float32"
+    whole = plan_of(write(models / "recipe.yml", first, last))
+    at_once = written(whole, models / "out")
+    part = plan_intermediate(whole, "inner")
+    assert all(isinstance(node, Write) or node.id in whole.graph for node in part.graph)
+    run_plan(part, models / "inner", fsync=False)
+    assert lazymerge.verify(models / "inner", recompute=9).problems == ()
+    last["models"] = [{"model": str(models / "inner")}]
+    second = plan_of(write(models / "second.yml", last))
+    assert equal(written(second, models / "second"), at_once)
+
+
+def test_layers_and_adapters(models: Path) -> None:
+    """A part of slices, whose model has an adapter; the last merge uses one of its tensors."""
+    factors = {
+        "base_model.model.model.layers.0.w.lora_A.weight": torch.ones(2, 60),
+        "base_model.model.model.layers.0.w.lora_B.weight": torch.ones(70, 2),
+    }
+    write_adapter(models / "adapter", factors, r=2, lora_alpha=2, target_modules=["w"])
+    adapted = f"{models / 'm1'}+{models / 'adapter'}"
+    inner = {
+        "name": "inner",
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": adapted, "layer_range": [0, 1]}]},
+            {"sources": [{"model": str(models / "m2"), "layer_range": [0, 2]}]},
+        ],
+    }
+    last = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": "inner", "layer_range": [1, 2]}]}],
+    }
+    whole = plan_of(write(models / "recipe.yml", inner, last))
+    part = plan_intermediate(whole, "inner")
+    assert len(whole.tensors) < len(part.tensors) == 4
+    found = written(part, models / "out")
+    alone = write(models / "alone.yml", {k: v for k, v in inner.items() if k != "name"})
+    assert equal(found, written(plan_of(alone), models / "alone"))
+    config = json.loads((models / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 3
+    assert lazymerge.verify(models / "out", recompute=9).problems == ()
+
+
+def test_for_an_accelerator(models: Path) -> None:
+    whole = lazymerge.plan(nested(models), device="cuda", vram="2GiB", workers=1)
+    found = outputs_of(whole, models / "out", {"inner": models / "i"})
+    for each in found:
+        assert each.plan.execution == whole.execution
+        assert each.plan.memory.vram is not None
+    on_processor = plan_intermediate(plan_of(nested(models)), "inner")
+    assert found[0].plan.fingerprint != on_processor.fingerprint
 
 
 def test_an_output_like_any_other(models: Path, tmp_path: Path) -> None:
