@@ -52,6 +52,9 @@ it (`lazymerge status`) to let go."""
 MOST_TRIES = 100
 """Folder and file may vanish between two calls, when others release theirs; not so often."""
 
+WAIT_SECONDS = 0.005
+"""Between such tries."""
+
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 _MAX_OWNER_BYTES = 10_000
@@ -108,11 +111,19 @@ class OutputLock:
         self.is_lost = False
         """Whether somebody else has removed it or taken it away."""
         try:
+            problem: BaseException | None = None
             for _ in range(MOST_TRIES):
-                with suppress(FileNotFoundError, _ComesAndGoesError):
+                try:
                     if self._take():
                         break
+                except FileNotFoundError:
+                    pass
+                except _ComesAndGoesError as error:
+                    problem = error.__cause__
+                    time.sleep(WAIT_SECONDS)
             else:
+                if isinstance(problem, OSError):
+                    raise problem
                 raise LazymergeError(f"{self._path} comes and goes; try again")
             self._toucher.start()
         except OSError as error:
@@ -141,8 +152,11 @@ class OutputLock:
         except FileExistsError:
             try:
                 descriptor = open_own(self._path, os.O_RDWR)
-            except OSError:
+            except OSError as error:
                 self._remove_stranger()
+                if os.stat(self._path, follow_symlinks=False).st_nlink > 1:
+                    # somebody's other name for it; or one that was moved away is being given back
+                    raise _ComesAndGoesError from error
                 raise
             is_new = False
         try:

@@ -281,6 +281,15 @@ def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
         OutputLock(tmp_path)
 
 
+def test_another_name_of_the_lock_is_somebodys(tmp_path: Path) -> None:
+    (tmp_path / ".lazymerge").mkdir()
+    (tmp_path / "elsewhere").write_text("mine")
+    os.link(tmp_path / "elsewhere", tmp_path / LOCK_PATH)
+    with pytest.raises(LazymergeError, match="has other names too"):
+        OutputLock(tmp_path)
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
 def test_the_folder_is_a_file(tmp_path: Path) -> None:
     (tmp_path / ".lazymerge").write_text("")
     with pytest.raises(LazymergeError, match="File exists"):
