@@ -129,11 +129,12 @@ def says_how_to_resume(output: Path, *, quiet: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        from ..errors import InputError
         from ..output.folder import is_unfinished
         from ..output.journal import read_journal
-        from ..output.lock import LockedError
 
-        if not quiet and not isinstance(error, LockedError) and is_unfinished(output):
+        # what is wrong with an input, or with what is asked for, another run would find again
+        if not quiet and not isinstance(error, InputError) and is_unfinished(output):
             with suppress(OSError):  # what went wrong first is what is to be said
                 done = len(read_journal(output).finished)
                 advice.append(

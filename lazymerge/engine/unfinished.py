@@ -97,7 +97,7 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
         )
     if resources.device not in (None, device):
         raise InputError(
-            f"it is made with --device {device}, and the last bits depend on that; "
+            f"it is made with --device {device[:40]}, and the last bits depend on that; "
             f"leave --device {resources.device} out"
         )
     changed = _first_changed_file(document["models"])
@@ -133,15 +133,17 @@ def plan_of_unfinished(output: Path | str, resources: Resources | None = None) -
             else f"holds no unfinished merge (there is no {MERGE_PATH} in it)"
         )
         raise InputError(f"{output} {state}")
-    document = read_document(folder / MERGE_PATH)
+    document: Mapping[str, Any] = {}
     try:
+        document = read_document(folder / MERGE_PATH)
         return plan_again(document, folder / MERGE_PATH, resources or Resources())
     except InputError as error:
         own = (
             "\na method of your own needs --plugin again" if isinstance(error, RecipeError) else ""
         )
         raise InputError(
-            f"{output} cannot be resumed: {error}{own}\n{_anew(document, folder)}"
+            f"{output} cannot be resumed: {error}{own}\nto begin anew: "
+            f"{run_again(document, folder)} --overwrite"
         ) from error
 
 
@@ -151,20 +153,29 @@ def check_is_same_merge(plan: Plan, output: Path) -> None:
     Raises:
         InputError: it was not; the message names the difference.
     """
-    document = read_document(output / MERGE_PATH)
+    remedy = "give --overwrite to throw it away and begin anew, or choose another folder"
+    try:
+        document = read_document(output / MERGE_PATH)
+    except InputError as error:
+        raise InputError(
+            f"{output} holds an unfinished merge, and nothing says of what: {error}\n{remedy}"
+        ) from error
     if document.get("fingerprint") != plan.fingerprint:
         raise InputError(
             f"{output} holds an unfinished merge, and not of this plan: "
-            f"{difference(document, plan)}\n"
-            "give --overwrite to throw it away and begin anew, or choose another folder"
+            f"{difference(document, plan)}\n{remedy}"
         )
 
 
-def _anew(document: Mapping[str, Any], output: Path) -> str:
+def run_again(document: Mapping[str, Any], output: Path) -> str:
+    """The command that made an output, without options.
+
+    document: its manifest, or the beginning of one.
+    """
     recipe = document.get("recipe")
     path = recipe.get("path") if isinstance(recipe, dict) else None
-    name = shlex.quote(path) if isinstance(path, str) else "RECIPE"
-    return f"to begin anew: lazymerge run {name} -o {shlex.quote(str(output))} --overwrite"
+    name = shlex.quote(path[:1000]) if isinstance(path, str) else "RECIPE"
+    return f"lazymerge run {name} -o {shlex.quote(str(output))}"
 
 
 def difference(document: Mapping[str, Any], plan: Plan) -> str:
@@ -174,14 +185,16 @@ def difference(document: Mapping[str, Any], plan: Plan) -> str:
     try:
         for software in ("lazymerge", "torch"):
             if then[software] != now[software]:
-                return f"it was begun by {software} {then[software]}, this is {now[software]}"
+                before = str(then[software])[:40]
+                return f"it was begun by {software} {before}, this is {now[software]}"
         found = _recipe_difference(then["recipe"]["text"], now["recipe"]["text"])
         if found is not None:
             return found
         if then["recipe"]["seed"] != now["recipe"]["seed"]:
-            return f"its seed was {then['recipe']['seed']}, now it is {now['recipe']['seed']}"
+            before = str(then["recipe"]["seed"])[:40]
+            return f"its seed was {before}, now it is {now['recipe']['seed']}"
         if then["device"] != now["device"]:
-            return f"it was begun with --device {then['device']}, not {now['device']}"
+            return f"it was begun with --device {str(then['device'])[:40]}, not {now['device']}"
         found = _model_difference(then["models"], now["models"])
         if found is not None:
             return found
@@ -344,8 +357,8 @@ def content_hashes(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
             (folder, file) for folder, files in checkpoint.files_by_folder for file in files
         ):
             path = os.path.join(folder, file.path)
-            if path in hashes:
-                continue
+            if path in hashes or (file.modified_ns is None and not os.path.exists(path)):
+                continue  # of the Hub, and not fetched: its commit says what it is
             try:
                 hashes[path] = file_checksum(Path(path))
             except OSError as error:
@@ -353,14 +366,19 @@ def content_hashes(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
     return hashes
 
 
-def check_hashes(then: object, now: Mapping[str, str]) -> None:
+def check_hashes(then: object, now: Mapping[str, str], where: str) -> None:
     """Checks that files have the contents that they had.
+
+    then: what stands in an output's document, `where`.
 
     Raises:
         InputError: one has not.
     """
     if not isinstance(then, dict):
-        raise InputError(f"input_checksums in {MERGE_PATH} is no mapping: the file is damaged")
+        raise InputError(
+            f"input_checksums in {where} is no mapping: the file is damaged; give --overwrite to "
+            "begin anew"
+        )
     for path, content in now.items():
         if path in then and then[path] != content:
             raise InputError(

@@ -111,19 +111,13 @@ class OutputLock:
         self.is_lost = False
         """Whether somebody else has removed it or taken it away."""
         try:
-            problem: BaseException | None = None
             for _ in range(MOST_TRIES):
                 try:
                     if self._take():
                         break
-                except FileNotFoundError:
-                    pass
-                except _ComesAndGoesError as error:
-                    problem = error.__cause__
+                except (FileNotFoundError, _ComesAndGoesError):
                     time.sleep(WAIT_SECONDS)
             else:
-                if isinstance(problem, OSError):
-                    raise problem
                 raise LazymergeError(f"{self._path} comes and goes; try again")
             self._toucher.start()
         except OSError as error:
@@ -147,16 +141,14 @@ class OutputLock:
                 raise
             raise _ComesAndGoesError from None
         try:
-            descriptor = open_own(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            made = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptor = open_own(self._path, made, may_have_other_names=True)
             is_new = True
         except FileExistsError:
             try:
-                descriptor = open_own(self._path, os.O_RDWR)
-            except OSError as error:
+                descriptor = open_own(self._path, os.O_RDWR, may_have_other_names=True)
+            except OSError:
                 self._remove_stranger()
-                if os.stat(self._path, follow_symlinks=False).st_nlink > 1:
-                    # somebody's other name for it; or one that was moved away is being given back
-                    raise _ComesAndGoesError from error
                 raise
             is_new = False
         try:
@@ -173,7 +165,10 @@ class OutputLock:
                 self.taken_over = self.taken_over or owner
             if not _is_at(descriptor, self._path):
                 return False
-            if not is_new and not (is_free and owner and owner.boot == boot_id()):
+            is_ours_to_write = os.fstat(descriptor).st_nlink == 1
+            if not is_new and not (
+                is_ours_to_write and is_free and owner and owner.boot == boot_id()
+            ):
                 self._move_away(descriptor)
                 return False
             self._descriptor, descriptor = descriptor, -1
@@ -181,6 +176,7 @@ class OutputLock:
             if _is_at(self._descriptor, self._path):
                 return True
             self._descriptor, descriptor = -1, self._descriptor
+            os.ftruncate(descriptor, 0)  # if it is given back, it is nobody's
             return False
         finally:
             if descriptor >= 0:
