@@ -178,8 +178,13 @@ BUS_ERROR = """
 
     folder, file = os.path.split(sys.argv[1])
     tensor = TensorInfo("w", "U8", (100_000,), file, 0, 100_000)
-    with explained_bus_errors(Path("an output")):
-        source = MappedInput(Read(folder, tensor), InputFiles("mmap"))
+    files = InputFiles()
+    with explained_bus_errors(Path("an output")) as files.watch:
+        other = os.open(sys.argv[1], os.O_RDONLY)
+        with explained_bus_errors(Path("another output")) as watch:
+            watch(other, "a file of a merge that has ended")
+        os.close(other)
+        source = MappedInput(Read(folder, tensor), files)  # by the number of the other
         source.seek([(0, 100_000)])
         os.truncate(sys.argv[1], 10_000)
         bytes(source.raw())

@@ -55,6 +55,10 @@ MOST_ROUNDS = 3
 """How often renamings are looked for, one or two at a time: a wrapper and a prefix, a layout, a
 part of it."""
 
+MOST = 0.5
+"""The share of a model's names that begin with a word which only one export puts before them. What
+fewer begin with, `score.` or `lm_head.`, is a part's name and not taken for another's."""
+
 SAMPLE = 300
 """Names that renamings are tried on; a model may have a hundred thousand."""
 
@@ -101,12 +105,15 @@ def _matches(names: Collection[str], known: Collection[str]) -> int:
 
 
 def _renamed(name: str, steps: tuple[Renaming, ...], known: Collection[str]) -> str:
-    """A name after some steps; one that is known stays."""
+    """A name after some steps; one that is known stays, and so does one that does not become known
+    by a word put before it."""
+    new = name
     for renaming in steps:
-        if name in known:
-            break
-        name = _rename(name, renaming)
-    return name
+        if new in known:
+            return new
+        new = _rename(new, renaming)
+    is_put = any(not before for renaming in steps for before, _ in renaming)
+    return new if new in known or not is_put else name
 
 
 def _rename(name: str, renaming: Renaming) -> str:
@@ -117,7 +124,8 @@ def _rename(name: str, renaming: Renaming) -> str:
 
 
 def _candidates(names: Collection[str], known: Collection[str]) -> list[Renaming]:
-    """What is worth a try: the tables, and single first words taken away or put before."""
+    """What is worth a try: the tables, and single first words of most names taken away or put
+    before."""
     wrapped: list[Renaming] = [((wrapper, ""),) for wrapper in WRAPPERS]
     tables = [renaming for pair in LAYOUTS for renaming in pair]
     taken = [((word, ""),) for word in _common_first_words(names)]
@@ -125,14 +133,15 @@ def _candidates(names: Collection[str], known: Collection[str]) -> list[Renaming
     return [*wrapped, *tables, *taken, *put]
 
 
-def _common_first_words(names: Collection[str], most: int = 3) -> list[str]:
-    """The first words of names, the most frequent first, each with its dot."""
+def _common_first_words(names: Collection[str]) -> list[str]:
+    """The words that most names begin with, the most frequent first, each with its dot."""
     counts: dict[str, int] = {}
     for name in names:
         word, dot, _ = name.partition(".")
         if dot:
             counts[word + dot] = counts.get(word + dot, 0) + 1
-    return sorted(counts, key=lambda word: -counts[word])[:most]
+    common = [word for word, found in counts.items() if found >= MOST * len(names)]
+    return sorted(common, key=lambda word: -counts[word])
 
 
 def example(names: Mapping[str, str]) -> tuple[str, str]:

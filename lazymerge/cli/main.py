@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -90,8 +91,13 @@ def main(program: Callable[[], object] = lambda: app(standalone_mode=False)) -> 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        _say(str(error))
-        code = 1
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and error.filename is not None:
+            name = os.fsdecode(error.filename)
+            _say(f"{name}: {error.strerror}; use another path")
+            code = 2
+        else:
+            _say(str(error))
+            code = 1
     for words in running.advice:
         _say(words)
     running.advice.clear()

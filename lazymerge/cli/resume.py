@@ -36,8 +36,9 @@ def resume(
     from rich.text import Text
 
     from .. import api
+    from ..engine.complete import tidy_up
     from ..engine.finishing import faults
-    from ..engine.preparing import tidy_up
+    from ..engine.unfinished import run_again
     from ..errors import LazymergeError
     from ..output.folder import is_unfinished
     from ..output.manifest import MANIFEST_NAME, read_document
@@ -45,9 +46,15 @@ def resume(
     from .status import status
 
     if (output / MANIFEST_NAME).is_file() and not is_unfinished(output):
-        wrong = faults(read_document(output / MANIFEST_NAME), output)
+        document = read_document(output / MANIFEST_NAME)
+        wrong = faults(document, output)
         if wrong:
-            raise LazymergeError("\n".join([*wrong, "make it again: lazymerge run … --overwrite"]))
+            again = run_again(document, output)
+            if faults(document, output, small_files=False):
+                remedy = f"make it again: {again} --overwrite"
+            else:
+                remedy = f"the weights are there; write the rest again: {again}"
+            raise LazymergeError("\n".join([*wrong, remedy]))
         tidy_up(output)
         if as_json:
             status(output, as_json=True)

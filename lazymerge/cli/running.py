@@ -178,11 +178,12 @@ def says_how_to_resume(output: Path, command: str | None = None, *, quiet: bool)
     try:
         yield
     except BaseException as error:
+        from ..errors import InputError
         from ..output.folder import is_unfinished
         from ..output.journal import read_journal
-        from ..output.lock import LockedError
 
-        if not quiet and not isinstance(error, LockedError) and is_unfinished(output):
+        # what is wrong with an input, or with what is asked for, another run would find again
+        if not quiet and not isinstance(error, InputError) and is_unfinished(output):
             with suppress(OSError):  # what went wrong first is what is to be said
                 done = len(read_journal(output).finished)
                 command = command or f"lazymerge resume {shlex.quote(str(output))}"
@@ -204,10 +205,12 @@ def says_what_is_complete(
     """
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        from ..errors import InputError
         from ..output.folder import is_unfinished
 
-        if folders and not quiet and not is_unfinished(output):
+        is_mistake = isinstance(error, InputError)
+        if folders and not quiet and not is_mistake and not is_unfinished(output):
             are = "is" if len(folders) == 1 else "are"
             advice.append(f"{', '.join(folders)} {are} complete; go on with: {command}")
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from ..methods import METHODS
 from ..output.card import model_card
 from ..output.checksum import file_checksum
 from ..output.layout import INDEX_NAME, index_json
-from ..output.manifest import CHECKSUM, MANIFEST_NAME, count, write_bytes, write_text
+from ..output.manifest import CHECKSUM, MANIFEST_NAME, count, write_bytes
 from ..output.sidecars import copy_sidecars
 from ..version import __version__
 from .blocks import elements_per_block
@@ -42,25 +42,17 @@ def span_elements(plan: Plan, write: Write) -> int:
     return SPAN_BLOCKS * elements_per_block(plan.execution.device, row)
 
 
-def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> tuple[str, ...]:
-    """Writes index, config, tokenizer files and model card; returns their names.
-
-    Raises:
-        OSError: one cannot be written.
-        LazymergeError: a tokenizer file cannot be read.
-    """
-    files = []
+def beside_weights(plan: Plan, folder: Path) -> Iterator[tuple[str, bytes | Path]]:
+    """Names of the files beside the weights (index, config, tokenizer files, model card), and their
+    contents, or the files that they are copied from."""
     if len(plan.shards) > 1:
-        write_text(folder / INDEX_NAME, index_json(plan.shards), fsync=fsync)
-        files.append(INDEX_NAME)
+        yield INDEX_NAME, index_json(plan.shards).encode()
     if plan.config is not None:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
-        write_text(folder / "config.json", text, fsync=fsync)
-        files.append("config.json")
-    copy_sidecars(plan.sidecar_folder, plan.sidecars, folder, fsync=fsync)
+        yield "config.json", text.encode()
     made = {} if plan.tokenizer is None else plan.tokenizer.files
-    for name, content in made.items():
-        write_bytes(folder / name, content, fsync=fsync)
+    for name in sorted([*plan.sidecars, *made]):
+        yield name, made[name] if name in made else Path(plan.sidecar_folder, name)
     signature = METHODS[plan.recipe.merge_method].signature
     card = model_card(
         folder.absolute().name,
@@ -73,8 +65,30 @@ def write_beside_weights(plan: Plan, folder: Path, *, fsync: bool) -> tuple[str,
         __version__,
         plan.recipe.name if plan.recipe.part_of else None,
     )
-    write_text(folder / "README.md", card, fsync=fsync)
-    return (*files, *sorted([*plan.sidecars, *made]), "README.md")
+    yield "README.md", card.encode()
+
+
+def write_beside_weights(
+    plan: Plan, folder: Path, *, fsync: bool, only: Collection[str] | None = None
+) -> tuple[str, ...]:
+    """Writes what `beside_weights` names; returns the names.
+
+    only: some of them.
+
+    Raises:
+        OSError: one cannot be written.
+        LazymergeError: one that is copied cannot be read.
+    """
+    written = []
+    for name, content in beside_weights(plan, folder):
+        if only is not None and name not in only:
+            continue
+        if isinstance(content, bytes):
+            write_bytes(folder / name, content, fsync=fsync)
+        else:
+            copy_sidecars(plan.sidecar_folder, [name], folder, fsync=fsync)
+        written.append(name)
+    return tuple(written)
 
 
 def manifest(
@@ -126,11 +140,11 @@ def manifest(
     }
 
 
-def faults(document: Mapping[str, Any], folder: Path) -> list[str]:
+def faults(document: Mapping[str, Any], folder: Path, *, small_files: bool = True) -> list[str]:
     """What a look at the files shows to be missing from a complete output, or too short or long;
     one sentence each.
 
-    document: its manifest.
+    document: its manifest. small_files: those beside the weights are looked at too.
 
     Raises:
         InputError: the manifest is damaged.
@@ -149,7 +163,7 @@ def faults(document: Mapping[str, Any], folder: Path) -> list[str]:
     found = []
     if unlike:
         found.append(f"{folder / MANIFEST_NAME} does not list all tensors and shards")
-    for name in names:
+    for name in names if small_files else sizes:
         path = folder / name
         if not path.is_file():
             found.append(f"{path} is missing")

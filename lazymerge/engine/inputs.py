@@ -24,7 +24,7 @@ from ..checkpoint.tensor import DTYPES
 from ..errors import LazymergeError
 from ..graph.node import Read
 from .execution import ReadMode
-from .native.bus_error import watch_for_bus_errors
+from .native.bus_error import Watch
 
 Pieces = Sequence[tuple[int, int]]
 """Element ranges (start, stop_exclusive) of one tensor that together make a block."""
@@ -33,9 +33,10 @@ Pieces = Sequence[tuple[int, int]]
 class InputFiles:
     """The input files of a run, each opened at most once. Safe to share by threads."""
 
-    def __init__(self, read_mode: ReadMode = "pread") -> None:
+    def __init__(self) -> None:
         self._descriptors: dict[tuple[str, bool], int] = {}
-        self._is_mapped = read_mode == "mmap"
+        self.watch: Watch | None = None
+        """Is told of every file that is opened, while files may be mapped."""
         self._lock = threading.Lock()
 
     def descriptor(self, path: str, *, is_scattered: bool = False) -> int:
@@ -51,8 +52,8 @@ class InputFiles:
                     self._descriptors[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
                     raise LazymergeError(f"cannot open {path}: {error.strerror}") from error
-                if self._is_mapped:
-                    watch_for_bus_errors(self._descriptors[key], path)
+                if self.watch is not None:
+                    self.watch(self._descriptors[key], path)
                 if is_scattered and hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(self._descriptors[key], 0, 0, os.POSIX_FADV_RANDOM)
             return self._descriptors[key]

@@ -31,9 +31,10 @@ from ..output.folder import (
 )
 from ..output.lock import OutputLock
 from ..recipe import part_named
+from .complete import complete_document
 from .memory import NODE_BYTES
 from .plan import Plan, Resources, make_plan, open_models, read_folders
-from .preparing import check_output, is_complete
+from .preparing import check_output
 from .unfinished import path_again
 
 
@@ -124,7 +125,7 @@ def check_outputs(outputs: Sequence[Output], *, overwrite: bool) -> None:
     inputs = tuple(dict.fromkeys(path for each in outputs for path in read_folders(each.plan)))
     needed = []
     for each in outputs:
-        if not overwrite and is_complete(each.plan, each.folder):
+        if not overwrite and complete_document(each.plan, each.folder) is not None:
             continue
         if not check_output(each.plan, each.folder, overwrite=overwrite, inputs=inputs):
             needed.append((each.folder, each.plan.bytes_written))

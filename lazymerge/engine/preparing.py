@@ -1,28 +1,26 @@
-"""An output folder before a run: empty, complete, or unfinished and to be gone on with."""
+"""An output folder before a run: empty, or unfinished and to be gone on with."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, LazymergeError
+from ..errors import LazymergeError
 from ..output.folder import (
-    OWN_FOLDER,
-    REPLACED_PATH,
     check_disk,
     check_output_folder,
     clear_output_folder,
     is_unfinished,
 )
 from ..output.journal import JOURNAL_PATH, Finished, Journal, read_journal
-from ..output.lock import OutputLock
-from ..output.manifest import MANIFEST_NAME, MERGE_PATH, read_document, write_document
+from ..output.manifest import MERGE_PATH, read_document, write_document
 from ..output.recovery import NOTHING, Recovery, is_doubted, recover
 from ..output.writer import ShardWriter, sync_file, sync_folder, write_error
-from .finishing import faults, span_bytes
+from .finishing import span_bytes
 from .plan import Plan, read_folders
 from .report import Observer
 from .stages import bytes_read
@@ -32,37 +30,6 @@ from .unfinished import (
     check_is_same_merge,
     content_hashes,
 )
-
-
-def tidy_up(folder: Path) -> None:
-    """Removes what a run that was killed after its manifest was written has left."""
-    if not (folder / OWN_FOLDER).is_dir() or (folder / OWN_FOLDER).is_symlink():
-        return
-    try:
-        read_document(folder / MANIFEST_NAME)
-    except InputError:
-        return  # it says nothing: what is beside it may still be wanted
-    with suppress(LazymergeError):  # the one that is still at it will do so
-        lock = OutputLock(folder)
-        if not is_unfinished(folder):  # still
-            remove_beginnings(folder)
-        lock.release()
-
-
-def remove_beginnings(folder: Path) -> None:
-    for path in (JOURNAL_PATH, MERGE_PATH, REPLACED_PATH):
-        with suppress(OSError):  # the manifest is there: the output is complete
-            (folder / path).unlink()
-
-
-def is_complete(plan: Plan, folder: Path) -> bool:
-    """Whether a folder's manifest is that of this plan, and its files are there and as long as they
-    must be."""
-    try:
-        document = read_document(folder / MANIFEST_NAME)
-        return document.get("fingerprint") == plan.fingerprint and not faults(document, folder)
-    except InputError:
-        return False
 
 
 def check_output(plan: Plan, folder: Path, *, overwrite: bool, inputs: Sequence[str] = ()) -> bool:
@@ -133,7 +100,10 @@ def prepare(
         beginning = beginning_of_manifest(plan)
         if hash_inputs:
             beginning["input_checksums"] = content_hashes(plan.checkpoints)
-        clear_output_folder(folder, fsync=fsync)
+        try:
+            clear_output_folder(folder, fsync=fsync)
+        except OSError as error:
+            raise write_error(Path(error.filename or folder), error) from error
     writer = ShardWriter(
         folder,
         plan.shards,
@@ -154,10 +124,10 @@ def prepare(
             if fsync:  # what says that the folder is ours, before anything that is to be ours
                 for changed in {folder, folder.absolute().parent, *(new.parent for new in made)}:
                     with suppress(PermissionError):  # one that may be entered and not listed
-                        sync_folder(changed)
+                        _sync_folder(changed)
             writer.create()
             if fsync:
-                sync_folder(folder)
+                _sync_folder(folder)
         except BaseException:
             journal_file.close()
             raise
@@ -180,17 +150,31 @@ def _beginning_to_go_on_with(
     Raises:
         InputError: an input has other contents.
     """
-    beginning = read_document(folder / MERGE_PATH)
-    if "input_checksums" in beginning:
-        check_hashes(beginning["input_checksums"], content_hashes(plan.checkpoints))
+    document = read_document(folder / MERGE_PATH)
+    beginning = beginning_of_manifest(plan)  # the document may be damaged, or somebody else's
+    if "input_checksums" in document:
+        now = content_hashes(plan.checkpoints)
+        check_hashes(document["input_checksums"], now, MERGE_PATH)
+        beginning["input_checksums"] = now
     elif hash_inputs:
         observer.noted(
             "the merge was begun without --hash-inputs: contents are compared from now on, what "
             "they were before is not known"
         )
         beginning["input_checksums"] = content_hashes(plan.checkpoints)
+    document.pop("format")
+    if json.dumps(document, sort_keys=True) != json.dumps(beginning, sort_keys=True):
         _write_beginning(folder, beginning, fsync=True)
     return beginning
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        sync_folder(folder)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise write_error(folder, error) from error
 
 
 def _write_beginning(folder: Path, beginning: dict[str, Any], *, fsync: bool) -> None:

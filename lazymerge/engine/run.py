@@ -26,6 +26,15 @@ from ..output.manifest import MANIFEST_NAME, write_document
 from ..output.writer import sync_folder, write_error
 from . import torch_loading
 from .baseline import peak_resident_bytes, resident_bytes, store_baseline
+from .complete import (
+    bring_up_to_date,
+    check_complete,
+    complete_document,
+    nonfinite_error,
+    remove_beginnings,
+    stale_files,
+    tidy_up,
+)
 from .device.frame import Lane
 from .device.interface import Device
 from .device.memory import fit_to_device, open_lanes
@@ -36,7 +45,7 @@ from .memory import available_memory_bytes
 from .native.bus_error import explained_bus_errors
 from .nonfinite import examine
 from .plan import Plan
-from .preparing import Prepared, check_output, is_complete, prepare, remove_beginnings, tidy_up
+from .preparing import Prepared, check_output, prepare
 from .readahead import ReadAhead
 from .recent import Recent
 from .report import Observer, RunReport, Silent
@@ -108,13 +117,21 @@ def run_plan(
     if device is not None:
         plan = fit_to_device(plan, device)
     observer = observer or Silent()
-    if not overwrite and is_complete(plan, folder):
-        tidy_up(folder)
-        return _nothing_to_do(plan, folder, observer)
-    check_output(plan, folder, overwrite=overwrite)
+    document = None if overwrite else complete_document(plan, folder)
+    if document is None:
+        check_output(plan, folder, overwrite=overwrite)
+    else:
+        check_complete(plan, document, observer, strict=strict, hash_inputs=hash_inputs)
+        if not stale_files(plan, document, folder):
+            tidy_up(folder, plan)
+            return _nothing_to_do(plan, folder, observer)
     with _locked(folder, observer) as (lock, made):
         # once more, now that nobody else writes
-        if not overwrite and is_complete(plan, folder):
+        document = None if overwrite else complete_document(plan, folder)
+        if document is not None:
+            check_complete(plan, document, observer, strict=strict, hash_inputs=False)
+            bring_up_to_date(plan, document, folder, observer, fsync=fsync)
+            remove_beginnings(folder)
             return _nothing_to_do(plan, folder, observer)
         resumes = check_output(plan, folder, overwrite=overwrite)
         prepared = prepare(
@@ -256,7 +273,7 @@ def prepare_inputs(
     """
     missing = plan.missing_files
     if missing:
-        if not overwrite and is_complete(plan, output):
+        if not overwrite and complete_document(plan, output) is not None:
             return
         check_output(plan, output, overwrite=overwrite)
         download(missing, plan.checkpoints.values(), moved)
@@ -335,11 +352,11 @@ def _run(
 
     nonfinite = {name: None for name, record in before.items() if record.is_nonfinite}
     if strict and nonfinite:
-        raise LazymergeError(_nonfinite_error(next(iter(nonfinite))))
+        raise LazymergeError(nonfinite_error(next(iter(nonfinite))))
 
     def found_nonfinite(tensor: str) -> None:
         if strict:
-            raise LazymergeError(_nonfinite_error(tensor))
+            raise LazymergeError(nonfinite_error(tensor))
         with lock:
             nonfinite[tensor] = None
 
@@ -350,7 +367,7 @@ def _run(
         plan.execution.device,
         most_open=plan.memory.workers,
     )
-    files = InputFiles(plan.execution.read_mode)
+    files = InputFiles()
     is_mapped = plan.execution.read_mode == "mmap"
     recent = Recent(8 * plan.memory.workers)
     forgets = outgrows_cache(plan)
@@ -358,7 +375,7 @@ def _run(
     try:
         with (
             _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext(),
-            explained_bus_errors(folder) if is_mapped else nullcontext(),
+            explained_bus_errors(folder) if is_mapped else nullcontext() as files.watch,
         ):
             workers = [
                 Worker(
@@ -415,13 +432,6 @@ def _run(
     prepared.journal.close()
     remove_beginnings(folder)
     return report
-
-
-def _nonfinite_error(tensor: str) -> str:
-    return (
-        f"tensor {tensor} of the merge holds inf or nan; look for it in the inputs "
-        "(or for a parameter that makes it), or leave --strict out"
-    )
 
 
 def _lanes(plan: Plan, device: Device | None) -> Sequence[Lane | None]:

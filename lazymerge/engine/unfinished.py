@@ -99,7 +99,7 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
         )
     if resources.device not in (None, device):
         raise InputError(
-            f"it is made with --device {device}, and the last bits depend on that; "
+            f"it is made with --device {device[:40]}, and the last bits depend on that; "
             f"leave --device {resources.device} out"
         )
     changed = _first_changed_file(document["models"])
@@ -135,15 +135,17 @@ def plan_of_unfinished(output: Path | str, resources: Resources | None = None) -
             else f"holds no unfinished merge (there is no {MERGE_PATH} in it)"
         )
         raise InputError(f"{output} {state}")
-    document = read_document(folder / MERGE_PATH)
+    document: Mapping[str, Any] = {}
     try:
+        document = read_document(folder / MERGE_PATH)
         return plan_again(document, folder / MERGE_PATH, resources or Resources())
     except InputError as error:
         own = (
             "\na method of your own needs --plugin again" if isinstance(error, RecipeError) else ""
         )
         raise InputError(
-            f"{output} cannot be resumed: {error}{own}\n{_anew(document, folder)}"
+            f"{output} cannot be resumed: {error}{own}\nto begin anew: "
+            f"{run_again(document, folder)} --overwrite"
         ) from error
 
 
@@ -153,26 +155,33 @@ def check_is_same_merge(plan: Plan, output: Path) -> None:
     Raises:
         InputError: it was not; the message names the difference.
     """
-    document = read_document(output / MERGE_PATH)
+    remedy = "give --overwrite to throw it away and begin anew, or choose another folder"
+    try:
+        document = read_document(output / MERGE_PATH)
+    except InputError as error:
+        raise InputError(
+            f"{output} holds an unfinished merge, and nothing says of what: {error}\n{remedy}"
+        ) from error
     if document.get("fingerprint") != plan.fingerprint:
         raise InputError(
             f"{output} holds an unfinished merge, and not of this plan: "
-            f"{difference(document, plan)}\n"
-            "give --overwrite to throw it away and begin anew, or choose another folder"
+            f"{difference(document, plan)}\n{remedy}"
         )
 
 
-def _anew(document: Mapping[str, Any], output: Path) -> str:
+def run_again(document: Mapping[str, Any], output: Path) -> str:
+    """The command that made an output, without options.
+
+    document: its manifest, or the beginning of one.
+    """
     recipe = document.get("recipe")
     path = recipe.get("path") if isinstance(recipe, dict) else None
-    name = shlex.quote(path) if isinstance(path, str) else "RECIPE"
+    name = shlex.quote(path[:1000]) if isinstance(path, str) else "RECIPE"
     part = recipe.get("part") if isinstance(recipe, dict) else None
     if isinstance(part, dict):
-        asked = shlex.quote(f"{part.get('name')}={output}")
-        return (
-            f"to begin anew: lazymerge run {name} -o OUT --write-intermediate {asked} --overwrite"
-        )
-    return f"to begin anew: lazymerge run {name} -o {shlex.quote(str(output))} --overwrite"
+        asked = shlex.quote(f"{str(part.get('name'))[:1000]}={output}")
+        return f"lazymerge run {name} -o OUT --write-intermediate {asked}"
+    return f"lazymerge run {name} -o {shlex.quote(str(output))}"
 
 
 def difference(document: Mapping[str, Any], plan: Plan) -> str:
@@ -182,7 +191,8 @@ def difference(document: Mapping[str, Any], plan: Plan) -> str:
     try:
         for software in ("lazymerge", "torch"):
             if then[software] != now[software]:
-                return f"it was begun by {software} {then[software]}, this is {now[software]}"
+                before = str(then[software])[:40]
+                return f"it was begun by {software} {before}, this is {now[software]}"
         found = _recipe_difference(then["recipe"]["text"], now["recipe"]["text"])
         if found is not None:
             return found
@@ -190,9 +200,10 @@ def difference(document: Mapping[str, Any], plan: Plan) -> str:
         if part != part_now:
             return f"it was {part}, now it is {part_now}"
         if then["recipe"]["seed"] != now["recipe"]["seed"]:
-            return f"its seed was {then['recipe']['seed']}, now it is {now['recipe']['seed']}"
+            before = str(then["recipe"]["seed"])[:40]
+            return f"its seed was {before}, now it is {now['recipe']['seed']}"
         if then["device"] != now["device"]:
-            return f"it was begun with --device {then['device']}, not {now['device']}"
+            return f"it was begun with --device {str(then['device'])[:40]}, not {now['device']}"
         found = _model_difference(then["models"], now["models"])
         if found is not None:
             return found
@@ -209,7 +220,11 @@ def difference(document: Mapping[str, Any], plan: Plan) -> str:
 def _part_name(recipe: Mapping[str, Any]) -> str:
     """What of a recipe is written, in words."""
     part = recipe.get("part")
-    return "the merge that its recipe leads to" if part is None else f"its merge {part['name']!r}"
+    return (
+        "the merge that its recipe leads to"
+        if part is None
+        else f"its merge {str(part['name'])[:1000]!r}"
+    )
 
 
 def _output(facts: Mapping[str, Any]) -> str:
@@ -361,8 +376,8 @@ def content_hashes(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
             (folder, file) for folder, files in checkpoint.files_by_folder for file in files
         ):
             path = os.path.join(folder, file.path)
-            if path in hashes:
-                continue
+            if path in hashes or (file.modified_ns is None and not os.path.exists(path)):
+                continue  # of the Hub, and not fetched: its commit says what it is
             try:
                 hashes[path] = file_checksum(Path(path))
             except OSError as error:
@@ -370,14 +385,19 @@ def content_hashes(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
     return hashes
 
 
-def check_hashes(then: object, now: Mapping[str, str]) -> None:
+def check_hashes(then: object, now: Mapping[str, str], where: str) -> None:
     """Checks that files have the contents that they had.
+
+    then: what stands in an output's document, `where`.
 
     Raises:
         InputError: one has not.
     """
     if not isinstance(then, dict):
-        raise InputError(f"input_checksums in {MERGE_PATH} is no mapping: the file is damaged")
+        raise InputError(
+            f"input_checksums in {where} is no mapping: the file is damaged; give --overwrite to "
+            "begin anew"
+        )
     for path, content in now.items():
         if path in then and then[path] != content:
             raise InputError(

@@ -67,7 +67,12 @@ def is_own(entry: Path) -> bool:
             and (child.is_symlink() or child.is_file())
             for child in entry.iterdir()
         )
-    name = entry.name.removesuffix(PARTIAL_SUFFIX)
+    return is_own_name(entry.name)
+
+
+def is_own_name(name: str) -> bool:
+    """Whether it is that of a file in an output folder that a merge writes, or of its partial."""
+    name = name.removesuffix(PARTIAL_SUFFIX)
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in OWN_FILES)
 
 
@@ -115,6 +120,7 @@ def check_output_folder(
     if own.is_symlink() or (own.exists() and not own.is_dir()):
         raise InputError(f"{own} is no folder, and lazymerge did not make it; remove it")
     if resumes:
+        _check_kinds(output)
         return
     entries = sorted(output.iterdir())
     present = [entry.name for entry in entries]
@@ -141,6 +147,21 @@ def check_output_folder(
             f"the output folder {output} holds files that no merge has written ({_some(foreign)}); "
             "--overwrite does not remove those: choose another folder or move them away"
         )
+
+
+def _check_kinds(output: Path) -> None:
+    """Raises:
+    InputError: a folder, a link or a pipe stands where a run writes a file of its own.
+    """
+    names = [JOURNAL_PATH, MERGE_PATH]
+    names += [entry.name for entry in sorted(output.iterdir()) if is_own_name(entry.name)]
+    for path in (output / name for name in names):
+        is_strange = path.is_symlink() if path.parent.name == OWN_FOLDER else path.is_dir()
+        if os.path.lexists(path) and (is_strange or not (path.is_file() or path.is_symlink())):
+            raise InputError(
+                f"{path} is no regular file, and no merge has made it; move it away, or choose "
+                "another output folder"
+            )
 
 
 def _is_same_folder(first: str, second: str) -> bool:

@@ -29,6 +29,8 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
+from ..errors import LazymergeError
+from .identity import FileIdentity
 from .writer import open_own, sync_folder, write_error
 
 JOURNAL_PATH = ".lazymerge/journal"
@@ -42,7 +44,7 @@ MAX_RECORDS = 1_000_000
 """More are not kept in memory: an index has no more tensors. A record takes some 600 bytes."""
 
 MOST_BYTES = 1 << 62
-"""No file is longer."""
+"""No file is longer, and nothing else that is counted here is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Finished:
 
     file: its shard's final name. start, stop_exclusive: its byte range in that file.
     checksum: as the manifest defines it.
-    identity: of the file that it was written to (device and inode); None if nothing says so.
+    identity: of the file that it was written to; None if nothing says so.
     is_nonfinite: it holds inf or nan.
     at: when it was complete, in seconds since 1970.
     session: of the process that wrote it.
@@ -76,7 +78,7 @@ class Finished:
     start: int
     stop_exclusive: int
     checksum: str
-    identity: tuple[int, int] | None
+    identity: FileIdentity | None
     is_nonfinite: bool
     at: float
     session: Session
@@ -171,10 +173,11 @@ def _place(value: Any) -> int:
     return value
 
 
-def _identity(value: Any) -> tuple[int, int] | None:
-    if not isinstance(value, list) or len(value) != 2:
+def _identity(value: Any) -> FileIdentity | None:
+    if not isinstance(value, list) or len(value) != 3:
         return None
-    return int(_number(value[0])), int(_number(value[1]))
+    device, inode, made = (_place(number) for number in value)
+    return device, inode, made
 
 
 def _session(record: dict[str, Any]) -> Session:
@@ -186,6 +189,8 @@ def _session(record: dict[str, Any]) -> Session:
 
 def _finished(record: dict[str, Any], session: Session) -> Finished:
     start, stop = (_place(place) for place in record["bytes"])
+    if stop < start:
+        raise ValueError
     return Finished(
         name=_text(record["tensor"]),
         file=_text(record["file"]),
@@ -214,6 +219,7 @@ class Journal:
         self._path = folder / JOURNAL_PATH
         self._lock = threading.Lock()
         self._descriptor = -1
+        self._is_torn = False
         try:
             self._begin(fingerprint, length, fsync=fsync)
         except OSError as error:
@@ -244,7 +250,7 @@ class Journal:
         checksum: str,
         *,
         is_nonfinite: bool,
-        identity: tuple[int, int] | None = None,
+        identity: FileIdentity | None = None,
     ) -> None:
         """Writes down that a tensor is complete, all its bytes written.
 
@@ -279,11 +285,22 @@ class Journal:
         text = json.dumps(record).encode()
         line = memoryview(f"{_checksum(text)} ".encode() + text + b"\n")
         with self._lock:
+            if self._is_torn:
+                raise LazymergeError(f"cannot write {self._path}: a line of it is torn")
+            length = os.fstat(self._descriptor).st_size
             try:
                 while line:
                     line = line[os.write(self._descriptor, line) :]
             except OSError as error:
+                self._take_back(length)
                 raise write_error(self._path, error, len(line)) from error
+
+    def _take_back(self, length: int) -> None:
+        """Removes half a line: no line after it would be read."""
+        try:
+            os.ftruncate(self._descriptor, length)
+        except OSError:
+            self._is_torn = True
 
     def close(self) -> None:
         """May be called again, by whoever was interrupted in the middle of it."""

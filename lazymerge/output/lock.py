@@ -3,8 +3,9 @@
 Who holds it has an advisory lock on the file (flock), which the system takes away when the process
 ends, however it ends; and has written its name into the file. On one machine whose filesystem
 locks, that settles it. Elsewhere what the file says decides: its owner is taken for alive if a
-process of that number and that start time runs on this machine, or, on another machine, if the
-file was touched within the last ALIVE_SECONDS. A thread of the owner touches it.
+process of that number and that start time runs on this machine; or, where this process could not
+see it (on another machine, in another container), if the file was touched within the last
+ALIVE_SECONDS. A thread of the owner touches it.
 
 The file is made by one of several that try (O_EXCL). What an owner elsewhere has left is moved
 away under a name of its own, which again one of several can do, and made anew.
@@ -16,6 +17,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 import threading
 import time
 from contextlib import suppress
@@ -50,6 +52,9 @@ it (`lazymerge status`) to let go."""
 MOST_TRIES = 100
 """Folder and file may vanish between two calls, when others release theirs; not so often."""
 
+WAIT_SECONDS = 0.005
+"""Between such tries."""
+
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 _MAX_OWNER_BYTES = 10_000
@@ -61,12 +66,14 @@ class Owner:
 
     started: when, in clock ticks since boot; 0 where the system does not tell. A number of a
         process alone would not do: it is given again.
+    namespace: that its number is of; containers on one machine each have their own.
     """
 
     pid: int
     host: str
     boot: str
     started: int
+    namespace: str = ""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -78,6 +85,10 @@ class LockedError(InputError):
 
 class LockLostError(LazymergeError):
     """The lock is gone, or another's, while it should be held (exit code 1)."""
+
+
+class _ComesAndGoesError(Exception):
+    """Something was there in one moment and not in the next; to be tried again."""
 
 
 class OutputLock:
@@ -101,9 +112,11 @@ class OutputLock:
         """Whether somebody else has removed it or taken it away."""
         try:
             for _ in range(MOST_TRIES):
-                with suppress(FileNotFoundError):
+                try:
                     if self._take():
                         break
+                except (FileNotFoundError, _ComesAndGoesError):
+                    time.sleep(WAIT_SECONDS)
             else:
                 raise LazymergeError(f"{self._path} comes and goes; try again")
             self._toucher.start()
@@ -118,15 +131,25 @@ class OutputLock:
         """Tries once; False: others have been quicker, or have just let go.
 
         Raises:
-            FileNotFoundError: the folder was removed meanwhile.
+            FileNotFoundError, _ComesAndGoesError: the folder was removed meanwhile.
             LockedError: another holds it.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = open_own(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # it was there, and when it was looked at, it was not
+            if os.path.lexists(self._path.parent) and not self._path.parent.is_dir():
+                raise
+            raise _ComesAndGoesError from None
+        try:
+            made = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptor = open_own(self._path, made, may_have_other_names=True)
             is_new = True
         except FileExistsError:
-            descriptor = open_own(self._path, os.O_RDWR)
+            try:
+                descriptor = open_own(self._path, os.O_RDWR, may_have_other_names=True)
+            except OSError:
+                self._remove_stranger()
+                raise
             is_new = False
         try:
             is_free = _wait_for_lock(descriptor)
@@ -142,7 +165,10 @@ class OutputLock:
                 self.taken_over = self.taken_over or owner
             if not _is_at(descriptor, self._path):
                 return False
-            if not is_new and not (is_free and owner and owner.boot == boot_id()):
+            is_ours_to_write = os.fstat(descriptor).st_nlink == 1
+            if not is_new and not (
+                is_ours_to_write and is_free and owner and owner.boot == boot_id()
+            ):
                 self._move_away(descriptor)
                 return False
             self._descriptor, descriptor = descriptor, -1
@@ -150,6 +176,7 @@ class OutputLock:
             if _is_at(self._descriptor, self._path):
                 return True
             self._descriptor, descriptor = -1, self._descriptor
+            os.ftruncate(descriptor, 0)  # if it is given back, it is nobody's
             return False
         finally:
             if descriptor >= 0:
@@ -163,6 +190,23 @@ class OutputLock:
             with suppress(OSError):
                 os.link(moved, self._path)
         moved.unlink()
+
+    def _remove_stranger(self) -> None:
+        """Removes what stands in the lock's place and was never one: a link, a pipe.
+
+        Raises:
+            _ComesAndGoesError: it did.
+        """
+        if _is_lock_or_folder(self._path):
+            return
+        moved = self._path.with_name(f"{self._path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        self._path.rename(moved)
+        if _is_lock_or_folder(moved):  # of one that was quicker: give it back
+            with suppress(OSError):
+                os.link(moved, self._path)
+        with suppress(IsADirectoryError, PermissionError):
+            moved.unlink()
+        raise _ComesAndGoesError
 
     def _keep_touching(self) -> None:
         """Says that the owner is alive, until the lock is released; what is to happen if the lock
@@ -262,7 +306,8 @@ def _wait_for_name(descriptor: int) -> Owner | None:
 
 def _write_owner(descriptor: int) -> None:
     session = this_session()
-    owner = Owner(session.pid, session.host, session.boot, _start_ticks(session.pid))
+    started = _start_ticks(session.pid)
+    owner = Owner(session.pid, session.host, session.boot, started, _pid_namespace())
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(asdict(owner)).encode() + b"\n", 0)
 
@@ -275,7 +320,8 @@ def _is_alive(owner: Owner, descriptor: int, is_free: bool | None) -> bool:
     if owner.boot and owner.boot == boot_id():
         if is_free:
             return False
-        return owner.started == _start_ticks(owner.pid) and _exists(owner.pid)
+        if owner.namespace == _pid_namespace():
+            return owner.started == _start_ticks(owner.pid) and _exists(owner.pid)
     is_named_alike = owner.host == this_session().host
     if is_named_alike and not owner.boot and is_free:
         return False  # a machine that does not tell when it was started, and does lock
@@ -313,16 +359,31 @@ def _start_ticks(pid: int) -> int:
     return 0
 
 
+def _pid_namespace() -> str:
+    """What numbers of processes mean something in; empty where the system does not tell.
+
+    Source: Linux, pid_namespaces(7).
+    """
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
 def _owner(descriptor: int) -> Owner | None:
     try:
         record: Any = json.loads(os.pread(descriptor, _MAX_OWNER_BYTES, 0))
         owner = Owner(**record)
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    kinds = (int, str, str, int)
-    values = (owner.pid, owner.host, owner.boot, owner.started)
-    is_sound = all(isinstance(v, kind) for v, kind in zip(values, kinds, strict=True))
+    kinds = (int, str, str, int, str)
+    values = (owner.pid, owner.host, owner.boot, owner.started, owner.namespace)
+    is_sound = all(type(v) is kind for v, kind in zip(values, kinds, strict=True))
     return owner if is_sound and 0 < owner.pid < 1 << 31 else None
+
+
+def _is_lock_or_folder(path: Path) -> bool:
+    mode = os.stat(path, follow_symlinks=False).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checksum import tensor_checksum
+from .identity import file_identity
 from .journal import Finished, boot_id
 from .layout import Shard, shard_header
 from .writer import PARTIAL_SUFFIX, open_shard, write_error
@@ -91,8 +92,7 @@ def recover(
                 continue
             descriptor = open_shard(path)
             try:
-                status = os.fstat(descriptor)
-                identity = status.st_dev, status.st_ino
+                identity = file_identity(descriptor)
                 for name, record in claims.items():
                     if recheck or is_doubted(record) or record.identity != identity:
                         sum_now = tensor_checksum(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,11 @@ State = Literal["complete", "running", "unfinished"]
 
 RATE_SECONDS = 60.0
 """The rate is that of what was finished in the last minute of work."""
+
+
+TRIES = 3
+TRY_AGAIN_SECONDS = 0.02
+"""A run may come to its end between two looks at its folder; that takes it some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +62,18 @@ def output_status(output: Path | str) -> OutputStatus:
     Raises:
         InputError: it is no output of lazymerge, or its documents are damaged.
     """
-    folder = Path(output)
+    for _ in range(TRIES - 1):
+        with suppress(InputError):
+            return _status(Path(output))
+        time.sleep(TRY_AGAIN_SECONDS)
+    return _status(Path(output))
+
+
+def _status(folder: Path) -> OutputStatus:
     unfinished = is_unfinished(folder)
     path = folder / (MERGE_PATH if unfinished else MANIFEST_NAME)
     if not path.is_file():
-        raise InputError(f"{output} is no output of lazymerge: it has no {MANIFEST_NAME}")
+        raise InputError(f"{folder} is no output of lazymerge: it has no {MANIFEST_NAME}")
     document = read_document(path)
     try:
         facts = _facts(document)
@@ -76,7 +89,7 @@ def output_status(output: Path | str) -> OutputStatus:
     try:
         journal = read_journal(folder)
     except OSError as error:
-        raise InputError(f"cannot read the journal of {output}: {error.strerror}") from error
+        raise InputError(f"cannot read the journal of {folder}: {error.strerror}") from error
     owner = lock_owner(folder)
     done = sum(record.stop_exclusive - record.start for record in journal.finished.values())
     rate = _rate(journal, time.time() if owner else None)

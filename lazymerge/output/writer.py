@@ -14,9 +14,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..errors import DoesNotFitError, LazymergeError
+from .identity import FileIdentity, file_identity
 from .layout import Placement, Shard, shard_header
 
 PARTIAL_SUFFIX = ".partial"
+
+_CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class ShardWriter:
@@ -50,6 +53,7 @@ class ShardWriter:
             for shard in shards
         }
         self._descriptors: dict[str, int] = {}
+        self._identities: dict[str, FileIdentity] = {}
         self._lock = threading.Lock()
 
     def create(self) -> None:
@@ -92,10 +96,12 @@ class ShardWriter:
         writes it without `write`."""
         return self._descriptors[self._shards[tensor].file], self._placements[tensor].start
 
-    def identity(self, tensor: str) -> tuple[int, int]:
-        """Device and inode of the file that a tensor is in."""
-        status = os.fstat(self.place(tensor)[0])
-        return status.st_dev, status.st_ino
+    def identity(self, tensor: str) -> FileIdentity:
+        """Which file a tensor is in."""
+        file = self._shards[tensor].file
+        if file not in self._identities:
+            self._identities[file] = file_identity(self._descriptors[file])
+        return self._identities[file]
 
     def failure(self, tensor: str, error: OSError, size_bytes: int) -> LazymergeError:
         """What `write` would raise for an error.
@@ -176,9 +182,11 @@ def open_shard(path: Path) -> int:
     return open_own(path, os.O_RDWR)
 
 
-def open_own(path: Path, flags: int) -> int:
+def open_own(path: Path, flags: int, *, may_have_other_names: bool = False) -> int:
     """A descriptor of a file that lazymerge has made or makes. Links are not followed, and pipes
     not waited for: an output may come from somebody else.
+
+    may_have_other_names: hard links are let pass; it is not going to be written to then.
 
     Raises:
         OSError: it cannot be opened, or is no regular file.
@@ -190,7 +198,7 @@ def open_own(path: Path, flags: int) -> int:
     problem = None
     if not stat.S_ISREG(status.st_mode):
         problem = "not a regular file"
-    elif status.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
+    elif status.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR) and not may_have_other_names:
         problem = "it has other names too (hard links), which would change with it: copy it"
     if problem is not None:
         os.close(descriptor)
@@ -223,10 +231,18 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames within a folder durable."""
+    """Makes renames within a folder durable, where its filesystem can: some network and user-space
+    filesystems refuse to sync a folder, and there is nothing else to ask of them.
+
+    Raises:
+        OSError: the disk fails.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC_FOLDERS:
+            raise
     finally:
         os.close(descriptor)
 

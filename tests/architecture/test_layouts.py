@@ -63,6 +63,23 @@ def test_a_head_that_the_reference_lacks_stays() -> None:
     assert found["lm_head.weight"] == "lm_head.weight"
 
 
+CLASSIFIER = [*(name for name in DECODER if name != "lm_head.weight"), "score.weight"]
+HEADLESS_CLASSIFIER = [name.removeprefix("model.") for name in CLASSIFIER]
+
+
+def test_a_part_is_not_taken_for_another() -> None:
+    assert renamed(CLASSIFIER, DECODER) == {}
+    assert renamed(DECODER, CLASSIFIER) == {}
+    found = renamed(HEADLESS_CLASSIFIER, DECODER)
+    assert found["norm.weight"] == "model.norm.weight"
+    assert found["score.weight"] == "score.weight"
+    found = renamed([f"module.{name}" for name in HEADLESS_CLASSIFIER], DECODER)
+    assert found["module.norm.weight"] == "model.norm.weight"
+    assert "lm_head.weight" not in found.values()
+    found = renamed(["layers.0.q.weight", "norm.weight"], QWEN_5)
+    assert "lm_head.weight" not in found.values()
+
+
 @pytest.mark.parametrize("names", [DECODER, HEADLESS, LLAVA_4, LLAVA_5, QWEN_4, QWEN_5, BERT, []])
 def test_names_that_are_right_stay(names: list[str]) -> None:
     assert renamed(names, names) == {}

@@ -297,7 +297,14 @@ def test_a_lock_that_is_taken_away_ends_the_run(
     assert run_plan(planned(recipe), tmp_path / "out").resumed_tensors > 0
 
 
-@pytest.mark.parametrize("name", [JOURNAL_PATH, MERGE_PATH, LOCK_PATH])
+def test_a_pipe_in_the_locks_place_goes(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out)
+    os.mkfifo(out / LOCK_PATH)
+    assert run_plan(plan, out).resumed_tensors > 0
+
+
+@pytest.mark.parametrize("name", [JOURNAL_PATH, MERGE_PATH])
 def test_pipes_are_not_waited_for(recipe: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     plan = begin(recipe, out)
@@ -641,3 +648,43 @@ def test_an_empty_manifest_is_none(recipe: Path, tmp_path: Path) -> None:
     begin(recipe, out)
     (out / MANIFEST_NAME).touch()
     assert lazymerge.resume(out).resumed_tensors == 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1, "lazymerge": '])
+def test_a_damaged_document_says_how_to_begin_anew(recipe: Path, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out)
+    (out / MERGE_PATH).write_text(text)
+    with pytest.raises(InputError, match=r"to begin anew: lazymerge run \S+ -o \S+ --overwrite"):
+        lazymerge.resume(out)
+    with pytest.raises(InputError, match="give --overwrite to throw it away and begin anew"):
+        run_plan(plan, out)
+    run_plan(plan, out, overwrite=True)
+
+
+def test_a_document_that_only_its_fingerprint_is_right_of(recipe: Path, tmp_path: Path) -> None:
+    """It does not get into the manifest."""
+    out = tmp_path / "out"
+    plan = begin(recipe, out)
+    document = read_document(out / MERGE_PATH)
+    document.update(output=None, recipe=7, models="x", more="y" * 1000)
+    (out / MERGE_PATH).write_text(json.dumps(document))
+    assert run_plan(plan, out).resumed_tensors == 3
+    run_plan(plan, tmp_path / "whole")
+    manifests = [read_document(each / MANIFEST_NAME) for each in (out, tmp_path / "whole")]
+    assert [manifests[0][key] for key in ("recipe", "models", "output")] == [
+        manifests[1][key] for key in ("recipe", "models", "output")
+    ]
+    assert "more" not in manifests[0]
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "config.json", "README.md"])
+def test_a_folder_where_a_file_belongs(recipe: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    plan = begin(recipe, out)
+    (out / name).unlink(missing_ok=True)
+    (out / name).mkdir()
+    with pytest.raises(InputError, match=f"{name} is no regular file, and no merge has made it"):
+        run_plan(plan, out)
+    (out / name).rmdir()
+    run_plan(plan, out)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lazymerge.errors import DoesNotFitError
+from lazymerge.errors import DoesNotFitError, LazymergeError
 from lazymerge.output import journal as journal_module
 from lazymerge.output.journal import JOURNAL_PATH, Journal, read_journal
 
@@ -166,3 +168,61 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         journal.finished("a", "m", (0, 1), "c", is_nonfinite=False)
     monkeypatch.undo()
     journal.close()
+
+
+def half_a_line(real: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
+    """A disk that is full in the middle of a line."""
+    left = [20]
+
+    def write(descriptor: int, data: Any) -> int:
+        if not left[0]:
+            raise OSError(28, "No space left on device")
+        done = real(descriptor, data[: left[0]])
+        left[0] -= done
+        return done
+
+    return write
+
+
+def test_half_a_line_does_not_swallow_what_others_write_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".lazymerge").mkdir()
+    journal = Journal(tmp_path, "f", 0, fsync=False)
+    monkeypatch.setattr(os, "write", half_a_line(os.write))
+    with pytest.raises(DoesNotFitError):
+        journal.finished("a", "m", (0, 1), "c", is_nonfinite=False)
+    monkeypatch.undo()
+    journal.finished("b", "m", (1, 2), "c", is_nonfinite=False)
+    journal.close()
+    found = read_journal(tmp_path)
+    assert list(found.finished) == ["b"]
+    assert found.length == (tmp_path / JOURNAL_PATH).stat().st_size
+
+
+def test_half_a_line_that_stays_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / ".lazymerge").mkdir()
+    journal = Journal(tmp_path, "f", 0, fsync=False)
+    journal.finished("a", "m", (0, 1), "c", is_nonfinite=False)
+    monkeypatch.setattr(os, "write", half_a_line(os.write))
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(DoesNotFitError):
+        journal.finished("b", "m", (1, 2), "c", is_nonfinite=False)
+    monkeypatch.undo()
+    with pytest.raises(LazymergeError, match="a line of it is torn"):
+        journal.finished("c", "m", (2, 3), "c", is_nonfinite=False)
+    journal.close()
+    assert list(read_journal(tmp_path).finished) == ["a"]
+
+
+def test_a_range_that_ends_before_it_begins(tmp_path: Path) -> None:
+    (tmp_path / ".lazymerge").mkdir()
+    journal = Journal(tmp_path, "f", 0, fsync=False)
+    journal.finished("a", "m", (5, 4), "c", is_nonfinite=False)
+    journal.close()
+    assert read_journal(tmp_path).finished == {}

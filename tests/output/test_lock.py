@@ -83,7 +83,14 @@ def test_two_in_one_process(tmp_path: Path) -> None:
 
 
 def write_owner(folder: Path, age: float = 0.0, **values: object) -> None:
-    owner = {"pid": os.getpid(), "host": "elsewhere", "boot": boot_id(), "started": 1, **values}
+    owner = {
+        "pid": os.getpid(),
+        "host": "elsewhere",
+        "boot": boot_id(),
+        "started": 1,
+        "namespace": lock_module._pid_namespace(),
+        **values,
+    }
     (folder / ".lazymerge").mkdir(exist_ok=True)
     (folder / LOCK_PATH).write_text(json.dumps(owner))
     then = time.time() - age
@@ -110,6 +117,16 @@ class TestWhereTheFileDecides:
         holder.kill()
         holder.wait()
         write_owner(tmp_path, pid=holder.pid, started=0)
+        OutputLock(tmp_path).release()
+
+    def test_a_process_of_another_container(self, tmp_path: Path, holder: Any) -> None:
+        """Its number means nothing here; it touches its lock."""
+        holder.kill()
+        holder.wait()
+        write_owner(tmp_path, 5, pid=holder.pid, started=0, namespace="pid:[4]")
+        with pytest.raises(LockedError):
+            OutputLock(tmp_path)
+        write_owner(tmp_path, 2 * ALIVE_SECONDS, pid=holder.pid, started=0, namespace="pid:[4]")
         OutputLock(tmp_path).release()
 
     def test_this_machine_before_it_was_started_again(self, tmp_path: Path) -> None:
@@ -254,7 +271,29 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / ".lazymerge").mkdir()
     os.mkfifo(tmp_path / LOCK_PATH)
     assert lock_owner(tmp_path) is None
-    with pytest.raises(LazymergeError, match="cannot write"):
+    OutputLock(tmp_path).release()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK_PATH).mkdir(parents=True)
+    with pytest.raises(LazymergeError, match=f"cannot write {tmp_path / LOCK_PATH}"):
+        OutputLock(tmp_path)
+
+
+def test_another_name_of_the_lock_is_somebodys(tmp_path: Path) -> None:
+    (tmp_path / ".lazymerge").mkdir()
+    (tmp_path / "elsewhere").write_text("mine")
+    os.link(tmp_path / "elsewhere", tmp_path / LOCK_PATH)
+    lock = OutputLock(tmp_path)
+    assert "pid" in (tmp_path / LOCK_PATH).read_text()
+    lock.release()
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+def test_the_folder_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / ".lazymerge").write_text("")
+    with pytest.raises(LazymergeError, match="File exists"):
         OutputLock(tmp_path)
 
 
@@ -272,6 +311,5 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / ".lazymerge").mkdir()
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / LOCK_PATH).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Exception, match="cannot write"):
-        OutputLock(tmp_path)
+    OutputLock(tmp_path).release()
     assert (tmp_path / "elsewhere").read_text() == "mine"

@@ -11,6 +11,7 @@ import pytest
 from lazymerge.errors import LazymergeError
 from lazymerge.output import recovery as recovery_module
 from lazymerge.output.checksum import tensor_checksum
+from lazymerge.output.identity import file_identity
 from lazymerge.output.journal import Finished, this_session
 from lazymerge.output.layout import OutputTensor, lay_out
 from lazymerge.output.recovery import Recovery, recover
@@ -32,7 +33,6 @@ def journalled(folder: Path, names: str) -> dict[str, Finished]:
         path = folder / shard.file
         path = path if path.exists() else folder / (shard.file + ".partial")
         descriptor = os.open(path, os.O_RDONLY)
-        status = os.fstat(descriptor)
         for tensor in shard.tensors:
             if tensor.name in names:
                 checksum = tensor_checksum(descriptor, tensor.start, tensor.stop_exclusive, SPAN)
@@ -43,7 +43,7 @@ def journalled(folder: Path, names: str) -> dict[str, Finished]:
                     tensor.start,
                     tensor.stop_exclusive,
                     checksum,
-                    (status.st_dev, status.st_ino),
+                    file_identity(descriptor),
                     False,
                     1.0,
                     this_session(),
@@ -152,6 +152,14 @@ def test_records_that_name_another_place(folder: Path) -> None:
     records["a"] = replace(records["a"], start=records["a"].start + 4)
     records["b"] = replace(records["b"], file=SECOND)
     assert list(recover(folder, SHARDS, records, span).finished) == ["c"]
+
+
+def test_a_file_made_later_with_the_number_of_the_one_that_was_written(folder: Path) -> None:
+    """As filesystems do: the inode of a file that was removed is the next one's."""
+    records = journalled(folder, "abc")
+    device, inode, made = records["c"].identity or (0, 0, 0)
+    records["c"] = replace(records["c"], checksum="other", identity=(device, inode, made - 1))
+    assert set(recover(folder, SHARDS, records, span).finished) == set("ab")
 
 
 class TestDataThatThePowerFailureTook:

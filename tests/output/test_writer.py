@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from lazymerge.errors import DoesNotFitError, LazymergeError
 from lazymerge.output.layout import OutputTensor, Shard, lay_out, shard_header
-from lazymerge.output.writer import ShardWriter
+from lazymerge.output.writer import ShardWriter, sync_folder
 
 
 def shards_of(count: int = 6, elements: int = 1000, maximum: int = 10_000) -> tuple[Shard, ...]:
@@ -226,3 +226,25 @@ def test_space_is_reserved_not_just_promised(tmp_path: Path) -> None:
     writer.create()
     writer.close()
     assert (tmp_path / "model.safetensors.partial").stat().st_blocks * 512 >= shard.size_bytes
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP])
+def test_a_filesystem_that_cannot_sync_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    sync_folder(tmp_path)
+
+
+def test_a_disk_that_cannot_write_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_folder(tmp_path)
+    assert set(os.listdir("/proc/self/fd")) == before

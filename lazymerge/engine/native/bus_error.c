@@ -15,17 +15,25 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-typedef struct {
+/* A merge that maps inputs at this time. */
+typedef struct Merge {
+    char *advice; /* how it can be gone on with; NULL where the place is free */
+} Merge;
+
+typedef struct Watched {
+    struct Watched *next;
+    Merge *merge; /* NULL where the place is free */
     int descriptor;
     int64_t size;
     char *path;
 } Watched;
 
-static Watched *watched;
-static int watched_count;
-static char *advice;
+/* Places are added and used again, never given back: the handler may be reading them. */
+#define MOST_MERGES 64
+static Merge merges[MOST_MERGES];
+static Watched *first;
 static struct sigaction before;
-static int users; /* merges that map inputs in this process at this time */
+static int users;
 
 static void say(const char *text) {
     ssize_t ignored = write(STDERR_FILENO, text, strlen(text));
@@ -46,52 +54,79 @@ static void on_bus_error(int number, siginfo_t *information, void *context) {
         }
     }
     say("\nlazymerge: ");
-    for (int i = 0; i < watched_count && !found; i++) {
+    for (Watched *each = __atomic_load_n(&first, __ATOMIC_ACQUIRE); each && !found;
+         each = each->next) {
         struct stat status;
-        if (fstat(watched[i].descriptor, &status) == 0 && status.st_size < watched[i].size) {
-            say(watched[i].path);
+        Merge *merge = __atomic_load_n(&each->merge, __ATOMIC_ACQUIRE);
+        if (merge && fstat(each->descriptor, &status) == 0 && status.st_size < each->size) {
+            say(each->path);
             say(" became shorter while it was being read");
+            say(merge->advice);
             found = 1;
         }
     }
-    if (!found) say("an input that is mapped cannot be read (bus error)");
-    say(advice);
+    if (!found) {
+        say("an input that is mapped cannot be read (bus error)");
+        for (int i = 0; i < MOST_MERGES; i++) {
+            const char *advice = __atomic_load_n(&merges[i].advice, __ATOMIC_ACQUIRE);
+            if (advice) say(advice);
+        }
+    }
     _exit(1);
 }
 
-/* What is said after the file's name; the handler is there from now on, until lm_bus_error_end has
- * been called as often. Callers take turns. Returns 0 if it could be installed. */
+/* A merge begins to map inputs; what is said of it after a file's name. The handler is there from
+ * now on, until lm_bus_error_end has been called as often. Callers take turns. Returns the merge's
+ * number, -1 if the handler cannot be installed. */
 int lm_bus_error_begin(const char *text) {
     struct sigaction action;
-    char *copy = strdup(text), *old = advice;
-    if (!copy) return -1;
-    advice = copy;
-    free(old);
-    if (users++) return 0;
-    memset(&action, 0, sizeof action);
-    action.sa_sigaction = on_bus_error;
-    action.sa_flags = SA_SIGINFO;
-    sigemptyset(&action.sa_mask);
-    if (sigaction(SIGBUS, &action, &before) == 0) return 0;
-    users--;
-    return -1;
+    char *copy = NULL;
+    int number = 0;
+    while (number < MOST_MERGES && merges[number].advice) number++;
+    if (number == MOST_MERGES || !(copy = strdup(text))) return -1;
+    if (!users) {
+        memset(&action, 0, sizeof action);
+        action.sa_sigaction = on_bus_error;
+        action.sa_flags = SA_SIGINFO;
+        sigemptyset(&action.sa_mask);
+        if (sigaction(SIGBUS, &action, &before) != 0) {
+            free(copy);
+            return -1;
+        }
+    }
+    users++;
+    __atomic_store_n(&merges[number].advice, copy, __ATOMIC_RELEASE);
+    return number;
 }
 
-/* Adds a file that must not become shorter than it is. Callers take turns. */
-int lm_bus_error_watch(int descriptor, int64_t size, const char *path) {
-    Watched *grown = realloc(watched, (size_t)(watched_count + 1) * sizeof *watched);
-    if (!grown) return -1;
-    watched = grown;
-    watched[watched_count] = (Watched){descriptor, size, strdup(path)};
-    if (!watched[watched_count].path) return -1;
-    watched_count++;
+/* Adds a file of a merge's that must not become shorter than it is. Callers take turns. */
+int lm_bus_error_watch(int number, int descriptor, int64_t size, const char *path) {
+    char *copy = strdup(path);
+    Watched *place = first;
+    if (!copy) return -1;
+    while (place && place->merge) place = place->next;
+    int is_new = !place;
+    if (is_new && !(place = calloc(1, sizeof *place))) {
+        free(copy);
+        return -1;
+    }
+    free(place->path);
+    place->descriptor = descriptor;
+    place->size = size;
+    place->path = copy;
+    if (is_new) place->next = first;
+    __atomic_store_n(&place->merge, &merges[number], __ATOMIC_RELEASE);
+    if (is_new) __atomic_store_n(&first, place, __ATOMIC_RELEASE);
     return 0;
 }
 
-/* Everything as it was, when the last has called this. Callers take turns. */
-void lm_bus_error_end(void) {
-    if (!users || --users) return;
-    sigaction(SIGBUS, &before, NULL);
-    for (int i = 0; i < watched_count; i++) free(watched[i].path);
-    watched_count = 0;
+/* A merge's files are watched no more; everything is as it was when the last has called this.
+ * Before they are closed: their numbers are given again. Callers take turns. */
+void lm_bus_error_end(int number) {
+    char *advice = merges[number].advice;
+    for (Watched *each = first; each; each = each->next)
+        if (each->merge == &merges[number]) __atomic_store_n(&each->merge, NULL, __ATOMIC_RELEASE);
+    __atomic_store_n(&merges[number].advice, NULL, __ATOMIC_RELEASE);
+    free(advice);
+    if (!--users) sigaction(SIGBUS, &before, NULL);
 }

@@ -6,7 +6,7 @@ import ctypes
 import faulthandler
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -17,17 +17,26 @@ from .library import _library
 _turn = Lock()
 
 
+Watch = Callable[[int, str], None]
+"""Has a mapped file, by its descriptor and path, named if it becomes shorter."""
+
+
 @contextmanager
-def explained_bus_errors(output: Path) -> Iterator[None]:
+def explained_bus_errors(output: Path) -> Iterator[Watch]:
     """While this lasts, a bus error ends the process with a message and exit code 1. Without the
-    native kernels Python's own says less: where the threads were."""
+    native kernels Python's own says less: where the threads were.
+
+    output: of the merge; the message says how to go on with it.
+
+    Gives what to call for every file that is mapped. Files are closed when this has ended.
+    """
     library = _library()
     if library is None:
         was_enabled = faulthandler.is_enabled()
         with suppress(OSError, ValueError, AttributeError, RuntimeError):  # stderr is no file
             faulthandler.enable()
         try:
-            yield
+            yield lambda descriptor, path: None
         finally:
             if not was_enabled:
                 faulthandler.disable()
@@ -37,19 +46,17 @@ def explained_bus_errors(output: Path) -> Iterator[None]:
         f"lazymerge resume {shlex.quote(str(output))}\n"
     )
     with _turn:
-        is_installed = library.lm_bus_error_begin(printable(advice).encode()) == 0
-    try:
-        yield
-    finally:
-        if is_installed:
+        number = library.lm_bus_error_begin(printable(advice).encode())
+
+    def watch(descriptor: int, path: str) -> None:
+        if number >= 0:
+            size = ctypes.c_int64(os.fstat(descriptor).st_size)
             with _turn:
-                library.lm_bus_error_end()
+                library.lm_bus_error_watch(number, descriptor, size, printable(path).encode())
 
-
-def watch_for_bus_errors(descriptor: int, path: str) -> None:
-    """Has a file named if it becomes shorter."""
-    library = _library()
-    if library is not None:
-        size = ctypes.c_int64(os.fstat(descriptor).st_size)
-        with _turn:
-            library.lm_bus_error_watch(descriptor, size, printable(path).encode())
+    try:
+        yield watch
+    finally:
+        if number >= 0:
+            with _turn:
+                library.lm_bus_error_end(number)

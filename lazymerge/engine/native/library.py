@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ...checkpoint.tensor import DTYPES
 from .program import Program
 
-INTERFACE_VERSION = 6
+INTERFACE_VERSION = 7
 
 KERNELS_VARIABLE = "LAZYMERGE_KERNELS"
 """Set to "torch", the native kernels are not used."""
