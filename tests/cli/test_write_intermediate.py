@@ -358,6 +358,20 @@ def test_a_merge_that_is_there_already_gets_its_part(lazymerge: Command, nested:
     assert lazymerge("verify", "out-inner", "--recompute", 40).code == 0
 
 
+def test_a_card_that_somebody_has_removed(lazymerge: Command, nested: Path) -> None:
+    assert lazymerge("run", "recipe.yml", *ASKED, "-q").code == 0
+    card = nested / "out-inner" / "README.md"
+    text = card.read_text()
+    assert "The merge that it names `inner`." in text
+    card.unlink()
+    answer = lazymerge("resume", "out-inner")
+    assert answer.code == 1
+    command = answer.err.partition("write the rest again: lazymerge ")[2].strip()
+    assert command == "run recipe.yml -o OUT --write-intermediate inner=out-inner"
+    assert lazymerge(*command.replace("OUT", "out").split()).code == 0
+    assert card.read_text() == text
+
+
 def test_a_process_that_is_terminated(nested: Path) -> None:
     """And one that was not, in a folder of another name."""
 
