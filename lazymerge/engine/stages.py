@@ -487,12 +487,14 @@ def _native_layout(
 ) -> NativeLayout:
     """The layout that follows from these, made once for all tensors that agree in them.
 
+    costs: of the stage's operations, that whose result it is about first.
     elements: of a block of this tensor; block_elements: of a block of a long tensor.
     row, columns: elements of a row, and of a column's list. read_elements: to make room for.
     """
     layout = _Layout(elements)
     output = None if output_dtype is None else layout.slot(output_dtype)
-    register_count = sum(cost.scratch for cost in costs) + (output is not None)
+    held = sum(cost.is_ranking for cost in costs[1:])  # engine/native/program.py: Nested
+    register_count = sum(cost.scratch for cost in costs) + held + (output is not None)
     registers = layout.slot(working_dtype, library.chunk_elements() * register_count)
     rows = elements // row
     lists = [layout.slot("F64", rows) for cost in costs for _ in range(cost.row_lists)]
@@ -500,7 +502,8 @@ def _native_layout(
     raw: tuple[Slot, ...] = ()
     if read_elements:
         raw = tuple(layout.slot("U8", read_elements * DTYPES[d].item_bytes) for d in dtypes)
-    stores = tuple(layout.slot(working_dtype) for cost in costs for _ in range(cost.stores))
+    store_count = sum(cost.stores for cost in costs) + held
+    stores = tuple(layout.slot(working_dtype) for _ in range(store_count))
     spare = None
     if any(cost.is_ranking for cost in costs):
         spare = layout.slot("U8", library.RANKED_BYTES * row)

@@ -103,6 +103,33 @@ def test_any_merge_may_have_one(models: list[str], tmp_path: Path, method: str) 
     check(first, second, tmp_path)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ranking", ["della", "della_linear"])
+def test_any_merge_may_have_one_that_ranks_rows(
+    models: list[str], tmp_path: Path, method: str, ranking: str
+) -> None:
+    """It waits until a block is whole, in the middle of another method's work on that block."""
+    first = document(ranking, models, name="inner merge")
+    second = document(method, [models[2], "inner merge", models[3]], out_dtype="float32")
+    check(first, second, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["ties", "della", "dare_linear", "karcher"])
+def test_merges_that_rank_rows_within_each_other(
+    models: list[str], tmp_path: Path, method: str
+) -> None:
+    """Three of them in one block, one within another, and one used twice."""
+    documents = [
+        {"name": "x", **document("della", models)},
+        {"name": "y", **document("della_linear", [models[1], models[2], models[3]])},
+        {"name": "z", **document("della", ["x", models[3], "y"])},
+        document(method, ["y", "z", "x", models[0]], out_dtype="float32"),
+    ]
+    native = merged(documents, tmp_path / "native")
+    found = merged(documents, tmp_path / "torch", kernels="torch")
+    assert all(torch.equal(native[name], tensor) for name, tensor in found.items())
+
+
 def test_as_base_and_several_deep(models: list[str], tmp_path: Path) -> None:
     weight = {"parameters": {"weight": 0.5}}
     documents = [

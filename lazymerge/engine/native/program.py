@@ -503,12 +503,15 @@ class Nested:
     """An Apply node as the input of another: recorded wherever it is read.
 
     scratch: vectors of its own. prepared: what its `prepare` returned.
+    is_ranking: it waits for the whole block, which nothing survives that is not held. It is
+        recorded once, before all that reads it, and held.
     """
 
     operation: ApplyOperation
     inputs: Sequence[Operand]
     scratch: int
     prepared: Any
+    is_ranking: bool = False
 
 
 Operand = int | Nested
@@ -534,7 +537,7 @@ def _operand(
         operation = apply_operation(node.operation)
         cost = operation.cost(len(node.inputs), dict(node.parameters))
         inputs = [_operand(graph, source, made, prepared) for source in node.inputs]
-        made[node_id] = Nested(operation, inputs, cost.scratch, prepared[node_id])
+        made[node_id] = Nested(operation, inputs, cost.scratch, prepared[node_id], cost.is_ranking)
     return made[node_id]
 
 
@@ -551,13 +554,26 @@ class _Computed:
         raise TypeError("a computed block has no stored bytes")
 
 
+class _Held:
+    """A computed block that lies in a vector of its own, and is there after every barrier."""
+
+    def __init__(self, vector: Any) -> None:
+        self._vector = vector
+
+    def read_into(self, out: Any) -> None:
+        out.copy_(self._vector)
+
+    def raw(self, slot: int = 0) -> memoryview:
+        raise TypeError("a computed block has no stored bytes")
+
+
 class _Recording:
     """A row of registers that a stage's operations share."""
 
     def __init__(self) -> None:
         self.recorder = _Recorder()
         self._registers = 0
-        self._computed: dict[Nested, _Computed] = {}
+        self._computed: dict[Nested, _Computed | _Held] = {}
 
     def registers(self, count: int) -> list[Any]:
         """Registers that nobody else has."""
@@ -570,9 +586,15 @@ class _Recording:
             return _Input(operand)
         if operand not in self._computed:
             inputs = [self.input(source) for source in operand.inputs]
-            scratch = self.registers(operand.scratch)
-            self._computed[operand] = _Computed(operand, inputs, scratch)
+            computed = _Computed(operand, inputs, self.registers(operand.scratch))
+            self._computed[operand] = self._held(computed) if operand.is_ranking else computed
         return self._computed[operand]
+
+    def _held(self, computed: _Computed) -> _Held:
+        (vector,) = self.registers(1)
+        computed.read_into(vector)
+        vector.record_hold()
+        return _Held(vector)
 
     def program(self, outcome: Any) -> Program:
         recorder = self.recorder
