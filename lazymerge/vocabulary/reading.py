@@ -226,6 +226,7 @@ def added_tokens(document: Mapping[str, Any], folder: str) -> dict[str, AddedTok
         added.setdefault(token.content, token)
     for token in _configured_tokens(folder):
         added.setdefault(token.content, token)
+    added.pop("", None)  # the tokenizers library passes over it
     return added
 
 

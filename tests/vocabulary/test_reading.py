@@ -198,3 +198,12 @@ def test_a_vocabulary_below_a_size() -> None:
     assert set(vocabulary.numbers) - set(below.numbers) == {"<|two|>"}
     assert vocabulary.below(size + 1) is vocabulary
     assert vocabulary.below(None) is vocabulary
+
+
+def test_an_added_token_without_text_is_passed_over(tmp_path: Path) -> None:
+    """As the tokenizers library does."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(added(content="")))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": ""}))
+    found = read_vocabulary(str(tmp_path))
+    assert found is not None
+    assert (dict(found.numbers), dict(found.added)) == ({"a": 0}, {})
