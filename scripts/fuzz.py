@@ -232,6 +232,7 @@ class Place:
         (folder / "single").mkdir()
         (folder / "torch").mkdir()
         _write_float8(folder / "float8")
+        _write_adapter(folder / "adapter")
         self.shard = _short(next(folder.glob("base/*.safetensors")).read_bytes())
         self.recipes = [self._recipe(method) for method in ("ties", "linear", "dare_ties")]
         self.gradients = self.recipes[0].replace(
@@ -297,6 +298,10 @@ class Place:
             "index": Target(files("base/model.safetensors.index.json"), self.index, 10),
             "config": Target(files("base/config.json"), self.config, 10),
             "sidecar": Target(files("base/tokenizer.json"), self.sidecar, 1),
+            "tokenizer": Target(files("base/tokenizer.json"), self.tokenizer, 5),
+            "tokens": Target(files("base/tokenizer_config.json"), self.tokens, 2),
+            "adapter": Target(files("adapter/adapter_config.json"), self.adapter, 5),
+            "factors": Target(files("adapter/adapter_model.safetensors"), self.factors, 5),
             "name": Target([b"second", "größer als".encode()], self.name, 3),
             "recipe": Target([*self.recipes, self.gradients], self.recipe, 20),
             "plan": Target(files("plan.json"), self.saved_plan, 2),
@@ -355,6 +360,41 @@ class Place:
         if (copied / "tokenizer.json").read_bytes() != data:
             raise Hostile("changes a tokenizer")
 
+    def tokenizer(self, data: bytes) -> None:
+        """The vocabulary of one of two models, matched with the other's."""
+        self._unite_with("tokenizer.json", data)
+
+    def tokens(self, data: bytes) -> None:
+        """What stands beside a vocabulary, of one of two models."""
+        self._unite_with("tokenizer_config.json", data)
+
+    def _unite_with(self, name: str, data: bytes) -> None:
+        path = self.folder / "a" / name
+        before = path.read_bytes()
+        put(path, data)
+        try:
+            text = self.recipes[0].decode() + "tokenizer_source: union\n"
+            self._merge(parse_recipe(text, "recipe.yml", signatures()))
+        finally:
+            put(path, before)
+
+    def adapter(self, data: bytes) -> None:
+        """What an adapter says of itself."""
+        self._fold_in("adapter_config.json", data)
+
+    def factors(self, data: bytes) -> None:
+        """Its tensors."""
+        self._fold_in("adapter_model.safetensors", data)
+
+    def _fold_in(self, name: str, data: bytes) -> None:
+        path = self.folder / "adapter" / name
+        before = path.read_bytes()
+        put(path, data)
+        try:
+            self._merge(self._linear("base", f"+{self.folder / 'adapter'}"))
+        finally:
+            put(path, before)
+
     def _open_with(self, name: str, data: bytes, model: str = "a") -> Path:
         path = self.folder / model / name
         before = path.read_bytes()
@@ -385,8 +425,8 @@ class Place:
                     return  # no name that a file can have
         self._merge(self._linear("names"))
 
-    def _linear(self, name: str) -> Recipe:
-        entry = {"model": str(self.folder / name), "parameters": {"weight": 1.0}}
+    def _linear(self, name: str, adapter: str = "") -> Recipe:
+        entry = {"model": str(self.folder / name) + adapter, "parameters": {"weight": 1.0}}
         text = yaml.safe_dump({"merge_method": "linear", "models": [entry]})
         return parse_recipe(text, "recipe.yml", signatures())
 
@@ -497,6 +537,39 @@ def _write_float8(folder: Path) -> None:
     quantization = {"quant_method": "fp8", "weight_block_size": [3, 4]}
     config = {"model_type": "llama", "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def _write_adapter(folder: Path) -> None:
+    """A LoRA adapter of two layers' projections."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {}
+    for layer in range(SHAPE.layers):
+        for module, out in (
+            ("self_attn.q_proj", SHAPE.hidden),
+            ("mlp.up_proj", SHAPE.intermediate),
+        ):
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.ones(2, SHAPE.hidden)
+            tensors[f"{name}.lora_B.weight"] = torch.ones(out, 2)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "up_proj"],
+        "alpha_pattern": {"layers.1.mlp.up_proj": 8, ".*q_proj": 2},
+        "rank_pattern": {},
+        "modules_to_save": None,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def torch_file(wrapped: bool) -> bytes:

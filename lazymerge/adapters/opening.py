@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..architecture import is_vocabulary, output_config
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.hub_reference import local_path
+from ..checkpoint.hub import HubSource
+from ..checkpoint.hub_reference import SCHEME, local_path
 from ..checkpoint.tensor import Adapter, TensorInfo
 from ..checkpoint.wording import quoted
 from ..errors import InputError
@@ -27,12 +28,13 @@ def open_model(reference: str) -> Checkpoint:
     """Opens a model, with its adapter where the reference names one: headers, indexes and configs
     are read, tensor data is not.
 
-    reference: as open_checkpoint, or two of them joined by +: the model and the adapter's folder.
+    reference: as open_checkpoint, or two of them joined by +: the model and the adapter.
 
     Raises InputError naming the file, the tensor and the remedy.
     """
     path, adapter_path = split_reference(reference)
     model = open_checkpoint(path)
+    model = replace(model, path=_path_of(path, model.hub))
     if adapter_path is None:
         return model
     adapter = read_adapter(adapter_path)
@@ -44,6 +46,7 @@ def open_model(reference: str) -> Checkpoint:
         reference=reference,
         tensors=tensors,
         config=_config(model, tensors),
+        path=f"{model.path}{SEPARATOR}{_path_of(adapter_path, adapter.hub)}",
         header_bytes_read=model.header_bytes_read + adapter.header_bytes_read,
         adapter=Adapter(
             reference=adapter_path,
@@ -54,9 +57,17 @@ def open_model(reference: str) -> Checkpoint:
             parameter_count=sum(tensor.element_count for tensor in adapter.tensors.values()),
             changed=len(changed),
             replaced=replaced,
+            hub=adapter.hub,
         ),
         notices=(*model.notices, *_notices(model, adapter, tensors)),
     )
+
+
+def _path_of(reference: str, hub: HubSource | None) -> str:
+    """What opens a model or an adapter again, wherever that is done."""
+    if hub is not None:
+        return f"{SCHEME}{hub.repository}@{hub.commit}"
+    return os.path.abspath(local_path(reference))
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint import leaves_model, read_header
+from ..checkpoint.hub import HubSource, find_source
+from ..checkpoint.hub_model import fetch_small, hub_header
+from ..checkpoint.hub_reference import SCHEME, HubReference, hub_reference, local_path
 from ..checkpoint.tensor import FileInfo, TensorInfo
 from ..checkpoint.torch_file import read_torch_file
 from ..checkpoint.wording import listed, quoted
 from ..errors import InputError
-from .config import CONFIG_NAME, AdapterConfig, read_adapter_config
+from .config import CONFIG_NAME, LIMIT_BYTES, AdapterConfig, read_adapter_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 TORCH_WEIGHTS_NAME = "adapter_model.bin"
@@ -23,6 +27,7 @@ class AdapterFiles:
 
     folder: absolute path. weights: name of the tensors' file. tensors: by name.
     files: tensors' file and config. header_bytes_read: bytes read to learn this.
+    hub: where they come from; the tensors' file may not be in the folder yet. None: a local one.
     """
 
     folder: str
@@ -31,6 +36,7 @@ class AdapterFiles:
     tensors: dict[str, TensorInfo]
     files: tuple[FileInfo, ...]
     header_bytes_read: int
+    hub: HubSource | None = None
 
     @property
     def path(self) -> str:
@@ -41,11 +47,15 @@ class AdapterFiles:
 def read_adapter(reference: str) -> AdapterFiles:
     """Reads an adapter's config and header, and no tensor data.
 
-    reference: a folder, as PEFT writes it; `~` is expanded.
+    reference: a folder, as PEFT writes it; `~` is expanded. Where there is none: one of the Hugging
+        Face Hub, `org/name` or `org/name@revision`.
 
-    Raises InputError naming the file and the remedy.
+    Raises InputError naming the file and the remedy; LazymergeError where the Hub gives no answer.
     """
-    path = Path(os.path.expanduser(reference))
+    path = Path(local_path(reference))
+    wanted = hub_reference(reference)
+    if wanted is not None and (reference.startswith(SCHEME) or not os.path.lexists(path)):
+        return _read_hub_adapter(wanted)
     folder = Path(os.path.realpath(path))
     if not folder.is_dir():
         found = "is not a folder" if os.path.lexists(path) else f"not found (resolved to {folder})"
@@ -59,13 +69,7 @@ def read_adapter(reference: str) -> AdapterFiles:
         raise InputError(
             f"{folder}: cannot be listed: {error.strerror or error}. Make the folder readable."
         ) from None
-    weights = next((n for n in (WEIGHTS_NAME, TORCH_WEIGHTS_NAME) if n in names), None)
-    if CONFIG_NAME not in names or weights is None:
-        missing = CONFIG_NAME if CONFIG_NAME not in names else WEIGHTS_NAME
-        raise InputError(
-            f"{folder}: holds no {missing} (it holds {listed(names) or 'nothing'}), so it is no "
-            "adapter of PEFT. Correct the path, or download the adapter again."
-        )
+    weights = _weights_among(names, str(folder))
     for name in (CONFIG_NAME, weights):
         if leaves_model(folder, name):
             raise InputError(
@@ -82,4 +86,41 @@ def read_adapter(reference: str) -> AdapterFiles:
         tensors={tensor.name: tensor for tensor in header.tensors},
         files=(header.file, file),
         header_bytes_read=header.bytes_read + file.size_bytes,
+    )
+
+
+def _weights_among(names: Sequence[str], where: str) -> str:
+    """The name of the tensors' file.
+
+    Raises:
+        InputError: the files are not those of an adapter.
+    """
+    weights = next((n for n in (WEIGHTS_NAME, TORCH_WEIGHTS_NAME) if n in names), None)
+    if CONFIG_NAME not in names or weights is None:
+        missing = CONFIG_NAME if CONFIG_NAME not in names else WEIGHTS_NAME
+        raise InputError(
+            f"{where}: holds no {missing} (it holds {listed([*names]) or 'nothing'}), so it is no "
+            "adapter of PEFT. Correct the path, or download the adapter again."
+        )
+    return weights
+
+
+def _read_hub_adapter(wanted: HubReference) -> AdapterFiles:
+    source = find_source(wanted)
+    try:
+        weights = _weights_among(sorted(source.sizes), source.repository)
+        fetch_small(source, CONFIG_NAME, LIMIT_BYTES)
+        config, file = read_adapter_config(Path(source.folder, CONFIG_NAME))
+        header = hub_header(source, weights)
+    except InputError as error:
+        why = f" ({source.note})" if source.note else ""
+        raise InputError(f"adapter {quoted(str(wanted))} of the Hub{why}: {error}") from None
+    return AdapterFiles(
+        folder=source.folder,
+        config=config,
+        weights=weights,
+        tensors={tensor.name: tensor for tensor in header.tensors},
+        files=(header.file, replace(file, modified_ns=None)),
+        header_bytes_read=header.bytes_read + file.size_bytes,
+        hub=source,
     )

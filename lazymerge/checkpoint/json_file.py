@@ -33,6 +33,7 @@ def read_json_mapping(
     object_pairs_hook: Callable[[list[tuple[str, object]]], object] | None = None,
     *,
     limit_values: int | None = None,
+    remedy: str = "Download it again.",
 ) -> tuple[dict[str, object], int]:
     """A JSON file's mapping, and the bytes read.
 
@@ -40,6 +41,7 @@ def read_json_mapping(
 
     limit_bytes: a larger file is refused before it is read.
     limit_values: a file that may hold more values and keys is refused before it is parsed.
+    remedy: what a person can do about a damaged one.
 
     Raises InputError naming the file, and the line where the JSON is broken.
     """
@@ -47,39 +49,35 @@ def read_json_mapping(
         if status.st_size > limit_bytes:
             raise InputError(
                 f"{path}: holds {status.st_size:,} bytes; at most {limit_bytes:,} are read. "
-                "It is not what its name says: download it again."
+                f"It is not what its name says. {remedy}"
             )
         raw = read_exactly(descriptor, status.st_size, path)
     if limit_values is not None and most_values(raw) > limit_values:
         raise InputError(
-            f"{path}: holds more than {limit_values:,} values. It is not what its name says: "
-            "download it again."
+            f"{path}: holds more than {limit_values:,} values. It is not what its name says. "
+            f"{remedy}"
         )
     try:
         text = raw.decode("utf-8")
         document = json.loads(text, object_pairs_hook=object_pairs_hook)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: is not UTF-8. Download it again.") from None
+        raise InputError(f"{path}:{line}: is not UTF-8. {remedy}") from None
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path}:{error.lineno}:{error.colno}: is not valid JSON: {error.msg}. "
-            "Correct it, or download it again."
+            f"{path}:{error.lineno}:{error.colno}: is not valid JSON: {error.msg}. {remedy}"
         ) from None
     except RecursionError:
-        raise InputError(_explain_nesting(path)) from None
+        raise InputError(_explain_nesting(path, remedy)) from None
     except ValueError:  # Python's limit on the digits of an integer
-        raise InputError(
-            f"{path}: holds a number of thousands of digits. Download it again."
-        ) from None
+        raise InputError(f"{path}: holds a number of thousands of digits. {remedy}") from None
     if not isinstance(document, dict):
-        raise InputError(f"{path}: is not a JSON mapping ({{...}}). Download it again.")
+        raise InputError(f"{path}: is not a JSON mapping ({{...}}). {remedy}")
     if nesting(document) > NESTING_LIMIT:
-        raise InputError(_explain_nesting(path))
+        raise InputError(_explain_nesting(path, remedy))
     if has_unpaired_surrogate(text, document):
         raise InputError(
-            f"{path}: holds an unpaired surrogate (\\ud800 to \\udfff), which is not text. "
-            "Download it again."
+            f"{path}: holds an unpaired surrogate (\\ud800 to \\udfff), which is not text. {remedy}"
         )
     return document, len(raw)
 
@@ -133,8 +131,5 @@ def _strings(level: list[object]) -> Iterator[str]:
         yield from (child for child in _children(parent) if isinstance(child, str))
 
 
-def _explain_nesting(path: Path) -> str:
-    return (
-        f"{path}: is nested more than {NESTING_LIMIT} deep; no config or index is. "
-        "Download it again."
-    )
+def _explain_nesting(path: Path, remedy: str) -> str:
+    return f"{path}: is nested more than {NESTING_LIMIT} deep; no config or index is. {remedy}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 
 from .hub import HubSource
@@ -207,6 +207,7 @@ class Adapter:
     ranks: of its changes, ascending.
     parameter_count: elements of its tensors.
     changed, replaced: how many of the model's tensors it changes, and how many it brings.
+    hub: where its files come from; its tensors may not be in `folder` yet. None: a local one.
     """
 
     reference: str
@@ -217,6 +218,13 @@ class Adapter:
     parameter_count: int
     changed: int
     replaced: int
+    hub: HubSource | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        facts = asdict(replace(self, hub=None))
+        del facts["hub"]
+        return facts if self.hub is None else {**facts, "hub": self.hub.as_dict()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +240,7 @@ class Checkpoint:
     notices: what a person should know of how it was read; one sentence each.
     hub: where its files come from; they may not all be in `folder` yet. None: a local model.
     adapter: that the tensors are read with; None: there is none.
+    path: what opens it again, from any working directory; of the Hub, at the same commit.
     """
 
     reference: str
@@ -243,12 +252,22 @@ class Checkpoint:
     notices: tuple[str, ...] = ()
     hub: HubSource | None = None
     adapter: Adapter | None = None
+    path: str = ""
 
     @property
     def files_by_folder(self) -> tuple[tuple[str, tuple[FileInfo, ...]], ...]:
         """All files, the adapter's among them."""
         own = ((self.folder, self.files),)
         return own if self.adapter is None else (*own, (self.adapter.folder, self.adapter.files))
+
+    @property
+    def files_by_source(self) -> tuple[tuple[HubSource, tuple[FileInfo, ...]], ...]:
+        """All files that come from the Hub, the adapter's among them."""
+        own = () if self.hub is None else ((self.hub, self.files),)
+        adapter = self.adapter
+        if adapter is None or adapter.hub is None:
+            return own
+        return (*own, (adapter.hub, adapter.files))
 
     @property
     def size_bytes(self) -> int:

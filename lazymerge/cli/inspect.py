@@ -62,7 +62,7 @@ def checkpoint_document(checkpoint: Checkpoint) -> dict[str, Any]:
             for t in checkpoint.tensors.values()
         },
         "config": checkpoint.config,
-        **({"adapter": asdict(checkpoint.adapter)} if checkpoint.adapter else {}),
+        **({"adapter": checkpoint.adapter.as_dict()} if checkpoint.adapter else {}),
         "notices": list(checkpoint.notices),
     }
 

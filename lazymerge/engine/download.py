@@ -32,19 +32,17 @@ class MissingFile:
 def missing_files(
     checkpoints: Iterable[Checkpoint], sidecar_folder: str, sidecars: Sequence[str]
 ) -> tuple[MissingFile, ...]:
-    """The weights of all models, and the small files of the one they are copied from, as far as
-    they are not in the cache."""
+    """The weights of all models and adapters, and the small files of the model that they are copied
+    from, as far as they are not in the cache."""
     missing: dict[tuple[str, str], MissingFile] = {}
     for checkpoint in checkpoints:
-        source = checkpoint.hub
-        if source is None:
-            continue
-        names = [file.path for file in checkpoint.files]
-        names += sidecars if checkpoint.folder == sidecar_folder else ()
-        for name in names:
-            if not source.has(name):
-                file = MissingFile(source, name, source.sizes[name])
-                missing.setdefault((source.folder, name), file)
+        for source, files in checkpoint.files_by_source:
+            names = [file.path for file in files]
+            names += sidecars if source.folder == sidecar_folder else ()
+            for name in names:
+                if not source.has(name):
+                    file = MissingFile(source, name, source.sizes[name])
+                    missing.setdefault((source.folder, name), file)
     return tuple(missing.values())
 
 
@@ -65,8 +63,9 @@ def download(
         fetch(file.source, file.name, moved)
     fetched = {file.source.folder for file in missing}
     for checkpoint in checkpoints:
-        if checkpoint.hub is not None and checkpoint.folder in fetched:
-            check_fetched(checkpoint.hub, checkpoint)
+        for source, files in checkpoint.files_by_source:
+            if source.folder in fetched:
+                check_fetched(source, files)
 
 
 def fetch_tokenizers(checkpoints: Iterable[Checkpoint]) -> None:

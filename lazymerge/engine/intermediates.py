@@ -35,7 +35,6 @@ from .complete import complete_document
 from .memory import NODE_BYTES
 from .plan import Plan, Resources, make_plan, open_models, read_folders
 from .preparing import check_output
-from .unfinished import path_again
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ def plan_intermediate(plan: Plan, name: str) -> Plan:
     """
     whole = plan.recipe
     part = part_named(whole, name)
-    paths = {reference: path_again(found) for reference, found in plan.checkpoints.items()}
+    paths = {reference: found.path for reference, found in plan.checkpoints.items()}
     made = make_plan(
         part,
         Resources(

@@ -327,7 +327,7 @@ class Plan:
                 "dtypes": dtype_shares(checkpoint),
                 "files": [asdict(file) for file in checkpoint.files],
                 **({} if checkpoint.hub is None else {"hub": checkpoint.hub.as_dict()}),
-                **({"adapter": asdict(checkpoint.adapter)} if checkpoint.adapter else {}),
+                **({"adapter": checkpoint.adapter.as_dict()} if checkpoint.adapter else {}),
             }
             for reference, checkpoint in self.checkpoints.items()
         ]
@@ -849,16 +849,26 @@ def _reference_again(model: Mapping[str, Any]) -> str:
     Raises:
         ValueError: it names no commit.
     """
-    hub = model.get("hub")
-    if hub is None:
-        reference: str = _of_kind(model["reference"], str)
+    reference: str = _of_kind(model["reference"], str)
+    adapter = model.get("adapter")
+    if model.get("hub") is None and (adapter is None or adapter.get("hub") is None):
         return reference
+    own, with_adapter = split_reference(reference)
+    again = _of_hub(model) or own
+    if adapter is None:
+        return again
+    return f"{again}+{_of_hub(adapter) or with_adapter}"
+
+
+def _of_hub(part: Mapping[str, Any]) -> str | None:
+    """A model or an adapter of the Hub at its commit; None if it is a local one."""
+    hub = part.get("hub")
+    if hub is None:
+        return None
     commit = _of_kind(hub["commit"], str)
     if not is_commit(commit):
         raise ValueError(f"commit {commit!r}")
-    of_hub = f"{SCHEME}{_of_kind(hub['repository'], str)}@{commit}"
-    _, adapter = split_reference(_of_kind(model["reference"], str))
-    return of_hub if adapter is None else f"{of_hub}+{adapter}"
+    return f"{SCHEME}{_of_kind(hub['repository'], str)}@{commit}"
 
 
 def _first_difference(model: dict[str, Any], folder: str, now: list[dict[str, Any]]) -> str:

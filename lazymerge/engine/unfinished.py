@@ -17,9 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters import split_reference
 from ..checkpoint import Checkpoint
-from ..checkpoint.hub_reference import SCHEME, local_path
 from ..errors import InputError, LazymergeError, RecipeError, brief
 from ..output.checksum import file_checksum
 from ..output.folder import is_unfinished
@@ -38,7 +36,7 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "recipe": plan.recipe_dict(),
         "models": [
-            {**model, "path": path_again(plan.checkpoints[model["reference"]])}
+            {**model, "path": plan.checkpoints[model["reference"]].path}
             for model in plan.models_dict()
         ],
         "device": plan.execution.device,
@@ -49,16 +47,6 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
         },
         **({"tokenizer": plan.tokenizer.as_dict()} if plan.tokenizer else {}),
     }
-
-
-def path_again(checkpoint: Checkpoint) -> str:
-    """What opens a model again, wherever that is done: of the Hub, at the same commit."""
-    model, adapter = split_reference(checkpoint.reference)
-    if checkpoint.hub is not None:
-        path = f"{SCHEME}{checkpoint.hub.repository}@{checkpoint.hub.commit}"
-    else:
-        path = os.path.abspath(local_path(model))
-    return path if adapter is None else f"{path}+{os.path.abspath(os.path.expanduser(adapter))}"
 
 
 def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -> Plan:

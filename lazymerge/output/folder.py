@@ -154,6 +154,7 @@ def _check_kinds(output: Path) -> None:
     InputError: a folder, a link or a pipe stands where a run writes a file of its own.
     """
     names = [JOURNAL_PATH, MERGE_PATH]
+    names += [LOCK_PATH] * (output / LOCK_PATH).is_dir()  # links and pipes are taken away later
     names += [entry.name for entry in sorted(output.iterdir()) if is_own_name(entry.name)]
     for path in (output / name for name in names):
         is_strange = path.is_symlink() if path.parent.name == OWN_FOLDER else path.is_dir()

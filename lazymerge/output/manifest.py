@@ -35,13 +35,16 @@ MAX_DOCUMENT_BYTES = 500_000_000
 """Of a manifest: some 200 bytes for every tensor."""
 
 
+_REMEDY = "It was damaged after lazymerge wrote it; --overwrite makes the output anew."
+
+
 def read_document(path: Path) -> dict[str, Any]:
     """Reads what write_document wrote.
 
     Raises:
         InputError: it is absent, or not what a run writes.
     """
-    document, _ = read_json_mapping(path, MAX_DOCUMENT_BYTES)
+    document, _ = read_json_mapping(path, MAX_DOCUMENT_BYTES, remedy=_REMEDY)
     if document.get("format") != MANIFEST_FORMAT:
         raise InputError(f"{path} was not written by this version of lazymerge")
     return document

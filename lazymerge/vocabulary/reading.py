@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from ..checkpoint import leaves_model
 from ..checkpoint.json_file import read_json_mapping
-from ..checkpoint.wording import quoted
+from ..checkpoint.wording import quoted, shown
 from ..errors import InputError
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -186,7 +186,7 @@ def model_vocabulary(document: Mapping[str, Any], path: Path) -> dict[str, int]:
         _damaged(path, "has no mapping `model`")
     kind = model.get("type")
     if kind is not None and kind not in _KINDS:
-        _damaged(path, f"has a model of type {quoted(kind)}, not one of {', '.join(_KINDS)}")
+        _damaged(path, f"has a model of type {shown(kind)}, not one of {', '.join(_KINDS)}")
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, list):
         return _pieces(vocabulary, path)
@@ -226,6 +226,7 @@ def added_tokens(document: Mapping[str, Any], folder: str) -> dict[str, AddedTok
         added.setdefault(token.content, token)
     for token in _configured_tokens(folder):
         added.setdefault(token.content, token)
+    added.pop("", None)  # the tokenizers library passes over it
     return added
 
 

@@ -13,6 +13,7 @@ import yaml
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
 from lazymerge.errors import InputError, LazymergeError
+from safetensors.torch import save_file
 
 from conftest import write_checkpoint
 from hub_server import TOKEN, HubServer
@@ -167,3 +168,119 @@ def test_a_merge_that_others_use(
     assert weights(tmp_path / "out-inner") == expected
     assert (tmp_path / "out-inner" / "generation_config.json").is_file()
     assert lazymerge.verify(tmp_path / "out-inner", recompute=4).problems == ()
+
+
+def test_a_model_in_torch_files(hub: HubServer, tmp_path: Path) -> None:
+    """It is fetched to be planned, and the notice says why."""
+    generator = torch.Generator().manual_seed(4)
+    tensors = {key: torch.randn(40, 30, generator=generator) for key in NAMES}
+    folder = tmp_path / "old"
+    folder.mkdir()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    hub.publish("org/old", folder)
+    results = []
+    for name, model in (("hub", "org/old"), ("local", str(folder))):
+        path = tmp_path / f"{name}.yml"
+        entry = {"model": model, "parameters": {"weight": 0.5}}
+        document = {"merge_method": "linear", "models": [entry]}
+        path.write_text(yaml.safe_dump(document))
+        plan = lazymerge.plan(path)
+        if name == "hub":
+            assert any("'pytorch_model.bin' lie stands in the whole" in n for n in plan.notices)
+            assert "download" not in facts(plan)
+            assert not any("downloaded" in notice for notice in lazymerge.plan(path).notices)
+        lazymerge.run(plan, tmp_path / name, fsync=False)
+        assert lazymerge.verify(tmp_path / name, recompute=4).problems == ()
+        results.append(weights(tmp_path / name))
+    assert results[0] == results[1]
+
+
+class TestAdapters:
+    @pytest.fixture
+    def adapter(self, hub: HubServer, tmp_path: Path) -> Path:
+        generator = torch.Generator().manual_seed(5)
+        folder = tmp_path / "adapter"
+        folder.mkdir()
+        save_file(
+            {
+                f"base_model.model.{name.removesuffix('.w')}.w.lora_{part}.weight": torch.randn(
+                    *shape, generator=generator
+                )
+                for name in NAMES
+                for part, shape in (("A", (2, 30)), ("B", (40, 2)))
+            },
+            folder / "adapter_model.safetensors",
+        )
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        hub.publish("org/adapter", folder)
+        return folder
+
+    @pytest.fixture
+    def weighted(self, hub: HubServer, tmp_path: Path) -> Path:
+        """A model whose tensors are layers' weights, as adapters expect."""
+        generator = torch.Generator().manual_seed(6)
+        tensors = {f"{key}.weight": torch.randn(40, 30, generator=generator) for key in NAMES}
+        write_checkpoint(tmp_path / "w", tensors, {"model_type": "llama"})
+        hub.publish("org/w", tmp_path / "w")
+        return tmp_path / "w"
+
+    def plan(self, model: str, path: Path) -> Any:
+        entry = {"model": model, "parameters": {"weight": 1.0}}
+        path.write_text(yaml.safe_dump({"merge_method": "linear", "models": [entry]}))
+        return lazymerge.plan(path)
+
+    @pytest.mark.parametrize("place", ["both", "adapter", "model", "pinned"])
+    def test_folded_in(
+        self, adapter: Path, weighted: Path, hub: HubServer, tmp_path: Path, place: str
+    ) -> None:
+        lazymerge.run(self.plan(f"{weighted}+{adapter}", tmp_path / "l.yml"), tmp_path / "local")
+        commit = hub.publish("org/adapter", adapter)
+        reference = {
+            "both": "org/w+org/adapter",
+            "adapter": f"{weighted}+org/adapter@main",
+            "model": f"org/w+{adapter}",
+            "pinned": f"hf://org/w+hf://org/adapter@{commit}",
+        }[place]
+        plan = self.plan(reference, tmp_path / "h.yml")
+        if place != "model":
+            assert not [*(tmp_path / "cache").rglob("adapter_model*")]
+            assert "org/adapter" in facts(plan)["download"]
+        plan.save(tmp_path / "plan.json")
+        out = tmp_path / "out"
+        lazymerge.run(plan, out, fsync=False)
+        assert weights(out) == weights(tmp_path / "local")
+        assert lazymerge.verify(out, recompute=2).problems == ()
+        model = json.loads((out / "lazymerge.json").read_text())["models"][0]
+        assert model["adapter"].get("hub", {}).get("commit", commit) == commit
+        lazymerge.run(lazymerge.plan(tmp_path / "plan.json"), tmp_path / "saved", fsync=False)
+        assert weights(tmp_path / "saved") == weights(out)
+
+    def test_goes_on_with_the_commit_that_it_was_begun_with(
+        self, adapter: Path, weighted: Path, hub: HubServer, tmp_path: Path
+    ) -> None:
+        plan = self.plan("org/w+org/adapter", tmp_path / "h.yml")
+
+        class Stopper(Silent):
+            def finished(self, _: str) -> None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(plan, tmp_path / "out", fsync=False, observer=Stopper())
+        config = json.loads((adapter / "adapter_config.json").read_text()) | {"lora_alpha": 99}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        hub.publish("org/adapter", adapter)
+        other = self.plan("org/w+org/adapter", tmp_path / "h.yml")
+        assert other.fingerprint != plan.fingerprint
+        assert lazymerge.resume(tmp_path / "out").resumed_tensors >= 1
+        run_plan(plan, tmp_path / "whole", fsync=False)
+        assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+    def test_a_repository_that_is_no_adapter(
+        self, weighted: Path, hub: HubServer, tmp_path: Path
+    ) -> None:
+        with pytest.raises(InputError, match=r"adapter 'org/w' of the Hub: org/w: holds no"):
+            self.plan("org/w+org/w", tmp_path / "h.yml")
+        with pytest.raises(InputError, match="is no local folder, and the Hub"):
+            self.plan("org/w+org/absent", tmp_path / "h.yml")

@@ -678,7 +678,9 @@ def test_a_document_that_only_its_fingerprint_is_right_of(recipe: Path, tmp_path
     assert "more" not in manifests[0]
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "config.json", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00003.safetensors", "config.json", "README.md", LOCK_PATH]
+)
 def test_a_folder_where_a_file_belongs(recipe: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     plan = begin(recipe, out)

@@ -106,8 +106,9 @@ HOSTILE: dict[str, tuple[object, str]] = {
     "a list": ([], "is not a JSON mapping"),
     "no model": ({}, "has no mapping `model`"),
     "a model that is a list": (changed(model=[]), "has no mapping `model`"),
-    "another model": (changed(model={"type": "Other", "vocab": {}}), "of type 'Other'"),
+    "another model": (changed(model={"type": "Other", "vocab": {}}), 'of type "Other"'),
     "a type of its own": (changed(model={"type": [[]], "vocab": {}}), "of type|Download"),
+    "a type that is a number": (changed(model={"type": 1.5, "vocab": {}}), "of type 1.5"),
     "no vocabulary": (changed(model={"type": "BPE"}), "no `vocab`"),
     "a number as vocabulary": (changed(model={"type": "BPE", "vocab": 7}), "no `vocab`"),
     "negative": (changed(model={"vocab": {"a": -1}}), "token 'a' no number below"),
@@ -198,3 +199,12 @@ def test_a_vocabulary_below_a_size() -> None:
     assert set(vocabulary.numbers) - set(below.numbers) == {"<|two|>"}
     assert vocabulary.below(size + 1) is vocabulary
     assert vocabulary.below(None) is vocabulary
+
+
+def test_an_added_token_without_text_is_passed_over(tmp_path: Path) -> None:
+    """As the tokenizers library does."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(added(content="")))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": ""}))
+    found = read_vocabulary(str(tmp_path))
+    assert found is not None
+    assert (dict(found.numbers), dict(found.added)) == ({"a": 0}, {})
