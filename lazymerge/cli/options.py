@@ -35,26 +35,28 @@ MemoryOption = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
-        help="Bound of the process's memory, e.g. 512MiB. [default: 2GiB, or half of what is free]",
+        help="Bound of the process's memory, e.g. 512MiB.",
+        show_default="2GiB, or half of what is free",
     ),
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Threads that compute. [default: one per core]"),
+    typer.Option("--workers", min=1, help="Threads that compute.", show_default="one per core"),
 ]
 ReadModeOption = Annotated[
     ReadModeChoice, typer.Option("--read-mode", help="How inputs are read; same output.")
 ]
 DeviceOption = Annotated[
     DeviceChoice | None,
-    typer.Option("--device", help="Who computes. [default: cpu, or that of a saved plan]"),
+    typer.Option("--device", help="Who computes.", show_default="cpu, or that of a saved plan"),
 ]
 VramOption = Annotated[
     str | None,
     typer.Option(
         "--vram",
         metavar="SIZE",
-        help="Bound of the GPU's memory, e.g. 4GiB. [default: 80% of what is free at the run]",
+        help="Bound of the GPU's memory, e.g. 4GiB.",
+        show_default="80% of what is free at the run",
     ),
 ]
 ShardSizeOption = Annotated[
@@ -70,7 +72,7 @@ TruncateOption = Annotated[
 SeedOption = Annotated[
     int | None,
     typer.Option(
-        "--seed", help="Of methods that draw random numbers. [default: the recipe's, or 0]"
+        "--seed", help="Of methods that draw random numbers.", show_default="the recipe's, or 0"
     ),
 ]
 PluginOption = Annotated[

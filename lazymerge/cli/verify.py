@@ -27,7 +27,7 @@ def verify(
         ),
     ] = 0,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Which tensors. [default: drawn anew]")
+        int | None, typer.Option("--seed", min=0, help="Which tensors.", show_default="drawn anew")
     ] = None,
     memory: MemoryOption = None,
     workers: WorkersOption = None,
