@@ -143,14 +143,17 @@ def check_is_same_merge(plan: Plan, output: Path) -> None:
     Raises:
         InputError: it was not; the message names the difference.
     """
-    remedy = "give --overwrite to throw it away and begin anew, or choose another folder"
+    anew = "give --overwrite to throw it away and begin anew, or choose another folder"
+    remedy = f"go on with what was begun: lazymerge resume {shlex.quote(str(output))}; or {anew}"
     try:
         document = read_document(output / MERGE_PATH)
     except InputError as error:
         raise InputError(
-            f"{output} holds an unfinished merge, and nothing says of what: {error}\n{remedy}"
+            f"{output} holds an unfinished merge, and nothing says of what: {error}\n{anew}"
         ) from error
     if document.get("fingerprint") != plan.fingerprint:
+        if _first_changed_file(document.get("models")) is not None:  # that cannot be gone on with
+            remedy = anew
         raise InputError(
             f"{output} holds an unfinished merge, and not of this plan: "
             f"{difference(document, plan)}\n{remedy}"
@@ -331,7 +334,7 @@ def _tokenizer_difference(then: Any, now: Any) -> str | None:
     return None
 
 
-def _first_changed_file(models: list[Any]) -> str | None:
+def _first_changed_file(models: Any) -> str | None:
     """What has changed of the models' files, as far as a look at the folders shows."""
     try:
         for part in _with_adapters(models):
