@@ -97,7 +97,7 @@ def _plan_tokenizer(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], paths: Mapping[str, str]
 ) -> TokenizerPlan:
     first = recipe.main_model
-    folders = {reference: checkpoints[reference].folder for reference in recipe.references}
+    folders = {reference: checkpoints[reference].folder for reference in recipe.members}
     if recipe.tokenizer is None:
         folder, alignment, planning_bytes = folders[first], None, 0
         files, notices = copied_files(folder, sidecar_files(folder)), []
@@ -108,7 +108,6 @@ def _plan_tokenizer(
                 reference: Member(folders[reference], vocabulary_size(checkpoints[reference]))
                 for reference in folders
             },
-            recipe.base_model,
             _source_folder(recipe.tokenizer, folders, paths),
         )
         folder, alignment = vocabulary.source_folder, vocabulary.alignment

@@ -203,7 +203,7 @@ class _Compiler:
                 return None
             self.notices.add(f"merged without {_models(lacking)}, which lack the tensor", name)
         reads = self._reads(name, having)
-        nodes = self._nodes(name, reads)
+        nodes = self._nodes(name, reads, target.base)
         shape = self.graph.block_node(next(iter(nodes.values()))).shape
         is_float = self._is_float(name, reads)
         least = self.method.signature.min_models
@@ -311,8 +311,10 @@ class _Compiler:
         change = read.tensor.change
         return node if change is None else add_adapted(self.graph, node, change, is_wide=is_wide)
 
-    def _nodes(self, name: str, reads: Mapping[str, Read]) -> dict[str, str]:
+    def _nodes(self, name: str, reads: Mapping[str, Read], base: str | None) -> dict[str, str]:
         """One node per model, of one shape: rows of embeddings are matched by token.
+
+        base: the model whose rows are taken first where others lack them.
 
         Raises:
             InputError: they cannot be.
@@ -331,7 +333,14 @@ class _Compiler:
                 f"tensor {name} of {', '.join(changed)} is changed by its adapter: its rows cannot "
                 "be matched; merge the adapter into its model first (passthrough)"
             )
-        nodes = self.embeddings.nodes(name, reads)
+        nodes = self.embeddings.nodes(name, reads, base)
+        unknown = self.embeddings.unknown_rows(name, reads, base)
+        if unknown:
+            self.notices.add(
+                f"{unknown} of its rows hold zeros: {', '.join(reads)}, which it is merged from, "
+                "lack these tokens",
+                name,
+            )
         alignment = self.embeddings.alignment
         for model, read in reads.items():
             tokens = alignment.sizes[model]

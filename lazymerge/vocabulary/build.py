@@ -61,7 +61,6 @@ class Alignment:
     tables: by model, its row for every row of the output; -1: it has none.
     sizes: by model, rows of its tokens, from 0.
     chosen: rows that the recipe says something of.
-    base: the model whose row is taken where several have one; None: their mean.
     """
 
     rows: int
@@ -69,7 +68,6 @@ class Alignment:
     tables: Mapping[str, array[int]]
     sizes: Mapping[str, int]
     chosen: Mapping[int, ChosenRow]
-    base: str | None
 
     @property
     def digest(self) -> str:
@@ -78,9 +76,7 @@ class Alignment:
         said = sorted((row, *astuple(chosen)) for row, chosen in self.chosen.items())
         sizes = [(model, self.sizes[model], len(self.tables[model])) for model in self.tables]
         state.update(
-            repr((self.rows, self.padded_rows, sizes, said, self.base)).encode(
-                "utf-8", "surrogatepass"
-            )
+            repr((self.rows, self.padded_rows, sizes, said)).encode("utf-8", "surrogatepass")
         )
         for table in self.tables.values():
             state.update(table.tobytes())
@@ -110,19 +106,17 @@ class OutputVocabulary:
 def output_vocabulary(
     settings: TokenizerSettings,
     members: Mapping[str, Member],
-    base: str | None,
     source_folder: str | None = None,
 ) -> OutputVocabulary:
     """Works out the output's vocabulary.
 
     members: by reference; the one whose vocabulary is `base` first.
-    base: the recipe's base model.
     source_folder: of the model that `source` names.
 
     Raises:
         InputError: a tokenizer is missing or cannot be read, or a token's source does not exist.
     """
-    return _Builder(settings, members, base, source_folder).build()
+    return _Builder(settings, members, source_folder).build()
 
 
 class _Builder:
@@ -130,13 +124,11 @@ class _Builder:
         self,
         settings: TokenizerSettings,
         members: Mapping[str, Member],
-        base: str | None,
         source_folder: str | None,
     ) -> None:
         self.settings = settings
         self.members = members
         self.first = next(iter(members))
-        self.base = base if base in members else None
         self.source_folder = source_folder or members[self.first].folder
         self.notices: list[str] = []
 
@@ -261,7 +253,6 @@ class _Builder:
                 for model, vocabulary in vocabularies.items()
             },
             chosen=chosen,
-            base=self.base,
         )
 
     def _chosen(
