@@ -50,6 +50,18 @@ def read_json_mapping(
                 "It is not what its name says: download it again."
             )
         raw = read_exactly(descriptor, status.st_size, path)
+    return parse_json_mapping(raw, path, object_pairs_hook, limit_values=limit_values), len(raw)
+
+
+def parse_json_mapping(
+    raw: bytes,
+    path: Path,
+    object_pairs_hook: Callable[[list[tuple[str, object]]], object] | None = None,
+    *,
+    limit_values: int | None = None,
+) -> dict[str, object]:
+    """The mapping that a JSON file holds; path: of it, for messages. Limits and errors as of
+    `read_json_mapping`."""
     if limit_values is not None and most_values(raw) > limit_values:
         raise InputError(
             f"{path}: holds more than {limit_values:,} values. It is not what its name says: "
@@ -81,7 +93,7 @@ def read_json_mapping(
             f"{path}: holds an unpaired surrogate (\\ud800 to \\udfff), which is not text. "
             "Download it again."
         )
-    return document, len(raw)
+    return document
 
 
 def nesting(document: object) -> int:

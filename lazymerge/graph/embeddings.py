@@ -4,6 +4,7 @@
     has every token, elsewhere       Read, rows rearranged
     lacks some                       Apply: its own rows, rearranged, + rows of others in the gaps
     rows that belong to no token     Reduce: the mean row; Apply: the mean in those rows
+    is what another merge gives      the same of its result (operations/placed_rows.py)
 
 What a model lacks is, in this order: what the recipe says; the row of the only model that has the
 token; the base model's; the mean of the rows of all that have it; zeros. Only models that the
@@ -24,6 +25,7 @@ from ..vocabulary import Alignment
 from .graph import Graph
 from .node import Apply, Read, Reduce, as_parameters
 from .operation import apply_operation, reduce_operation
+from .operations.placed_rows import add_placed_rows
 from .rows import ABSENT, RowTable
 
 _Part = tuple[str, float]
@@ -90,16 +92,12 @@ class AlignedEmbeddings:
         return self._fillings[key]
 
     def _filled(self, model: str, filling: _Filling, reads: Mapping[str, Read]) -> str:
-        nodes = {
-            part: self.graph.add(_rearranged(reads[part[0]], table))
-            for part, table in filling.tables.items()
-        }
+        nodes = {part: self._rows(reads[part[0]], table) for part, table in filling.tables.items()}
         own = (model, 1.0)
         if list(nodes) == [own]:
             return nodes[own]
         inputs = list(nodes.values())
-        node = self.graph[inputs[0]]
-        assert isinstance(node, Read)
+        node = self.graph.block_node(inputs[0])
         return self.graph.add(
             Apply(
                 operation="linear_combination",
@@ -110,6 +108,12 @@ class AlignedEmbeddings:
                 working_dtype=apply_operation("linear_combination").working_dtype([]),
             )
         )
+
+    def _rows(self, read: Read, table: RowTable) -> str:
+        node = read.tensor.node
+        if node is not None:
+            return add_placed_rows(self.graph, node, table)
+        return self.graph.add(_rearranged(read, table))
 
     def _padded(self, node_id: str) -> str:
         node = self.graph.block_node(node_id)

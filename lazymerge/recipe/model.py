@@ -176,6 +176,14 @@ class Recipe:
         return tuple(dict.fromkeys(name for name in wanted if name not in made))
 
     @property
+    def asks_for_tokenizer(self) -> bool:
+        """Whether it, or a merge that it needs, says something of the tokenizer."""
+        return any(
+            merge.tokenizer is not None or merge.chat_template is not None
+            for merge in (self, *self.merges)
+        )
+
+    @property
     def main_model(self) -> str:
         """The model that config and tokenizer come from, and whose names the output has."""
         made = {merge.name: merge for merge in self.merges}

@@ -19,7 +19,7 @@ from hashlib import blake2b
 from ..checkpoint.wording import quoted
 from ..errors import InputError
 from ..recipe.tokenizer import BASE, UNION, TokenizerSettings, TokenSetting
-from .reading import AddedToken, Numbers, Vocabulary, has_tokenizer_file, read_vocabulary
+from .reading import AddedToken, Folder, Numbers, Vocabulary, has_tokenizer_file, read_vocabulary
 from .sentencepiece import is_one_tokenizer
 
 ABSENT = -1
@@ -32,7 +32,7 @@ class Member:
     folder: where it is. size: rows that its config says it has; None: it does not say.
     """
 
-    folder: str
+    folder: Folder
     size: int | None
 
 
@@ -60,6 +60,7 @@ class Alignment:
     padded_rows: with those that belong to no token.
     tables: by model, its row for every row of the output; -1: it has none.
     sizes: by model, rows of its tokens, from 0.
+    declared: by model, rows that its config says it has; None: it does not say.
     chosen: rows that the recipe says something of.
     """
 
@@ -67,6 +68,7 @@ class Alignment:
     padded_rows: int
     tables: Mapping[str, array[int]]
     sizes: Mapping[str, int]
+    declared: Mapping[str, int | None]
     chosen: Mapping[int, ChosenRow]
 
     @property
@@ -96,7 +98,7 @@ class OutputVocabulary:
     """
 
     alignment: Alignment | None
-    source_folder: str
+    source_folder: Folder
     start: Vocabulary | None
     added: tuple[AddedToken, ...]
     numbers: Mapping[str, int]
@@ -106,7 +108,7 @@ class OutputVocabulary:
 def output_vocabulary(
     settings: TokenizerSettings,
     members: Mapping[str, Member],
-    source_folder: str | None = None,
+    source_folder: Folder | None = None,
 ) -> OutputVocabulary:
     """Works out the output's vocabulary.
 
@@ -124,7 +126,7 @@ class _Builder:
         self,
         settings: TokenizerSettings,
         members: Mapping[str, Member],
-        source_folder: str | None,
+        source_folder: Folder | None,
     ) -> None:
         self.settings = settings
         self.members = members
@@ -170,7 +172,7 @@ class _Builder:
 
     def _read(self) -> dict[str, Vocabulary]:
         """By model; those without a tokenizer have that of the first."""
-        by_folder: dict[str, Vocabulary | None] = {}
+        by_folder: dict[Folder, Vocabulary | None] = {}
         for member in self.members.values():
             if member.folder not in by_folder:
                 by_folder[member.folder] = read_vocabulary(member.folder)
@@ -252,6 +254,7 @@ class _Builder:
                 model: max(vocabulary.numbers.values(), default=-1) + 1
                 for model, vocabulary in vocabularies.items()
             },
+            declared={model: member.size for model, member in self.members.items()},
             chosen=chosen,
         )
 
