@@ -156,7 +156,9 @@ class _Builder:
         wanted = self._union(vocabularies) if self.settings.source == UNION else []
         wanted += [AddedToken(token) for token in self.settings.tokens]
         for each in wanted:
-            if each.content not in numbers:
+            # special ones too that it has as ordinary pieces: in a text they would not be found
+            is_piece = each.content in numbers and each.content not in numbers.added
+            if each.content not in numbers or (each.special and is_piece):
                 numbers.add(each.content)
                 added.append(each)
         result = numbers.all()
