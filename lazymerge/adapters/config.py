@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..checkpoint.json_file import read_json_mapping
+from ..checkpoint.json_file import parse_json_mapping
 from ..checkpoint.regular_file import open_regular_file, read_exactly
 from ..checkpoint.tensor import FileInfo
 from ..checkpoint.wording import kind, quoted, shown
@@ -114,9 +114,14 @@ def read_adapter_config(path: Path) -> tuple[AdapterConfig, FileInfo]:
 
     Raises InputError naming the file, the key and the remedy.
     """
-    document, _ = read_json_mapping(path, LIMIT_BYTES, limit_values=LIMIT_VALUES)
     with open_regular_file(path) as (descriptor, status):
-        content = read_exactly(descriptor, min(status.st_size, LIMIT_BYTES), path)
+        if status.st_size > LIMIT_BYTES:
+            raise InputError(
+                f"{path}: holds {status.st_size:,} bytes; at most {LIMIT_BYTES:,} are read. It is "
+                "not what its name says: download the adapter again."
+            )
+        content = read_exactly(descriptor, status.st_size, path)
+    document = parse_json_mapping(content, path, limit_values=LIMIT_VALUES)
     file = FileInfo(
         path=path.name,
         size_bytes=status.st_size,

@@ -310,15 +310,19 @@ def _tokenizer_path(recipe: Recipe, document: Mapping[str, Any], where: Path) ->
     Raises:
         InputError: the document is damaged.
     """
-    if recipe.tokenizer is None or recipe.tokenizer.source in (UNION, BASE):
-        return {}
-    try:
-        folder = document["tokenizer"]["folder"]
-        if not isinstance(folder, str):
-            raise TypeError("text expected")
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{where} is damaged ({brief(error)})") from error
-    return {recipe.tokenizer.source: folder}
+    paths = {}
+    for merge in (*recipe.merges, recipe):
+        if merge.tokenizer is None or merge.tokenizer.source in (UNION, BASE):
+            continue
+        try:
+            entry = document["tokenizer"]
+            folder = (entry if merge is recipe else entry["merges"][merge.name])["folder"]
+            if not isinstance(folder, str):
+                raise TypeError("text expected")
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{where} is damaged ({brief(error)})") from error
+        paths[merge.tokenizer.source] = folder
+    return paths
 
 
 def _tokenizer_difference(then: Any, now: Any) -> str | None:
@@ -329,7 +333,7 @@ def _tokenizer_difference(then: Any, now: Any) -> str | None:
     for name in sorted({*before["files"], *after["files"]}):
         if before["files"].get(name) != after["files"].get(name):
             return f"a tokenizer has changed: {name} of the output is not what it was"
-    if before.get("rows") != after.get("rows"):
+    if before.get("rows") != after.get("rows") or before.get("merges") != after.get("merges"):
         return "a tokenizer has changed: its tokens have other numbers than they had"
     return None
 

@@ -19,20 +19,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import leaves_model
-from ..checkpoint.regular_file import open_regular_file, read_exactly
 from ..checkpoint.wording import quoted
 from ..errors import InputError
 from .build import OutputVocabulary
 from .reading import (
     ADDED_NAME,
     CONFIG_NAME,
-    LIMIT_BYTES,
     SPECIAL_NAME,
     TOKENIZER_NAME,
     AddedToken,
+    Folder,
     has_file,
     model_vocabulary,
+    read_file,
     read_mapping,
 )
 
@@ -64,7 +63,7 @@ def is_tokenizer_file(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in TOKENIZER_FILES)
 
 
-def copied_files(folder: str, names: Iterable[str]) -> dict[str, bytes]:
+def copied_files(folder: Folder, names: Iterable[str]) -> dict[str, bytes]:
     """Tokenizer files as they are.
 
     names: of files in the folder.
@@ -72,7 +71,7 @@ def copied_files(folder: str, names: Iterable[str]) -> dict[str, bytes]:
     Raises:
         InputError: one cannot be read, or is too large.
     """
-    return {name: _read(Path(folder, name)) for name in names if is_tokenizer_file(name)}
+    return {name: read_file(folder, name) for name in names if is_tokenizer_file(name)}
 
 
 def tokenizer_files(
@@ -107,7 +106,7 @@ def tokenizer_files(
         numbers = {token: each["id"] for token, each in added.items() if token not in start.own}
         files[ADDED_NAME] = _json_bytes(numbers)
     if TEMPLATE_NAME in kept:
-        files[TEMPLATE_NAME] = _read(Path(folder, TEMPLATE_NAME))
+        files[TEMPLATE_NAME] = read_file(folder, TEMPLATE_NAME)
     stale = [name for name in kept if name not in _REWRITTEN]
     notices = []
     if stale:
@@ -239,34 +238,14 @@ def _json_bytes(document: Mapping[str, object]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _read(path: Path) -> bytes:
-    """A file of a model's folder.
-
-    Raises:
-        InputError: it cannot be read, is too large, or leads out of the folder.
-    """
-    if leaves_model(path.parent, path.name):
-        raise InputError(
-            f"{path}: is a link out of the model's folder. Replace the link with the file if you "
-            "trust it."
-        )
-    with open_regular_file(path) as (descriptor, status):
-        if status.st_size > LIMIT_BYTES:
-            raise InputError(
-                f"{path}: holds {status.st_size:,} bytes; at most {LIMIT_BYTES:,} are read. It is "
-                "not what its name says: download it again."
-            )
-        return read_exactly(descriptor, status.st_size, path)
-
-
-def chat_template_of(folder: str) -> str | None:
+def chat_template_of(folder: Folder) -> str | None:
     """A model's own chat template; of several, the one named `default`.
 
     Raises:
         InputError: a file is broken.
     """
     if has_file(folder, TEMPLATE_NAME):
-        return _text(_read(Path(folder, TEMPLATE_NAME)), Path(folder, TEMPLATE_NAME))
+        return _text(read_file(folder, TEMPLATE_NAME), Path(folder, TEMPLATE_NAME))
     if not has_file(folder, CONFIG_NAME):
         return None
     template = read_mapping(folder, CONFIG_NAME).get(TEMPLATE_KEY)

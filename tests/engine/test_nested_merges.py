@@ -191,7 +191,14 @@ def test_slices_of_a_merge(models: list[str], tmp_path: Path) -> None:
         ([{"name": "x"}, {"name": "x"}], "two merges are named 'x', first in line 1"),
         ([{}, {}], "two merges have no name"),
         ([{"name": "x"}, {"name": "y"}], "one merge must be the last"),
-        ([{"name": "x", "tokenizer_source": "base"}, {}], "cannot have a tokenizer of its own"),
+        (
+            [
+                {"name": "x", "tokenizer_source": "y"},
+                {"name": "y", "models": [{"model": "x"}]},
+                {"models": [{"model": "x"}]},
+            ],
+            "merges use each other in a circle: x uses y uses x",
+        ),
         (
             [
                 {"name": "x", "models": [{"model": "y"}]},
