@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -167,20 +168,32 @@ def _tokenizer_json(vocabulary: OutputVocabulary) -> bytes:
         {"id": vocabulary.numbers[token], **asdict(each)}
         for token, each in vocabulary.start.added.items()
     ]
+    normalizer = document.get("normalizer")
+    document["normalizer"] = None  # a chain of replacements may make a token of gigabytes
     text = json.dumps(document, ensure_ascii=False)
     del document
-    return _with_added(text, vocabulary, path)
+    result = _with_added(text, vocabulary, path)
+    if result.count(_NO_NORMALIZER) != 1:  # at the outermost level: no text holds a line break
+        raise InputError(
+            f"{path}: the tokenizers library writes no normalizer. Take a version between 0.13 and "
+            "0.23 of it."
+        )
+    said = textwrap.indent(json.dumps(normalizer, indent=2, ensure_ascii=False), "  ").lstrip()
+    return result.replace(_NO_NORMALIZER, f'\n  "normalizer": {said},\n').encode("utf-8")
 
 
-def _with_added(text: str, vocabulary: OutputVocabulary, path: Path) -> bytes:
+_NO_NORMALIZER = '\n  "normalizer": null,\n'
+
+
+def _with_added(text: str, vocabulary: OutputVocabulary, path: Path) -> str:
     from tokenizers import AddedToken as LibraryToken
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(text)
         tokenizer.add_tokens([_library_token(LibraryToken, each) for each in vocabulary.added])
-        numbers = tokenizer.get_vocab(with_added_tokens=True)
-        result = tokenizer.to_str(pretty=True)
+        numbers: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        result: str = tokenizer.to_str(pretty=True)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # of Rust: panics are no Exceptions
@@ -195,7 +208,7 @@ def _with_added(text: str, vocabulary: OutputVocabulary, path: Path) -> bytes:
             "the file. Save it again, in Python: transformers.AutoTokenizer.from_pretrained(FOLDER)"
             ".save_pretrained(FOLDER)."
         )
-    return (result + "\n").encode("utf-8")
+    return f"{result}\n"
 
 
 def _library_token(kind: Any, each: AddedToken) -> Any:

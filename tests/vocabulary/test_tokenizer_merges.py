@@ -576,3 +576,29 @@ def test_from_python_and_in_words(tmp_path: Path) -> None:
     assert "tokenizer.json, tokenizer_config.json" in plan.summary()
     api.run(plan, tmp_path / "out", fsync=False)
     assert api.verify(tmp_path / "out").problems == ()
+
+
+def test_a_normalizer_is_kept_and_not_run(tmp_path: Path) -> None:
+    """Thirty replacements of a letter by two make a token of a gigabyte."""
+    write_models(tmp_path)
+    path = tmp_path / "a" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    document["normalizer"] = {"type": "Sequence", "normalizers": [doubling] * 40}
+    ids = [token["id"] for token in document["added_tokens"]]
+    document["added_tokens"].append(
+        {
+            "id": 1 + max([*document["model"]["vocab"].values(), *ids]),
+            "content": "aaaaaaaa",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": True,
+            "special": False,
+        }
+    )
+    path.write_text(json.dumps(document))
+    plan = plan_of(tmp_path, tokenizer_source="union")
+    assert plan.tokenizer is not None
+    written = json.loads(plan.tokenizer.files["tokenizer.json"])
+    assert written["normalizer"] == document["normalizer"]
