@@ -755,10 +755,22 @@ def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]
             opened = open_model(paths.get(reference, reference))
             checkpoints[reference] = replace(opened, reference=reference)
         except InputError as error:
-            problems.append(str(error))
+            problems.append(f"{error}{_of_a_merge(reference, recipe)}")
     if problems:
         raise InputErrors(problems)
     return checkpoints
+
+
+def _of_a_merge(reference: str, recipe: Recipe) -> str:
+    """What else is to be said of a model that is not there."""
+    names = [str(merge.name) for merge in recipe.merges]
+    name = next((name for name in names if reference.startswith(f"{name}+")), None)
+    if name is None:
+        return ""
+    return (
+        f" (An adapter cannot be put on the merge {name!r} of this file: put it on the models that "
+        f"{name!r} is made of, or write {name!r} first, with --write-intermediate)"
+    )
 
 
 def _aligned(

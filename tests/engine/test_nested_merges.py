@@ -239,3 +239,18 @@ def test_results_cannot_be_cut(models: list[str], tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump_all(documents))
     with pytest.raises(InputError, match="what another merge gives cannot be cut"):
         lazymerge.plan(path, truncate_embeddings=True)
+
+
+def test_an_adapter_on_a_merge_of_the_file(models: list[str], tmp_path: Path) -> None:
+    documents = [
+        {**document("linear", models), "name": "both"},
+        {
+            "merge_method": "linear",
+            "models": [
+                {"model": f"both+{models[2]}", "parameters": {"weight": 1}},
+                {"model": "both", "parameters": {"weight": 1}},
+            ],
+        },
+    ]
+    with pytest.raises(InputError, match="An adapter cannot be put on the merge 'both' of this"):
+        merged(documents, tmp_path / "out")
