@@ -31,6 +31,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth", "n
 _ENCODER_COUNTS = ("encoder_layers", "num_encoder_layers", "num_hidden_layers", "num_layers")
 _DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
 _SIGHT = frozenset({"vision_tower", "vision_model", "visual", "vision"})
+_LANGUAGE = frozenset({"language_model", "text_model", "llm"})
 _SOUND = frozenset({"audio_tower", "audio_model", "audio"})
 
 _LAYERS_BEYOND = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules")
@@ -51,6 +52,7 @@ class _Place:
 
     path: of the config within the config. keys: of the number; none where only lists say it.
     count: what it says. beyond: keys that say how many more the checkpoint has.
+    is_stated: it does say so; otherwise the key is to be added.
     """
 
     path: str
@@ -58,6 +60,7 @@ class _Place:
     keys: tuple[str, ...]
     count: int
     beyond: tuple[str, ...] = ()
+    is_stated: bool = True
 
 
 def with_layers(
@@ -87,9 +90,9 @@ def with_layers(
             return result, []
         raise InputError(
             f"config.json does not say that {stack.prefix} has {stack.layer_count} layers, so that "
-            f"it cannot say that the merge has {len(origins)}, and the merge would not load; give "
-            "the base model a config.json that says it (num_hidden_layers), or none: then the "
-            "merge has none"
+            f"it cannot say that the merge has {len(origins)}, and the merge would not load; write "
+            "their number into the base model's config.json, or take that away: without one, only "
+            "tensors are merged"
         )
     inner = place.inner
     others = [(_inner_of(other, place.path), number) for other, number in origins]
@@ -99,6 +102,11 @@ def with_layers(
         for (_, number), count in zip(others, counts, strict=True)
     ]
     count, said = len(origins), []
+    if not place.is_stated:
+        said.append(
+            f"num_hidden_layers, {count}, was added to config.json, which does not say how many "
+            f"layers {stack.prefix} has"
+        )
     if place.beyond:
         while count and are_beyond[count - 1]:
             count -= 1
@@ -171,7 +179,7 @@ def _place(config: dict[str, object], stack: LayerStack) -> _Place | None:
     words = set(stack.prefix.split("."))
     ranked = _in_order(config, words)
     likely = [(path, inner) for rank, path, inner in ranked if rank < _UNLIKELY]
-    every = [(path, inner) for _, path, inner in ranked]
+    every = likely if words & _LANGUAGE else [(path, inner) for _, path, inner in ranked]
     return (
         _equal(likely, words, stack)
         or _with_beyond(likely, words, stack)
@@ -179,6 +187,7 @@ def _place(config: dict[str, object], stack: LayerStack) -> _Place | None:
         or _by_lists(every, stack)
         or _of_other_name(likely, stack)
         or _below(ranked, words, stack)
+        or _unstated(ranked, words, stack)
     )
 
 
@@ -226,9 +235,7 @@ def _of_other_name(found: _Inner, stack: LayerStack) -> _Place | None:
         fitting = [
             key
             for key, value in inner.items()
-            if value == stack.layer_count
-            and isinstance(value, int)
-            and any(word in key for word in _WORDS_FOR_COUNTS)
+            if value == stack.layer_count and _may_be_count(key, value)
         ]
         if len(fitting) == 1 and stack.layer_count > 1:
             return _Place(path, inner, tuple(fitting), stack.layer_count)
@@ -250,6 +257,30 @@ def _below(
             if stated:
                 return None
     return None
+
+
+def _unstated(
+    ranked: Sequence[tuple[int, str, dict[str, object]]], words: set[str], stack: LayerStack
+) -> _Place | None:
+    """No number that could be that of layers: the default of the model's class holds (llava)."""
+    if words & {"encoder", "decoder"}:
+        return None
+    is_of_kind = bool(words & (_SIGHT | _SOUND))
+    rank, path, inner = ranked[0]
+    if rank > (0 if is_of_kind else 1):
+        return None
+    if any(_may_be_count(key, value) for key, value in inner.items()):
+        return None
+    return _Place(path, inner, _COUNTS[:1], stack.layer_count, is_stated=False)
+
+
+def _may_be_count(key: str, value: object) -> bool:
+    return (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and key not in _LAYERS_BEYOND
+        and any(word in key for word in _WORDS_FOR_COUNTS)
+    )
 
 
 def _keys(words: set[str]) -> Iterator[tuple[str, ...]]:

@@ -242,6 +242,21 @@ def test_a_count_of_another_name() -> None:
         changed({"layers_of_one_kind": 3, "layers_of_another": 3})
 
 
+def test_a_count_that_is_left_to_a_default() -> None:
+    found, said = changed({"model_type": "llama", "vocab_size": 3})
+    assert found == {"model_type": "llama", "vocab_size": 3, "num_hidden_layers": 5}
+    (notice,) = said
+    assert notice.startswith("num_hidden_layers, 5, was added to config.json")
+    # the other part's is not taken for it
+    llava = {"text_config": {"x": 1}, "vision_config": {"num_hidden_layers": 3}}
+    found, said = changed(llava, "language_model.model.layers")
+    assert found == {**llava, "text_config": {"x": 1, "num_hidden_layers": 5}}
+    assert len(said) == 1
+    for prefix in ("encoder.block", "vision_tower.layers"):
+        with pytest.raises(InputError):
+            changed({"model_type": "other"}, prefix)
+
+
 def test_layers_of_a_document_whose_layers_are_put_together() -> None:
     first = {"num_hidden_layers": 3, "layer_types": [*"abc"]}
     document, _ = changed(first)
