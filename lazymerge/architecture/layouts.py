@@ -8,7 +8,7 @@ here knows what a tensor is for.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 Renaming = tuple[tuple[str, str], ...]
 """Prefixes and what stands in their place. The first that fits a name counts."""
@@ -87,8 +87,20 @@ def _steps(names: Collection[str], known: frozenset[str]) -> tuple[Renaming, ...
     """The renaming, or the two, by which most of some names become known; none if all are, or none
     makes more so."""
     sample = sorted(names)[:: max(1, len(names) // SAMPLE)]
-    singles = [(renaming,) for renaming in _candidates(names, known)]
-    pairs = [(first, second) for (first,) in singles for (second,) in singles if first != second]
+    fixed: list[Renaming] = [((wrapper, ""),) for wrapper in WRAPPERS]
+    fixed += [renaming for pair in LAYOUTS for renaming in pair]
+    words = [word for word in _common_first_words(names) if word not in WRAPPERS]
+    taken: list[Renaming] = [((word, ""),) for word in words]
+    put: list[Renaming] = [(("", word),) for word in _words_to_put(sample, known)]
+    candidates = [*fixed, *taken, *put]
+    singles = [(renaming,) for renaming in candidates]
+    pairs = [
+        (first, second)
+        for first in candidates
+        for second in candidates
+        # one word for another would make a part of the model another part
+        if first != second and not (first in taken and second in put)
+    ]
     best: tuple[Renaming, ...] = ()
     matches = _matches(sample, known)
     for steps in (*singles, *pairs):
@@ -123,14 +135,24 @@ def _rename(name: str, renaming: Renaming) -> str:
     return name
 
 
-def _candidates(names: Collection[str], known: Collection[str]) -> list[Renaming]:
-    """What is worth a try: the tables, and single first words of most names taken away or put
-    before."""
-    wrapped: list[Renaming] = [((wrapper, ""),) for wrapper in WRAPPERS]
-    tables = [renaming for pair in LAYOUTS for renaming in pair]
-    taken = [((word, ""),) for word in _common_first_words(names)]
-    put = [(("", word),) for word in _common_first_words(known)]
-    return [*wrapped, *tables, *taken, *put]
+def _words_to_put(sample: Collection[str], known: frozenset[str]) -> list[str]:
+    """Words that most known names begin with. None if names fit behind another word of theirs as
+    well: `encoder.layers` may be of a model that sees, or of the one beside it that reads."""
+    bare = [name for name in _without_wrappers(sample) if name not in known]
+    firsts = {name[: name.index(".") + 1] for name in known if "." in name}
+    fits = {word: sum(word + name in known for name in bare) for word in firsts}
+    return [
+        word
+        for word in _common_first_words(known)
+        if all(2 * fits[other] < fits[word] for other in firsts if other != word)
+    ]
+
+
+def _without_wrappers(names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        for wrapper in WRAPPERS:
+            name = name.removeprefix(wrapper)
+        yield name
 
 
 def _common_first_words(names: Collection[str]) -> list[str]:

@@ -66,7 +66,7 @@ def split_into_modules(
     Raises:
         KeyError: a module's name that fits no part, or several alike.
     """
-    owners = {name: _owner(name, stacks) for name in names}
+    owners = {name: owner(name, stacks) for name in names}
     found: dict[str, tuple[list[str], LayerStack | None]] = {}
     rest = dict.fromkeys(names)
     chosen: dict[str, LayerStack] = {}
@@ -92,7 +92,7 @@ def split_into_modules(
         found[module] = own, stack
         for name in own:
             del rest[name]
-    _give_heads(rest, found)
+    _give_heads([name for name in rest if owners[name] is None], found)
     for module, (own, stack) in found.items():
         members = set(own)
         found[module] = [name for name in names if name in members], stack
@@ -115,7 +115,7 @@ def _give_heads(
             found[writers[0]][0].append(name)
 
 
-def _owner(name: str, stacks: LayerStacks) -> LayerStack | None:
+def owner(name: str, stacks: LayerStacks) -> LayerStack | None:
     """The stack with which a name has most words in common; None where it has none, or two."""
     words = name.split(".")
     best, most, is_tie = None, 0, False

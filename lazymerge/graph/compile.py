@@ -157,7 +157,8 @@ class _Compiler:
         self.targets, self.origins = found.targets, found.origins
         self.names = [target.name for target in self.targets]
         for name in found.left_out:
-            self.notices.add(f"copied from {recipe.main_model}, since no module has it", name)
+            kind = "module" if recipe.modules else "slice"
+            self.notices.add(f"copied from {recipe.references[0]}, since no {kind} has it", name)
 
     def compile(self) -> CompiledMerge:
         tensors = []

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..architecture import LayerStack, LayerStacks, find_layer_stacks
-from ..architecture.modules import is_before_layers, split_into_modules
+from ..architecture.modules import is_before_layers, owner, split_into_modules
 from ..checkpoint.tensor import Checkpoint
 from ..errors import InputError, InputErrors
 from ..recipe.model import ModelEntry, Module, Recipe, Setting, Slice
@@ -72,7 +72,7 @@ layer that every layer of the output has its config from."""
 class Targets:
     """All tensors of the output, in natural order of their names.
 
-    origins: of layers. left_out: names of tensors that no module of the recipe has.
+    origins: of layers. left_out: names of tensors that no module and no slice of the recipe has.
     """
 
     targets: tuple[Target, ...]
@@ -113,7 +113,9 @@ class _Finder:
         self.problems: list[str] = []
         self.origins: dict[LayerStack, tuple[tuple[str, int], ...]] = {}
         self.layers: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
-        self.main = checkpoints[recipe.main_model]
+        self.first = recipe.references[0]
+        """What config and names of the output come from: a model, or another merge's result."""
+        self.main = checkpoints[self.first]
 
     def find(self) -> Targets:
         recipe = self.recipe
@@ -121,10 +123,17 @@ class _Finder:
         if recipe.modules:
             targets = self._modules(left_out)
         elif recipe.slices:
-            names = list(self.main.tensors)
-            stack = self._main_stack(find_layer_stacks(names))
+            stacks = find_layer_stacks(self.main.tensors)
+            stack = self._main_stack(stacks)
             scopes: Scopes = (recipe.parameters,)
-            targets = [] if stack is None else self._sliced(recipe.slices, stack, scopes, None)
+            if stack is None:
+                targets = []
+            elif len(stacks) == 1:
+                targets = self._sliced(recipe.slices, stack, scopes, None)
+            else:
+                members = [n for n in self._names() if owner(n, stacks) in (None, stack)]
+                targets = self._sliced(recipe.slices, stack, scopes, members)
+                targets += self._copied(members, left_out)
         else:
             targets = self._whole(recipe.models, (recipe.parameters,), None)
         if self.problems:
@@ -174,12 +183,13 @@ class _Finder:
     def _main_stack(self, stacks: LayerStacks) -> LayerStack | None:
         """The stack that slices without a module are of."""
         found: list[LayerStack] = [*stacks]
-        if len(found) > 1 and self.main.config is not None:
-            counts = [self.main.config.get(key) for key in LAYER_COUNT_KEYS]
+        config = self.main.config or {}
+        if len(found) > 1 and not config.get("is_encoder_decoder"):
+            counts = [config.get(key) for key in LAYER_COUNT_KEYS]
             found = [stack for stack in found if stack.layer_count in counts] or found
         if len(found) == 1:
             return found[0]
-        model = self.recipe.main_model
+        model = self.first
         if not found:
             self.problems.append(f"{model} has no layers that slices could be cut from")
         else:
@@ -200,7 +210,7 @@ class _Finder:
         """members: names of the module's tensors in the main model; None: all count."""
         targets: list[Target] = []
         origins: list[tuple[str, int]] = []
-        layers_of_main = self._layers(self.recipe.main_model, stack.prefix)
+        layers_of_main = self._layers(self.first, stack.prefix)
         shared = [
             suffix
             for suffix in layers_of_main.get(0, {})
@@ -299,29 +309,37 @@ class _Finder:
     # modules
 
     def _modules(self, left_out: list[str]) -> list[Target]:
-        names = dict.fromkeys(
-            name
-            for reference in self.recipe.references
-            for name in self.checkpoints[reference].tensors
-        )
+        names = self._names()
         stacks = find_layer_stacks(self.main.tensors)
         try:
             parts = split_into_modules(names, stacks, [m.name for m in self.recipe.modules])
         except KeyError as error:
             known = ", ".join(stack.prefix for stack in stacks) or "none"
             raise InputError(
-                f"{self.recipe.path}: module {error} fits no part of {self.recipe.main_model}, or "
+                f"{self.recipe.path}: module {error} fits no part of {self.first}, or "
                 f"several; its layer stacks, which modules may be named after: {known}"
             ) from None
         targets: list[Target] = []
         for module in self.recipe.modules:
             targets += self._module(module, *parts[module.name])
-        merged = {name for own, _ in parts.values() for name in own}
+        members = [name for own, _ in parts.values() for name in own]
+        return targets + self._copied(members, left_out)
+
+    def _names(self) -> dict[str, None]:
+        """Those of all models' tensors."""
+        return dict.fromkeys(
+            name
+            for reference in self.recipe.references
+            for name in self.checkpoints[reference].tensors
+        )
+
+    def _copied(self, members: Iterable[str], left_out: list[str]) -> list[Target]:
+        """What is no member of any part that is merged, as the first model has it."""
+        merged = set(members)
         rest = [name for name in self.main.tensors if name not in merged]
         left_out += rest
-        main = Source(self.recipe.main_model, self.main, {}, False, 0)
-        targets += [Target(name, ((main, name),), (), 0.0, is_copied=True) for name in rest]
-        return targets
+        main = Source(self.first, self.main, {}, False, 0)
+        return [Target(name, ((main, name),), (), 0.0, is_copied=True) for name in rest]
 
     def _module(
         self, module: Module, members: Sequence[str], stack: LayerStack | None

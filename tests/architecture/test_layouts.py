@@ -80,6 +80,31 @@ def test_a_part_is_not_taken_for_another() -> None:
     assert "lm_head.weight" not in found.values()
 
 
+TOWER = [f"encoder.layers.{n}.{w}.weight" for n in range(3) for w in ("mlp.fc1", "self_attn.q")]
+CLIP = [f"{part}_model.{name}" for part in ("vision", "text") for name in TOWER]
+
+
+@pytest.mark.parametrize(
+    ("names", "reference"),
+    [
+        (
+            ["bert.a.weight", "bert.b.weight", "classifier.bias"],
+            ["bert.a.weight", "qa_outputs.bias"],
+        ),
+        ([*DECODER[:-1], "v_head.weight"], DECODER),
+        ([*DECODER[:-2], "value.norm.weight", "lm_head.weight"], DECODER),
+        ([*DECODER, *(f"mtp.layers.3.{w}" for w in "ab")], [*DECODER, "model.layers.3.a"]),
+        (["encoder.block.0.q", "decoder.block.0.q"], ["encoder.block.0.q", "encoder.block.1.q"]),
+        ([f"vision_model.{name}" for name in TOWER], [f"text_model.{name}" for name in TOWER]),
+        (TOWER, CLIP),
+        (TOWER, [*CLIP, "vision_model.embeddings.weight", "vision_model.norm.weight"]),
+    ],
+)
+def test_parts_that_look_alike(names: list[str], reference: list[str]) -> None:
+    """They stay what they are, whoever lacks them."""
+    assert renamed(names, reference) == {}
+
+
 @pytest.mark.parametrize("names", [DECODER, HEADLESS, LLAVA_4, LLAVA_5, QWEN_4, QWEN_5, BERT, []])
 def test_names_that_are_right_stay(names: list[str]) -> None:
     assert renamed(names, names) == {}

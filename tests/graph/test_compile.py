@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -608,3 +609,116 @@ def test_too_many_problems_are_counted() -> None:
     found = problems(linear("a", "b"), {"a": layers(50), "b": {"x": (1,)}})
     assert len(found) == MOST_PROBLEMS_SHOWN + 1
     assert found[-1] == "… and 31 more problems of this kind"
+
+
+T5: Shapes = {
+    "shared.weight": (8, 4),
+    **{f"encoder.block.{n}.q.weight": (4, 4) for n in range(3)},
+    "encoder.final_layer_norm.weight": (4,),
+    **{f"decoder.block.{n}.q.weight": (4, 4) for n in range(2)},
+    "decoder.final_layer_norm.weight": (4,),
+    "lm_head.weight": (8, 4),
+}
+LLAVA: Shapes = {
+    "vision_tower.embeddings.patch_embedding.weight": (4, 4),
+    **{f"vision_tower.encoder.layers.{n}.fc.weight": (4, 4) for n in range(2)},
+    "vision_tower.post_layernorm.weight": (4,),
+    "multi_modal_projector.linear.weight": (4, 4),
+    "language_model.model.embed_tokens.weight": (8, 4),
+    **{f"language_model.model.layers.{n}.q.weight": (4, 4) for n in range(3)},
+    "language_model.model.norm.weight": (4,),
+    "language_model.lm_head.weight": (8, 4),
+}
+
+
+def read_from(merge: CompiledMerge) -> dict[str, str]:
+    """The models that every output tensor is made from."""
+    folders = {
+        write.name: sorted(
+            {read.folder.removeprefix("/models/") for read in merge.graph.reads_of(write.id)}
+        )
+        for write in merge.graph.writes
+    }
+    return {name: "+".join(models) for name, models in folders.items()}
+
+
+def listed(*models: str) -> list[dict[str, Any]]:
+    return [{"model": model, "parameters": {"weight": 0.5}} for model in models]
+
+
+class TestParts:
+    """What a recipe's modules or slices do not name is the base's."""
+
+    def test_a_decoder_alone(self) -> None:
+        modules = {"decoder": {"models": listed("a", "b")}}
+        recipe = {"merge_method": "linear", "base_model": "a", "modules": modules}
+        merge = compiled(recipe, {"a": T5, "b": T5})
+        found = read_from(merge)
+        assert found.pop("shared.weight") == "a"
+        assert {n for n, models in found.items() if models == "a+b"} == {
+            name for name in T5 if name.startswith(("decoder", "lm_head"))
+        }
+        assert {n for n, models in found.items() if models == "a"} == {
+            name for name in T5 if name.startswith("encoder")
+        }
+        assert "copied from a, since no module has it" in "".join(merge.notices)
+
+    def test_a_decoder_of_slices(self) -> None:
+        slices = [{"sources": [{"model": "b", "layer_range": [0, 2]}]}]
+        recipe = {
+            "merge_method": "passthrough",
+            "base_model": "a",
+            "modules": {"decoder": {"slices": slices}},
+        }
+        found = read_from(compiled(recipe, {"a": T5, "b": T5}))
+        assert {name for name, models in found.items() if models == "b"} == {
+            name for name in T5 if name.startswith(("decoder", "lm_head"))
+        }
+
+    def test_a_language_model_alone(self) -> None:
+        modules = {"language_model": {"models": listed("a", "b")}}
+        recipe = {"merge_method": "linear", "base_model": "a", "modules": modules}
+        found = read_from(compiled(recipe, {"a": LLAVA, "b": LLAVA}))
+        assert {name for name, models in found.items() if models == "a+b"} == {
+            name for name in LLAVA if name.startswith("language_model")
+        }
+
+    def test_of_a_merge_of_the_same_file(self) -> None:
+        """What is not named is the merge's, and not the model's that the merge begins from."""
+        recipe = [
+            {"name": "mix", "merge_method": "linear", "models": listed("a", "b")},
+            {
+                "merge_method": "linear",
+                "base_model": "mix",
+                "modules": {"encoder": {"models": listed("mix", "c")}},
+            },
+        ]
+        parsed = parse_recipe(yaml.safe_dump_all(recipe), "recipe.yml", SIGNATURES)
+        checkpoints = {name: checkpoint(name, T5) for name in "abc"}
+        merge = compile_recipe(parsed, checkpoints)
+        found = read_from(merge)
+        assert found["decoder.block.0.q.weight"] == found["shared.weight"] == "a+b"
+        assert found["encoder.block.0.q.weight"] == "a+b+c"
+        assert "copied from mix, since no module has it" in "".join(merge.notices)
+
+    def test_slices_of_a_model_with_two_stacks(self) -> None:
+        slices = [
+            {"sources": [{"model": "b", "layer_range": [0, 2]}]},
+            {"sources": [{"model": "a", "layer_range": [2, 3]}]},
+        ]
+        recipe = {"merge_method": "passthrough", "base_model": "a", "slices": slices}
+        for shapes, config in ((T5, {"num_layers": 3, "is_encoder_decoder": True}), (LLAVA, {})):
+            parsed = parse_recipe(yaml.safe_dump(recipe), "recipe.yml", SIGNATURES)
+            models = {name: replace(checkpoint(name, shapes), config=config) for name in "ab"}
+            with pytest.raises(InputErrors, match="has several layer stacks"):
+                compile_recipe(parsed, models)
+        models = {
+            name: replace(checkpoint(name, LLAVA), config={"num_hidden_layers": 3}) for name in "ab"
+        }
+        merge = compile_recipe(parsed, models)
+        found = read_from(merge)
+        assert {name for name, model in found.items() if model == "b"} == {
+            "language_model.model.embed_tokens.weight",
+            *(f"language_model.model.layers.{n}.q.weight" for n in range(2)),
+        } | {"multi_modal_projector.linear.weight"}
+        assert "copied from a, since no slice has it" in "".join(merge.notices)
