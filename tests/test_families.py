@@ -142,6 +142,7 @@ def test_a_frankenmerge(family_name: str, tmp_path: Path) -> None:
     }
     (tmp_path / "slices.yml").write_text(yaml.safe_dump(recipe))
     plan = lazymerge.plan(tmp_path / "slices.yml")
+    assert plan.notices == ()
     lazymerge.run(plan, tmp_path / "out", fsync=False)
     loaded, said = family.load(tmp_path / "out")
     assert not said["missing_keys"], said
@@ -223,6 +224,30 @@ def test_layers_beyond_those_that_the_config_counts(tmp_path: Path) -> None:
     loaded, said = family.load(tmp_path / "without")
     assert not any(said[key] for key in ("missing_keys", "unexpected_keys")), said
     assert (loaded.config.num_hidden_layers, loaded.config.num_nextn_predict_layers) == (5, 0)
+
+
+def test_layers_put_together_twice(tmp_path: Path) -> None:
+    """Slices of a merge of the same file, whose own layers are put together."""
+    family = FAMILIES["qwen2-moe"]
+    family.make().save_pretrained(tmp_path / "model")
+
+    def slices(model: str, *ranges: list[int]) -> dict[str, Any]:
+        pieces = [{"sources": [{"model": model, "layer_range": layers}]} for layers in ranges]
+        return {"merge_method": "passthrough", "slices": pieces}
+
+    # dense 0 2, sparse 1: layers 0 1 0 1 2, then 0 1 0 1 2 1 2
+    documents = [
+        {"name": "longer", **slices(str(tmp_path / "model"), [0, 2], [0, 3])},
+        slices("longer", [0, 5], [3, 5]),
+    ]
+    (tmp_path / "twice.yml").write_text(yaml.safe_dump_all(documents))
+    plan = lazymerge.plan(tmp_path / "twice.yml")
+    assert plan.notices == ()
+    lazymerge.run(plan, tmp_path / "out", fsync=False)
+    loaded, said = family.load(tmp_path / "out")
+    assert not any(said[key] for key in ("missing_keys", "unexpected_keys")), said
+    assert loaded.config.num_hidden_layers == 7
+    assert torch.isfinite(outputs(loaded.eval())).all()
 
 
 def test_a_config_that_does_not_say_how_many_layers_there_are(tmp_path: Path) -> None:
