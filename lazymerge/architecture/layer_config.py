@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 from .config import configs_within
-from .layer_rules import TYPES_BY_LAYER, Rule, rules_of
+from .layer_rules import KEYS_OF_KINDS, TYPES_BY_LAYER, Rule, rules_of
 from .layers import LayerStack
 from .roles import is_optional
 
@@ -118,7 +118,12 @@ def with_layers(
             "beyond the layers that their model's config.json counts, and count as layers like "
             "the others now"
         )
-    rules = rules_of(inner, {place.count, stack.layer_count})
+    is_encoder = "encoder" in stack.prefix.split(".")
+    rules = [
+        rule
+        for rule in rules_of(inner, {place.count, stack.layer_count})
+        if not rule.key.startswith("decoder_" if is_encoder else "encoder_")
+    ]
     for key in place.keys:
         inner[key] = count
     unsaid: set[int] = set()
@@ -230,8 +235,6 @@ def _by_lists(found: _Inner, stack: LayerStack) -> _Place | None:
 def _of_other_name(found: _Inner, stack: LayerStack) -> _Place | None:
     """The only number of that size whose name has to do with layers."""
     for path, inner in found:
-        if any(key in inner for key in _COUNTS):
-            continue
         fitting = [
             key
             for key, value in inner.items()
@@ -252,7 +255,9 @@ def _below(
             continue
         for keys in _keys(words):
             stated = [(key, value) for key in keys if isinstance(value := inner.get(key), int)]
-            if len(stated) == 1 and 0 < stated[0][1] < stack.layer_count:
+            others = [key for key, value in inner.items() if _may_be_count(key, value)]
+            others = [key for key in others if key not in dict(stated)]
+            if len(stated) == 1 and not others and 0 < stated[0][1] < stack.layer_count:
                 return _Place(path, inner, (stated[0][0],), stated[0][1])
             if stated:
                 return None
@@ -278,7 +283,9 @@ def _may_be_count(key: str, value: object) -> bool:
     return (
         isinstance(value, int)
         and not isinstance(value, bool)
+        and value > 0
         and key not in _LAYERS_BEYOND
+        and key not in KEYS_OF_KINDS
         and any(word in key for word in _WORDS_FOR_COUNTS)
     )
 

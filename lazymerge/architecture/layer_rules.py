@@ -278,14 +278,16 @@ class Period(Rule):
 
     def _fit(self, config: dict[str, object], kinds: Sequence[object]) -> bool:
         """Writes the shortest period that says the kinds, if there is one."""
+        first = kinds.index(True) if True in kinds else len(kinds)
         for period in range(1, len(kinds) + 2):
-            tried = range(period) if isinstance(self.place, str) else (self.place,)
-            for place in tried:
-                if all((n % period == place % period) == kind for n, kind in enumerate(kinds)):
-                    config[self.key] = period
-                    if isinstance(self.place, str):
-                        config[self.place] = place
-                    return True
+            place = first if isinstance(self.place, str) else self.place % period
+            if place < period and all(
+                (layer % period == place) == kind for layer, kind in enumerate(kinds)
+            ):
+                config[self.key] = period
+                if isinstance(self.place, str):
+                    config[self.place] = place
+                return True
         return False
 
 
@@ -322,6 +324,11 @@ _RULES: Mapping[str, Rule] = {
         *PERIODS,
     )
 }
+
+KEYS_OF_KINDS = frozenset(
+    {*_RULES, *(p.place for p in PERIODS if isinstance(p.place, str)), "max_window_layers"}
+)
+"""Keys that are about layers' kinds, and so not about how many layers there are."""
 
 _FORMS: Mapping[type[Rule], type] = {
     Text: str,

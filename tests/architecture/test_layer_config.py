@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lazymerge.architecture.layer_config import with_layers
 from lazymerge.architecture.layers import LayerStack
 from lazymerge.errors import InputError
@@ -119,6 +121,47 @@ def test_forms(said: dict[str, Any], order: list[int], expected: dict[str, Any])
     )
     assert found == {"num_hidden_layers": len(order), **expected}
     assert notices == []
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=9),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.sets(st.integers(0, 5)),
+)
+def test_what_is_said_of_layers_is_right_or_they_are_named(
+    order: list[int], period: int, offset: int, numbers: set[int]
+) -> None:
+    config = {
+        "num_hidden_layers": 6,
+        "attn_layer_period": period,
+        "attn_layer_offset": offset % period,
+        "full_attn_idxs": sorted(numbers),
+        "first_k_dense_replace": offset,
+    }
+    stack = LayerStack("model.layers", 6)
+    found, said = with_layers(config, stack, [(config, n) for n in order])
+
+    def kinds(config: dict[str, Any], layer: int) -> dict[str, bool]:
+        return {
+            "attn_layer_period": layer % config["attn_layer_period"] == config["attn_layer_offset"],
+            "full_attn_idxs": layer in config["full_attn_idxs"],
+            "first_k_dense_replace": layer < config["first_k_dense_replace"],
+        }
+
+    for key in kinds(config, 0):
+        wrong = [
+            place
+            for place, n in enumerate(order)
+            if kinds(found, place)[key] != kinds(config, n)[key]
+        ]
+        notices = [notice for notice in said if f" than {key} " in notice]
+        assert len(notices) == bool(wrong)
+        if 1 < len(wrong) < 7:
+            assert notices[0].startswith(
+                f"layers {', '.join(map(str, wrong[:-1]))} and {wrong[-1]} of "
+            )
 
 
 def test_a_list_is_added_where_a_period_cannot_say_it() -> None:
@@ -240,6 +283,30 @@ def test_a_count_of_another_name() -> None:
     }
     with pytest.raises(InputError):
         changed({"layers_of_one_kind": 3, "layers_of_another": 3})
+
+
+def test_counts_of_several_stacks() -> None:
+    flux = {"num_layers": 2, "num_single_layers": 3}
+    assert changed(flux, "single_transformer_blocks") == ({**flux, "num_single_layers": 5}, [])
+    with pytest.raises(InputError):
+        changed(flux, "transformer_blocks", 4)
+    # numbers that are of something else
+    config = {"num_hidden_layers": 2, "max_window_layers": 3, "attn_layer_offset": 3}
+    found, said = changed(config)
+    assert found == {**config, "num_hidden_layers": 5}
+    assert len(said) == 1
+
+
+def test_encoders_and_decoders_have_kinds_of_their_own() -> None:
+    nllb = {"encoder_layers": 3, "decoder_layers": 3}
+    nllb |= {"encoder_sparse_step": 3, "decoder_sparse_step": 3}
+    stack = LayerStack("model.decoder.layers", 3)
+    found, said = with_layers(nllb, stack, [(nllb, n) for n in (0, 2)])
+    assert found == {**nllb, "decoder_layers": 2, "decoder_sparse_step": 2}
+    stack = LayerStack("model.encoder.layers", 3)
+    found, said = with_layers(nllb, stack, [(nllb, n) for n in (0, 2)])
+    assert found == {**nllb, "encoder_layers": 2, "encoder_sparse_step": 2}
+    assert said == []
 
 
 def test_a_count_that_is_left_to_a_default() -> None:
