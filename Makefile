@@ -5,7 +5,8 @@
 #
 # Both set up .venv first. Others: make lint, make bench, make measure-methods, make methods-page,
 # make clean, and make prove-low-memory, make check-memory, make check-determinism,
-# make compare-mergekit, make compare-forms, make crash-matrix, make fuzz (minutes each), make soak (an hour).
+# make compare-mergekit, make compare-forms, make compare-tokenizers, make crash-matrix, make fuzz
+# (minutes each), make soak (an hour).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,11 +19,11 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint format bench measure-methods methods-page clean help \
-        prove-low-memory check-memory check-determinism compare-mergekit compare-forms crash-matrix \
-        soak fuzz
+        prove-low-memory check-memory check-determinism compare-mergekit compare-forms \
+        compare-tokenizers crash-matrix soak fuzz
 
 help:
-	@sed -n '3,8p' Makefile | cut -c3-
+	@sed -n '3,9p' Makefile | cut -c3-
 
 $(INSTALLED): pyproject.toml setup.py Makefile $(wildcard lazymerge/engine/native/*.[ch])
 	@echo "setting up $(VENV) (first time: some minutes)"
@@ -78,6 +79,10 @@ compare-mergekit: $(INSTALLED)
 
 compare-forms: $(INSTALLED)
 	$(BIN)/python scripts/compare_forms_with_mergekit.py --recipes 60
+
+compare-tokenizers: $(INSTALLED)
+	$(BIN)/python scripts/compare_tokenizers.py
+	$(BIN)/python scripts/compare_tokenizers.py --random 60
 
 crash-matrix: $(INSTALLED)
 	$(BIN)/python scripts/crash_matrix.py

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..checkpoint.json_file import read_json_mapping
+from ..checkpoint.json_file import parse_json_mapping
 from ..checkpoint.regular_file import open_regular_file, read_exactly
 from ..checkpoint.tensor import FileInfo
 from ..checkpoint.wording import kind, quoted, shown
@@ -52,7 +52,10 @@ MOST_EXPRESSIONS = 20
 MOST_EXPRESSION_CHARACTERS = 200
 
 _SIMPLE = re.compile(r"[\w.\\|()\[\]^$*+-]*")
-_NAME_PATTERN = re.compile(r"\^?[\w.-]+\$?")
+_WORDS = re.compile(r"\^?[\w.-]+\$?")
+
+MOST_MODULE_CHARACTERS = 1_000
+"""A longer name is no module's, and is not compared with expressions."""
 
 _REMEDY = "Merge it into its model with peft first."
 
@@ -62,7 +65,10 @@ class AdapterConfig:
     """What adapter_config.json says.
 
     rank: of every change, where rank_pattern says nothing else; None: it does.
-    alpha, alphas: lora_alpha, and those of some modules by pattern, in order.
+    alpha: lora_alpha.
+    alphas_by_end: of modules whose names end in some words (are, after ^), by those: the number in
+        alpha_pattern, the pattern, and the alpha.
+    alphas_by_expression: the same of other patterns. The first that fits counts.
     is_rank_stabilised: scaling is alpha / √r and not alpha / r.
     is_dora: outputs are scaled to a length.
     is_transposed: fan_in_fan_out.
@@ -72,7 +78,8 @@ class AdapterConfig:
 
     rank: int | None
     alpha: float
-    alphas: tuple[tuple[str, float], ...]
+    alphas_by_end: Mapping[str, tuple[int, str, float]]
+    alphas_by_expression: tuple[tuple[int, str, float], ...]
     is_rank_stabilised: bool
     is_dora: bool
     is_transposed: bool
@@ -84,12 +91,20 @@ class AdapterConfig:
 
         module: its name, as the adapter writes it.
         """
-        alpha = next((a for pattern, a in self.alphas if _fits(pattern, module)), self.alpha)
+        words = module.split(".")
+        ends = [f"^{module}", *(".".join(words[first:]) for first in range(len(words)))]
+        fitting = [self.alphas_by_end[end] for end in ends if end in self.alphas_by_end]
+        if len(module) <= MOST_MODULE_CHARACTERS:
+            fitting += [found for found in self.alphas_by_expression if _fits(found[1], module)]
+        alpha = min(fitting)[2] if fitting else self.alpha
         return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
 
     def is_saved(self, name: str) -> bool:
-        """Whether a tensor is one of a module that is the adapter's own as a whole."""
-        return any(f".{part}." in f".{name}" for part in self.saved)
+        """Whether a tensor is one of a module that is the adapter's own as a whole: one whose name
+        ends as one of modules_to_save does, `input_layernorm` for `norm`, as peft has it."""
+        words = name.split(".")
+        modules = [".".join(words[:count]) for count in range(1, len(words))]
+        return any(module.endswith(self.saved) for module in modules)
 
 
 def read_adapter_config(path: Path) -> tuple[AdapterConfig, FileInfo]:
@@ -99,9 +114,14 @@ def read_adapter_config(path: Path) -> tuple[AdapterConfig, FileInfo]:
 
     Raises InputError naming the file, the key and the remedy.
     """
-    document, _ = read_json_mapping(path, LIMIT_BYTES, limit_values=LIMIT_VALUES)
     with open_regular_file(path) as (descriptor, status):
-        content = read_exactly(descriptor, min(status.st_size, LIMIT_BYTES), path)
+        if status.st_size > LIMIT_BYTES:
+            raise InputError(
+                f"{path}: holds {status.st_size:,} bytes; at most {LIMIT_BYTES:,} are read. It is "
+                "not what its name says: download the adapter again."
+            )
+        content = read_exactly(descriptor, status.st_size, path)
+    document = parse_json_mapping(content, path, limit_values=LIMIT_VALUES)
     file = FileInfo(
         path=path.name,
         size_bytes=status.st_size,
@@ -125,13 +145,15 @@ class _Reader:
         rank = self._number("r", 8)
         if rank != int(rank) or not 0 < rank <= MOST_RANK:
             raise self.error("r", f"is {shown(rank)}, no rank. Download the adapter again.")
+        alphas = self._alphas()
         bias = self.document.get("bias", "none")
         if not isinstance(bias, str) or bias not in ("none", "lora_only", "all"):
             raise self.error("bias", f"is {shown(bias)}; known are none, lora_only and all")
         return AdapterConfig(
             rank=None if ranks else int(rank),
             alpha=self._number("lora_alpha", 8),
-            alphas=self._alphas(),
+            alphas_by_end={a[1].removesuffix("$"): a for a in reversed(alphas) if _is_end(a[1])},
+            alphas_by_expression=tuple(a for a in alphas if not _is_end(a[1])),
             is_rank_stabilised=self._flag("use_rslora"),
             is_dora=self._flag("use_dora"),
             is_transposed=self._flag("fan_in_fan_out"),
@@ -159,9 +181,9 @@ class _Reader:
                 "model named is the changed one, set the key to true.",
             )
 
-    def _alphas(self) -> tuple[tuple[str, float], ...]:
+    def _alphas(self) -> list[tuple[int, str, float]]:
         alphas = self._numbers("alpha_pattern")
-        expressions = [pattern for pattern, _ in alphas if not _NAME_PATTERN.fullmatch(pattern)]
+        expressions = [pattern for pattern, _ in alphas if not _is_end(pattern)]
         for number, pattern in enumerate(expressions):
             if number == MOST_EXPRESSIONS or not _is_simple(pattern):
                 raise self.error(
@@ -170,7 +192,7 @@ class _Reader:
                     f"{MOST_EXPRESSIONS} expressions of alternatives and one repetition. Write the "
                     "names of its modules out, each with its alpha.",
                 )
-        return alphas
+        return [(number, pattern, alpha) for number, (pattern, alpha) in enumerate(alphas)]
 
     def _number(self, key: str, default: float) -> float:
         value = self.document.get(key)
@@ -228,19 +250,12 @@ def _is_simple(pattern: str) -> bool:
     return True
 
 
+def _is_end(pattern: str) -> bool:
+    """Whether a pattern is words that a module's name ends in, or after ^ all of them. To peft a
+    dot stands for any character; here it is a dot, which in names it is."""
+    return _WORDS.fullmatch(pattern) is not None
+
+
 def _fits(pattern: str, module: str) -> bool:
-    """Whether a pattern of names means a module: its last parts, or all of them after ^. A dot
-    stands for any character, as peft has it."""
-    if not _NAME_PATTERN.fullmatch(pattern):
-        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
-    core = pattern.removesuffix("$")
-    if core.startswith("^"):
-        return _equals(core[1:], module)
-    before = len(module) - len(core)
-    return before >= 0 and _equals(core, module[before:]) and module[:before][-1:] in ("", ".")
-
-
-def _equals(core: str, text: str) -> bool:
-    return len(core) == len(text) and all(
-        one in (".", other) for one, other in zip(core, text, strict=True)
-    )
+    """Whether an expression means a module: as peft has it, its last words or all of them."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None

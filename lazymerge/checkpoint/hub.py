@@ -407,6 +407,8 @@ def _unreachable(model: str, name: str | None, error: BaseException) -> HubUnrea
 
 def _first_line(error: BaseException) -> str:
     """What an error says, cut to a line, without what looks like a token."""
+    while isinstance(error, RuntimeError) and error.__context__ is not None:
+        error = error.__context__  # a generator that did not stop says nothing of why
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return _TOKEN.sub("hf_…", text[:200]).rstrip(".")

@@ -18,6 +18,9 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+DOWNLOAD = "Download it again."
+
+
 def most_values(raw: bytes) -> int:
     """An upper bound of the values and keys in a JSON text, found without parsing it.
 
@@ -33,7 +36,7 @@ def read_json_mapping(
     object_pairs_hook: Callable[[list[tuple[str, object]]], object] | None = None,
     *,
     limit_values: int | None = None,
-    remedy: str = "Download it again.",
+    remedy: str = DOWNLOAD,
 ) -> tuple[dict[str, object], int]:
     """A JSON file's mapping, and the bytes read.
 
@@ -52,6 +55,21 @@ def read_json_mapping(
                 f"It is not what its name says. {remedy}"
             )
         raw = read_exactly(descriptor, status.st_size, path)
+    return parse_json_mapping(
+        raw, path, object_pairs_hook, limit_values=limit_values, remedy=remedy
+    ), len(raw)
+
+
+def parse_json_mapping(
+    raw: bytes,
+    path: Path,
+    object_pairs_hook: Callable[[list[tuple[str, object]]], object] | None = None,
+    *,
+    limit_values: int | None = None,
+    remedy: str = DOWNLOAD,
+) -> dict[str, object]:
+    """The mapping that a JSON file holds; path: of it, for messages. Limits and errors as of
+    `read_json_mapping`."""
     if limit_values is not None and most_values(raw) > limit_values:
         raise InputError(
             f"{path}: holds more than {limit_values:,} values. It is not what its name says. "
@@ -79,7 +97,7 @@ def read_json_mapping(
         raise InputError(
             f"{path}: holds an unpaired surrogate (\\ud800 to \\udfff), which is not text. {remedy}"
         )
-    return document, len(raw)
+    return document
 
 
 def nesting(document: object) -> int:

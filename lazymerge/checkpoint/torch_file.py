@@ -161,7 +161,11 @@ def _find_tensors(saved: object, file: str) -> tuple[Mapping[str, StoredTensor],
         raise BrokenFileError(
             f"holds {what}, not a mapping of names to tensors.", SAVE_TENSORS_ALONE
         )
-    inner = [key for key, value in saved.items() if _tensors_in(value)]
+    looked_at: dict[int, bool] = {}  # one mapping may stand under many keys
+    for value in saved.values():
+        if id(value) not in looked_at:
+            looked_at[id(value)] = _tensors_in(value)
+    inner = [key for key, value in saved.items() if looked_at[id(value)]]
     if _tensors_in(saved):
         if inner:
             raise BrokenFileError(

@@ -272,6 +272,8 @@ class _Machine:
             key = values[place]
             if type(key) not in _KEY_TYPES:
                 raise self._broken("holds a key that is neither a string nor a number")
+            if type(key) is int and not -MOST_KEY < key < MOST_KEY:
+                raise self._broken("holds a key that is larger than any number of a layer")
             if key in mapping:
                 raise self._broken(f"holds the key {_shown_key(key)} twice")
             mapping[key] = values[place + 1]
@@ -348,6 +350,10 @@ def _push_tuple(count: int) -> _Instruction:
 
 
 _STOP = ord(".")
+MOST_KEY = 1 << 60
+"""Python gives numbers below this hashes of their own; of greater ones, many can be chosen that all
+have the same, and a mapping of some 100,000 takes minutes to fill."""
+
 _KEY_TYPES = frozenset({str, int, float, bool, type(None)})
 
 _BY_NAME: dict[str, _Instruction] = {

@@ -108,6 +108,8 @@ def run(arguments: Sequence[str]) -> None:
             "--no-safe-serialization is not there: merges are written as safetensors alone, since "
             "other files of weights can hold code"
         )
+    if chosen.num_threads is not None and chosen.num_threads < 1:
+        raise InputError(f"--num-threads {chosen.num_threads}: at least one is needed")
     from .. import api
     from .console import messages
     from .running import run_and_report

@@ -38,7 +38,8 @@ def resume(
     from .. import api
     from ..engine.complete import tidy_up
     from ..engine.finishing import faults
-    from ..engine.unfinished import run_again
+    from ..engine.plan import Resources
+    from ..engine.unfinished import plan_again, run_again
     from ..errors import LazymergeError
     from ..output.folder import is_unfinished
     from ..output.manifest import MANIFEST_NAME, read_document
@@ -47,14 +48,17 @@ def resume(
 
     if (output / MANIFEST_NAME).is_file() and not is_unfinished(output):
         document = read_document(output / MANIFEST_NAME)
-        wrong = faults(document, output)
+        wrong = faults(document, output, small_files=False)
         if wrong:
-            again = run_again(document, output)
-            if faults(document, output, small_files=False):
-                remedy = f"make it again: {again} --overwrite"
-            else:
-                remedy = f"the weights are there; write the rest again: {again}"
-            raise LazymergeError("\n".join([*wrong, remedy]))
+            again = f"make it again: {run_again(document, output)} --overwrite"
+            raise LazymergeError("\n".join([*wrong, again]))
+        if faults(document, output):  # small files are missing: they are written again
+            load_plugins(plugin)
+            made = plan_again(document, output / MANIFEST_NAME, Resources())
+            run_and_report(
+                made, output, no_fsync=no_fsync, strict=strict, quiet=quiet, as_json=as_json
+            )
+            return
         tidy_up(output)
         if as_json:
             status(output, as_json=True)

@@ -61,11 +61,10 @@ def download(
     _check_disk(missing)
     for file in missing:
         fetch(file.source, file.name, moved)
-    fetched = {file.source.folder for file in missing}
+    fetched = {(file.source.folder, file.name) for file in missing}
     for checkpoint in checkpoints:
         for source, files in checkpoint.files_by_source:
-            if source.folder in fetched:
-                check_fetched(source, files)
+            check_fetched(source, [f for f in files if (source.folder, f.path) in fetched])
 
 
 def fetch_tokenizers(checkpoints: Iterable[Checkpoint]) -> None:

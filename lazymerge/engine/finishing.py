@@ -42,20 +42,23 @@ def span_elements(plan: Plan, write: Write) -> int:
     return SPAN_BLOCKS * elements_per_block(plan.execution.device, row)
 
 
-def beside_weights(plan: Plan, folder: Path) -> Iterator[tuple[str, bytes | Path]]:
+def beside_weights(plan: Plan, name: str) -> Iterator[tuple[str, bytes | Path]]:
     """Names of the files beside the weights (index, config, tokenizer files, model card), and their
-    contents, or the files that they are copied from."""
+    contents, or the files that they are copied from.
+
+    name: of the output, the title of its card.
+    """
     if len(plan.shards) > 1:
         yield INDEX_NAME, index_json(plan.shards).encode()
     if plan.config is not None:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
         yield "config.json", text.encode()
     made = {} if plan.tokenizer is None else plan.tokenizer.files
-    for name in sorted([*plan.sidecars, *made]):
-        yield name, made[name] if name in made else Path(plan.sidecar_folder, name)
+    for file in sorted([*plan.sidecars, *made]):
+        yield file, made[file] if file in made else Path(plan.sidecar_folder, file)
     signature = METHODS[plan.recipe.merge_method].signature
     card = model_card(
-        folder.absolute().name,
+        name,
         plan.recipe.text,
         signature.name,
         signature.summary,
@@ -69,25 +72,25 @@ def beside_weights(plan: Plan, folder: Path) -> Iterator[tuple[str, bytes | Path
 
 
 def write_beside_weights(
-    plan: Plan, folder: Path, *, fsync: bool, only: Collection[str] | None = None
+    plan: Plan, folder: Path, name: str, *, fsync: bool, only: Collection[str] | None = None
 ) -> tuple[str, ...]:
     """Writes what `beside_weights` names; returns the names.
 
-    only: some of them.
+    name: of the output. only: some of them.
 
     Raises:
         OSError: one cannot be written.
         LazymergeError: one that is copied cannot be read.
     """
     written = []
-    for name, content in beside_weights(plan, folder):
-        if only is not None and name not in only:
+    for file, content in beside_weights(plan, name):
+        if only is not None and file not in only:
             continue
         if isinstance(content, bytes):
-            write_bytes(folder / name, content, fsync=fsync)
+            write_bytes(folder / file, content, fsync=fsync)
         else:
-            copy_sidecars(plan.sidecar_folder, [name], folder, fsync=fsync)
-        written.append(name)
+            copy_sidecars(plan.sidecar_folder, [file], folder, fsync=fsync)
+        written.append(file)
     return tuple(written)
 
 
@@ -110,6 +113,7 @@ def manifest(
     writes = {write.name: write for write in plan.graph.writes}
     return {
         **{key: value for key, value in beginning.items() if key != "format"},
+        "name": folder.absolute().name,
         "memory": {
             **plan.memory.as_dict(),
             "measured_bytes": report.measured_bytes,

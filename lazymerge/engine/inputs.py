@@ -17,7 +17,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..checkpoint.tensor import DTYPES
@@ -33,8 +33,12 @@ Pieces = Sequence[tuple[int, int]]
 class InputFiles:
     """The input files of a run, each opened at most once. Safe to share by threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, stamps: Mapping[str, tuple[int, int]] | None = None) -> None:
+        """stamps: size and time of modification (nanoseconds) that files must have when they are
+        opened, by path.
+        """
         self._descriptors: dict[tuple[str, bool], int] = {}
+        self._stamps = stamps or {}
         self.watch: Watch | None = None
         """Is told of every file that is opened, while files may be mapped."""
         self._lock = threading.Lock()
@@ -50,8 +54,12 @@ class InputFiles:
             if key not in self._descriptors:
                 try:
                     self._descriptors[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    status = os.fstat(self._descriptors[key])
                 except OSError as error:
                     raise LazymergeError(f"cannot open {path}: {error.strerror}") from error
+                stamp = (status.st_size, status.st_mtime_ns)
+                if self._stamps.get(path, stamp) != stamp:
+                    raise changed_error(path)
                 if self.watch is not None:
                     self.watch(self._descriptors[key], path)
                 if is_scattered and hasattr(os, "posix_fadvise"):
@@ -63,6 +71,15 @@ class InputFiles:
         while self._descriptors:
             _, descriptor = self._descriptors.popitem()
             os.close(descriptor)
+
+
+def changed_error(path: str) -> LazymergeError:
+    """What to raise for an input that is not what it was when its merge went on."""
+    return LazymergeError(
+        f"{path} was changed while it was merged (its size or time of modification is not what it "
+        "was): what has been read of it may be of both. Begin anew with --overwrite, or put the "
+        "file back as it was"
+    )
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: str) -> None:

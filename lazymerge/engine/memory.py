@@ -144,6 +144,10 @@ def default_limit_bytes() -> int:
     return min(DEFAULT_LIMIT_BYTES, available_memory_bytes() // 2) + held
 
 
+MOST_WORKERS = 256
+"""More are not started: a thread takes 1 KiB that no plan counts. Outputs do not depend on it."""
+
+
 def default_workers() -> int:
     """One per processor that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
@@ -222,7 +226,7 @@ def plan_memory(
         )
 
     smallest = -(-plan(1, 0).projected_bytes // MIB) * MIB
-    for count in range(max(1, workers), 0, -1):
+    for count in range(min(max(1, workers), MOST_WORKERS), 0, -1):
         chosen = plan(count, smallest)
         if chosen.projected_bytes <= limit_bytes:
             return chosen

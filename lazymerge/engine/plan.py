@@ -420,12 +420,16 @@ def make_plan(
     """
     resources = resources or Resources()
     checkpoints, renamings = open_models(recipe, paths or {})
-    if recipe.tokenizer is not None or recipe.chat_template is not None:
+    if recipe.asks_for_tokenizer:
         fetch_tokenizers(checkpoints.values())
     tokenizer = plan_tokenizer(recipe, checkpoints, paths)
     alignment = None if tokenizer is None else tokenizer.alignment
     compiled = compile_recipe(
-        recipe, checkpoints, truncate_embeddings=truncate_embeddings, alignment=alignment
+        recipe,
+        checkpoints,
+        truncate_embeddings=truncate_embeddings,
+        alignment=alignment,
+        merge_alignments={} if tokenizer is None else tokenizer.merge_alignments,
     )
     verify_graph(compiled.graph)
     tasks = tensor_tasks(compiled.graph)
@@ -448,7 +452,9 @@ def make_plan(
             *compiled.notices,
             *(tokenizer.notices if tokenizer else ()),
             *config_notices,
-            *_config_notices(checkpoints, is_vocabulary_matched=alignment is not None),
+            *_config_notices(
+                checkpoints, is_vocabulary_matched=tokenizer is not None and tokenizer.is_matched
+            ),
         ),
         shards=lay_out(
             [OutputTensor(w.name, w.dtype, w.shape) for w in compiled.graph.writes],
@@ -558,7 +564,7 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     _check_reads(graph, checkpoints, path)
     output = document["output"]
     _check_sidecars(output, checkpoints[recipe.main_model], path)
-    if recipe.tokenizer is not None or recipe.chat_template is not None:
+    if recipe.asks_for_tokenizer:
         fetch_tokenizers(checkpoints.values())
     tokenizer = plan_tokenizer(recipe, checkpoints)
     if (tokenizer and tokenizer.as_dict()) != output.get("tokenizer"):
@@ -749,10 +755,22 @@ def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]
             opened = open_model(paths.get(reference, reference))
             checkpoints[reference] = replace(opened, reference=reference)
         except InputError as error:
-            problems.append(str(error))
+            problems.append(f"{error}{_of_a_merge(reference, recipe)}")
     if problems:
         raise InputErrors(problems)
     return checkpoints
+
+
+def _of_a_merge(reference: str, recipe: Recipe) -> str:
+    """What else is to be said of a model that is not there."""
+    names = [str(merge.name) for merge in recipe.merges]
+    name = next((name for name in names if reference.startswith(f"{name}+")), None)
+    if name is None:
+        return ""
+    return (
+        f" (An adapter cannot be put on the merge {name!r} of this file: put it on the models that "
+        f"{name!r} is made of, or write {name!r} first, with --write-intermediate)"
+    )
 
 
 def _aligned(

@@ -8,9 +8,10 @@ A run may end at any point, in any way, and another one goes on from there.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from .complete import (
     nonfinite_error,
     remove_beginnings,
     stale_files,
+    tell_edited,
     tidy_up,
 )
 from .device.frame import Lane
@@ -40,7 +42,7 @@ from .device.interface import Device
 from .device.memory import fit_to_device, open_lanes
 from .download import download
 from .finishing import manifest, write_beside_weights
-from .inputs import InputFiles
+from .inputs import InputFiles, changed_error
 from .memory import available_memory_bytes
 from .native.bus_error import explained_bus_errors
 from .nonfinite import examine
@@ -122,7 +124,9 @@ def run_plan(
         check_output(plan, folder, overwrite=overwrite)
     else:
         check_complete(plan, document, observer, strict=strict, hash_inputs=hash_inputs)
-        if not stale_files(plan, document, folder):
+        stale = stale_files(plan, document, folder)
+        if not stale.asks_for_work:
+            tell_edited(stale, observer)
             tidy_up(folder, plan)
             return _nothing_to_do(plan, folder, observer)
     with _locked(folder, observer) as (lock, made):
@@ -188,7 +192,7 @@ def _closed_at_the_end(prepared: Prepared, folder: Path, lock: OutputLock) -> It
     try:
         yield
     except _AbandonedError as error:
-        _close_later(error.running, prepared, lock)
+        _close_later(error, prepared, lock)
         raise
     except BaseException as error:
         prepared.writer.close()
@@ -201,12 +205,15 @@ def _closed_at_the_end(prepared: Prepared, folder: Path, lock: OutputLock) -> It
         raise
 
 
-def _close_later(running: Sequence[threading.Event], prepared: Prepared, lock: OutputLock) -> None:
-    """Closes an output when its workers have ended, if the process lives to see that."""
+def _close_later(error: _AbandonedError, prepared: Prepared, lock: OutputLock) -> None:
+    """Closes an output and its inputs when the workers have ended, if the process lives to see
+    that. The numbers of closed files are given to others, and a worker would read those."""
 
     def wait_and_close() -> None:
-        for ended in running:
+        for ended in error.running:
             ended.wait()
+        if error.files is not None:
+            error.files.close()
         prepared.writer.close()
         prepared.journal.close()
         lock.release()
@@ -280,6 +287,41 @@ def prepare_inputs(
     check_inputs(plan)
 
 
+Stamps = Mapping[str, tuple[int, int]]
+"""Sizes of files, and when they were modified last (nanoseconds since 1970), by path."""
+
+
+def stamps_of(plan: Plan) -> Stamps:
+    """Those of all input files now.
+
+    Raises:
+        LazymergeError: one is not there any more.
+    """
+    stamps = {}
+    for checkpoint in plan.checkpoints.values():
+        for folder, files in checkpoint.files_by_folder:
+            for file in files:
+                path = os.path.join(folder, file.path)
+                try:
+                    status = os.stat(path)
+                except OSError as error:
+                    raise LazymergeError(f"{path} cannot be read: {error.strerror}") from error
+                stamps[path] = (status.st_size, status.st_mtime_ns)
+    return stamps
+
+
+def check_unchanged(before: Stamps, plan: Plan) -> None:
+    """Checks that no input was written to while it was merged.
+
+    Raises:
+        LazymergeError: one was.
+    """
+    now = stamps_of(plan)
+    for path, stamp in before.items():
+        if now[path] != stamp:
+            raise changed_error(path)
+
+
 def check_inputs(plan: Plan) -> None:
     """Checks that the inputs are the files that were planned, and has the safetensors library
     check the headers of its files once more by its own rules.
@@ -318,6 +360,7 @@ def _run(
     strict: bool,
 ) -> RunReport:
     began = time.perf_counter()
+    stamps = stamps_of(plan)
     writer, before = prepared.writer, prepared.recovery.finished
     tasks = [task for task in plan.tasks if task.write.name not in before]
     places = {
@@ -367,7 +410,7 @@ def _run(
         plan.execution.device,
         most_open=plan.memory.workers,
     )
-    files = InputFiles()
+    files = InputFiles(stamps)
     is_mapped = plan.execution.read_mode == "mmap"
     recent = Recent(8 * plan.memory.workers)
     forgets = outgrows_cache(plan)
@@ -398,13 +441,19 @@ def _run(
                 for worker in workers:
                     device.pin(worker.arena)
             _work(scheduler, workers, held.check)
-    finally:
+    except _AbandonedError as error:
+        error.files = files  # a worker may be reading on
+        raise
+    except BaseException:
         files.close()
+        raise
+    files.close()
+    check_unchanged(stamps, plan)
     writer.close()
     store_baseline(plan.memory.libraries)
     held.check()
     try:
-        beside = write_beside_weights(plan, folder, fsync=fsync)
+        beside = write_beside_weights(plan, folder, folder.absolute().name, fsync=fsync)
         if fsync:
             sync_folder(folder)
     except OSError as error:
@@ -459,11 +508,13 @@ class _AbandonedError(KeyboardInterrupt):
     still be writing.
 
     running: events, set when the workers have ended.
+    files: that they may be reading.
     """
 
     def __init__(self, running: Sequence[threading.Event]) -> None:
         super().__init__()
         self.running = running
+        self.files: InputFiles | None = None
 
 
 def _work(

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..output.sidecars import sidecar_files
 from ..recipe import Recipe
 from ..recipe.chat_templates import CHAT_TEMPLATES
 from ..recipe.tokenizer import AUTO, BASE, UNION, TokenizerSettings
-from ..vocabulary import Alignment, Member, output_vocabulary
+from ..vocabulary import Alignment, Folder, MadeTokenizer, Member, output_vocabulary
 from ..vocabulary.files import (
     chat_template_of,
     copied_files,
@@ -48,6 +48,7 @@ class TokenizerPlan:
     alignment: where the rows of its tokens are; None: as in every model.
     notices: what a person should know.
     planning_bytes: upper bound of what reading and making tokenizers has taken for a while.
+    merges: of merges that the recipe uses as models, those that ask for a tokenizer, by name.
     """
 
     folder: str
@@ -55,6 +56,7 @@ class TokenizerPlan:
     alignment: Alignment | None
     notices: tuple[str, ...]
     planning_bytes: int
+    merges: Mapping[str, TokenizerPlan] = field(default_factory=dict)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -67,12 +69,31 @@ class TokenizerPlan:
     @property
     def held_bytes(self) -> int:
         """What the files occupy, and the library that may have made them."""
-        return sum(map(len, self.files.values())) + LIBRARY_BYTES
+        inner = sum(sum(map(len, plan.files.values())) for plan in self.merges.values())
+        return sum(map(len, self.files.values())) + inner + LIBRARY_BYTES
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether rows are matched by token in any merge."""
+        return self.alignment is not None or any(plan.is_matched for plan in self.merges.values())
+
+    @property
+    def merge_alignments(self) -> dict[str, Alignment]:
+        """Where rows are in the merges that the recipe uses as models, by name."""
+        return {
+            name: plan.alignment for name, plan in self.merges.items() if plan.alignment is not None
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         rows = None if self.alignment is None else self.alignment.digest
-        return {"folder": self.folder, "files": self.digests, "rows": rows}
+        inner = {name: plan.as_dict() for name, plan in self.merges.items()}
+        return {
+            "folder": self.folder,
+            "files": self.digests,
+            "rows": rows,
+            **({"merges": inner} if inner else {}),
+        }
 
 
 def plan_tokenizer(
@@ -85,37 +106,97 @@ def plan_tokenizer(
     Raises:
         InputError: a tokenizer is missing, broken or too large, or the library refuses it.
     """
-    if recipe.tokenizer is None and recipe.chat_template is None:
+    if not recipe.asks_for_tokenizer:
         return None
     with garbage_collector_paused():  # millions of strings in lists, none of them garbage
-        plan = _plan_tokenizer(recipe, checkpoints, paths or {})
+        plan = _plan_all(recipe, checkpoints, paths or {})
     _give_back_memory()
     return plan
 
 
-def _plan_tokenizer(
+@dataclass(frozen=True)
+class _Model:
+    """A model as far as tokenizers go; it may be what another merge gives.
+
+    folder: where its tokenizer is. size: as of Member.
+    config: of the model that its config is from.
+    rows: that model's row for each of its own, -1: none; None: the same.
+    """
+
+    folder: Folder
+    size: int | None
+    config: Mapping[str, object]
+    rows: Sequence[int] | None = None
+
+
+def _plan_all(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], paths: Mapping[str, str]
 ) -> TokenizerPlan:
-    first = recipe.main_model
-    folders = {reference: checkpoints[reference].folder for reference in recipe.references}
+    known = {
+        reference: _Model(checkpoint.folder, vocabulary_size(checkpoint), checkpoint.config or {})
+        for reference, checkpoint in checkpoints.items()
+    }
+    made: dict[str, TokenizerPlan] = {}
+    for merge in recipe.merges:
+        name, main = str(merge.name), known[merge.references[0]]
+        if merge.tokenizer is None and merge.chat_template is None:
+            known[name] = main
+            continue
+        plan = _plan_one(merge, known, paths)
+        made[name] = plan
+        size, rows = main.size, main.rows
+        if plan.alignment is not None:
+            size = plan.alignment.padded_rows
+            rows = _rows_of(main, plan.alignment.tables[merge.references[0]])
+        folder = MadeTokenizer(name, plan.files, plan.folder)
+        known[name] = _Model(folder, size, main.config, rows)
+    final = _plan_one(recipe, known, paths)
+    main = known[recipe.references[0]]
+    notices = [f"{name}: {notice}" for name, plan in made.items() for notice in plan.notices]
+    notices += final.notices
+    rows = main.rows
+    if final.alignment is not None:
+        rows = _rows_of(main, final.alignment.tables[recipe.references[0]])
+    if rows is not None:
+        notices += _moved_ids(main.config, rows)
+    inner_bytes = sum(sum(map(len, plan.files.values())) for plan in made.values())
+    planning_bytes = max(plan.planning_bytes for plan in (*made.values(), final)) + inner_bytes
+    return replace(final, notices=tuple(notices), planning_bytes=planning_bytes, merges=made)
+
+
+def _rows_of(main: _Model, table: Sequence[int]) -> Sequence[int]:
+    """The rows of the model that a config is from, for those of a merge.
+
+    table: the rows of the merge's first model.
+    """
+    if main.rows is None:
+        return table
+    before = main.rows
+    return [before[row] if 0 <= row < len(before) else -1 for row in table]
+
+
+def _plan_one(
+    recipe: Recipe, known: Mapping[str, _Model], paths: Mapping[str, str]
+) -> TokenizerPlan:
+    """The tokenizer of one merge.
+
+    known: all models, those that are made before it among them, by reference.
+    """
+    first = recipe.references[0]
+    folders = {reference: known[reference].folder for reference in recipe.members}
     if recipe.tokenizer is None:
         folder, alignment, planning_bytes = folders[first], None, 0
-        files, notices = copied_files(folder, sidecar_files(folder)), []
+        files, notices = copied_files(folder, _names(folder)), []
     else:
+        every = {reference: model.folder for reference, model in known.items()}
         vocabulary = output_vocabulary(
             recipe.tokenizer,
-            {
-                reference: Member(folders[reference], vocabulary_size(checkpoints[reference]))
-                for reference in folders
-            },
-            recipe.base_model,
-            _source_folder(recipe.tokenizer, folders, paths),
+            {reference: Member(folders[reference], known[reference].size) for reference in folders},
+            _source_folder(recipe.tokenizer, every, paths),
         )
         folder, alignment = vocabulary.source_folder, vocabulary.alignment
-        files, file_notices = tokenizer_files(vocabulary, sidecar_files(folder))
+        files, file_notices = tokenizer_files(vocabulary, _names(folder))
         notices = [*vocabulary.notices, *file_notices]
-        if alignment is not None:
-            notices += _moved_ids(checkpoints[first].config or {}, alignment.tables[first])
         planning_bytes = READING_FACTOR * _tokenizer_bytes([folder, *folders.values()])
         if vocabulary.start is not None:
             made = len(files[TOKENIZER_NAME])
@@ -126,7 +207,13 @@ def _plan_tokenizer(
             notices.append("chat_template: auto finds none in any model; the output has none")
         else:
             files = with_chat_template(files, template)
-    return TokenizerPlan(folder, files, alignment, tuple(notices), planning_bytes)
+    origin = folder.origin if isinstance(folder, MadeTokenizer) else folder
+    return TokenizerPlan(origin, files, alignment, tuple(notices), planning_bytes)
+
+
+def _names(folder: Folder) -> tuple[str, ...]:
+    """The files that would be copied from a folder."""
+    return tuple(folder.files) if isinstance(folder, MadeTokenizer) else sidecar_files(folder)
 
 
 def _moved_ids(config: Mapping[str, object], table: Sequence[int]) -> list[str]:
@@ -160,10 +247,13 @@ def vocabulary_size(checkpoint: Checkpoint) -> int | None:
     return None
 
 
-def _tokenizer_bytes(folders: Sequence[str]) -> int:
+def _tokenizer_bytes(folders: Sequence[Folder]) -> int:
     """The size of all tokenizer.json together."""
     size = 0
     for folder in dict.fromkeys(folders):
+        if isinstance(folder, MadeTokenizer):
+            size += len(folder.files.get(TOKENIZER_NAME, b""))
+            continue
         with suppress(OSError):
             size += os.stat(os.path.join(folder, TOKENIZER_NAME)).st_size
     return size
@@ -177,9 +267,11 @@ def _give_back_memory() -> None:
 
 
 def _source_folder(
-    settings: TokenizerSettings, folders: Mapping[str, str], paths: Mapping[str, str]
-) -> str | None:
+    settings: TokenizerSettings, folders: Mapping[str, Folder], paths: Mapping[str, str]
+) -> Folder | None:
     """The folder of the model that is named as the tokenizer's source.
+
+    folders: of all models of the recipe.
 
     Raises:
         InputError: it is not there.
@@ -198,7 +290,7 @@ def _source_folder(
     return path
 
 
-def _chat_template(asked: str, folders: Mapping[str, str]) -> str | None:
+def _chat_template(asked: str, folders: Mapping[str, Folder]) -> str | None:
     """The text of a chat template: the one that most models have, a known one, or as given."""
     if asked != AUTO:
         return CHAT_TEMPLATES.get(asked, asked)

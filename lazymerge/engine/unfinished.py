@@ -143,14 +143,17 @@ def check_is_same_merge(plan: Plan, output: Path) -> None:
     Raises:
         InputError: it was not; the message names the difference.
     """
-    remedy = "give --overwrite to throw it away and begin anew, or choose another folder"
+    anew = "give --overwrite to throw it away and begin anew, or choose another folder"
+    remedy = f"go on with what was begun: lazymerge resume {shlex.quote(str(output))}; or {anew}"
     try:
         document = read_document(output / MERGE_PATH)
     except InputError as error:
         raise InputError(
-            f"{output} holds an unfinished merge, and nothing says of what: {error}\n{remedy}"
+            f"{output} holds an unfinished merge, and nothing says of what: {error}\n{anew}"
         ) from error
     if document.get("fingerprint") != plan.fingerprint:
+        if _first_changed_file(document.get("models")) is not None:  # that cannot be gone on with
+            remedy = anew
         raise InputError(
             f"{output} holds an unfinished merge, and not of this plan: "
             f"{difference(document, plan)}\n{remedy}"
@@ -307,15 +310,19 @@ def _tokenizer_path(recipe: Recipe, document: Mapping[str, Any], where: Path) ->
     Raises:
         InputError: the document is damaged.
     """
-    if recipe.tokenizer is None or recipe.tokenizer.source in (UNION, BASE):
-        return {}
-    try:
-        folder = document["tokenizer"]["folder"]
-        if not isinstance(folder, str):
-            raise TypeError("text expected")
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{where} is damaged ({brief(error)})") from error
-    return {recipe.tokenizer.source: folder}
+    paths = {}
+    for merge in (*recipe.merges, recipe):
+        if merge.tokenizer is None or merge.tokenizer.source in (UNION, BASE):
+            continue
+        try:
+            entry = document["tokenizer"]
+            folder = (entry if merge is recipe else entry["merges"][merge.name])["folder"]
+            if not isinstance(folder, str):
+                raise TypeError("text expected")
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{where} is damaged ({brief(error)})") from error
+        paths[merge.tokenizer.source] = folder
+    return paths
 
 
 def _tokenizer_difference(then: Any, now: Any) -> str | None:
@@ -326,12 +333,12 @@ def _tokenizer_difference(then: Any, now: Any) -> str | None:
     for name in sorted({*before["files"], *after["files"]}):
         if before["files"].get(name) != after["files"].get(name):
             return f"a tokenizer has changed: {name} of the output is not what it was"
-    if before.get("rows") != after.get("rows"):
+    if before.get("rows") != after.get("rows") or before.get("merges") != after.get("merges"):
         return "a tokenizer has changed: its tokens have other numbers than they had"
     return None
 
 
-def _first_changed_file(models: list[Any]) -> str | None:
+def _first_changed_file(models: Any) -> str | None:
     """What has changed of the models' files, as far as a look at the folders shows."""
     try:
         for part in _with_adapters(models):

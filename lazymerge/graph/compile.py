@@ -99,12 +99,14 @@ def compile_recipe(
     *,
     truncate_embeddings: bool = False,
     alignment: Alignment | None = None,
+    merge_alignments: Mapping[str, Alignment] | None = None,
 ) -> CompiledMerge:
     """Compiles a recipe against the headers of its models.
 
     checkpoints: by model reference as written in the recipe.
     truncate_embeddings: merge the common leading rows where vocabularies differ in size.
     alignment: where the rows of the output's tokens are, if the recipe asks for a tokenizer.
+    merge_alignments: the same of merges that it uses as models, by name.
 
     Raises:
         InputErrors: tensors that cannot be merged, every one of them.
@@ -113,9 +115,12 @@ def compile_recipe(
     known = dict(checkpoints)
     notices: list[str] = []
     for merge in recipe.merges:
-        part = _Compiler(merge, known, truncate_embeddings, None, graph, is_part=True)
+        own = (merge_alignments or {}).get(str(merge.name))
+        part = _Compiler(merge, known, truncate_embeddings, own, graph, is_part=True)
         compiled = part.compile()
-        config, said = config_of(known[merge.references[0]], compiled, known)
+        config, said = config_of(
+            known[merge.references[0]], compiled, known, is_vocabulary_matched=own is not None
+        )
         notices += [f"{merge.name}: {notice}" for notice in (*compiled.notices, *said)]
         known[str(merge.name)] = Checkpoint(
             reference=str(merge.name),
@@ -206,7 +211,7 @@ class _Compiler:
                 return None
             self.notices.add(f"merged without {_models(lacking)}, which lack the tensor", name)
         reads = self._reads(name, having)
-        nodes = self._nodes(name, reads)
+        nodes = self._nodes(name, reads, target.base)
         shape = self.graph.block_node(next(iter(nodes.values()))).shape
         is_float = self._is_float(name, reads)
         least = self.method.signature.min_models
@@ -314,8 +319,10 @@ class _Compiler:
         change = read.tensor.change
         return node if change is None else add_adapted(self.graph, node, change, is_wide=is_wide)
 
-    def _nodes(self, name: str, reads: Mapping[str, Read]) -> dict[str, str]:
+    def _nodes(self, name: str, reads: Mapping[str, Read], base: str | None) -> dict[str, str]:
         """One node per model, of one shape: rows of embeddings are matched by token.
+
+        base: the model whose rows are taken first where others lack them.
 
         Raises:
             InputError: they cannot be.
@@ -334,10 +341,24 @@ class _Compiler:
                 f"tensor {name} of {', '.join(changed)} is changed by its adapter: its rows cannot "
                 "be matched; merge the adapter into its model first (passthrough)"
             )
-        nodes = self.embeddings.nodes(name, reads)
+        nodes = self.embeddings.nodes(name, reads, base)
+        unknown = self.embeddings.unknown_rows(name, reads, base)
+        if unknown:
+            self.notices.add(
+                f"{unknown} of its rows hold zeros: {', '.join(reads)}, which it is merged from, "
+                "lack these tokens",
+                name,
+            )
         alignment = self.embeddings.alignment
         for model, read in reads.items():
             tokens = alignment.sizes[model]
+            if read.tensor.node is not None and read.shape[0] < min(
+                tokens, alignment.declared[model] or tokens
+            ):
+                raise InputError(
+                    f"tensor {name} of {model} is cut to {read.shape[0]} rows, and its tokens are "
+                    f"{tokens}: give the merge {model} a tokenizer of its own"
+                )
             if read.shape[0] > tokens:
                 self.notices.add(
                     f"{model} has {read.shape[0]} rows for {tokens} tokens; the others are left "

@@ -4,9 +4,12 @@
     has every token, elsewhere       Read, rows rearranged
     lacks some                       Apply: its own rows, rearranged, + rows of others in the gaps
     rows that belong to no token     Reduce: the mean row; Apply: the mean in those rows
+    is what another merge gives      the same of its result (operations/placed_rows.py)
 
 What a model lacks is, in this order: what the recipe says; the row of the only model that has the
-token; the base model's; the mean of the rows of all that have it; zeros. The rows that are added
+token; the base model's; the mean of the rows of all that have it; zeros. Only models that the
+tensor is merged from count: where a recipe has slices, the embedding is of the first slice's
+sources, the head of the last's, and the base model is that slice's. The rows that are added
 together are zero wherever another holds something, except in means, which are Σ xᵢ/n.
 """
 
@@ -22,6 +25,7 @@ from ..vocabulary import Alignment
 from .graph import Graph
 from .node import Apply, Read, Reduce, as_parameters
 from .operation import apply_operation, reduce_operation
+from .operations.placed_rows import add_placed_rows
 from .rows import ABSENT, RowTable
 
 _Part = tuple[str, float]
@@ -41,17 +45,19 @@ class AlignedEmbeddings:
 
     alignment: Alignment
     graph: Graph
-    _fillings: dict[tuple[tuple[str, int], ...], dict[str, _Filling]] = field(default_factory=dict)
+    _fillings: dict[tuple[object, ...], _Fillings] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         """Of the output, with those that belong to no token."""
         return self.alignment.padded_rows
 
-    def nodes(self, name: str, reads: Mapping[str, Read]) -> dict[str, str]:
+    def nodes(self, name: str, reads: Mapping[str, Read], base: str | None) -> dict[str, str]:
         """Ids of nodes of one shape, by model.
 
         name: of the tensor. reads: its whole tensor in every model that has it.
+        base: the model whose row is taken where several have one; None, or none of these: their
+            mean.
 
         Raises:
             InputError: widths differ, or a row that the recipe names is not there.
@@ -65,25 +71,33 @@ class AlignedEmbeddings:
                 f"tensor {name} has different shapes: {described}; "
                 "only models of one architecture and size can be merged"
             )
-        key = tuple((model, read.shape[0]) for model, read in reads.items())
-        if key not in self._fillings:
-            self._fillings[key] = _Fillings(self.alignment, name, dict(key)).all()
+        filled = self._filled_rows(name, reads, base).by_model
         return {
             model: self._padded(self._filled(model, filling, reads))
-            for model, filling in self._fillings[key].items()
+            for model, filling in filled.items()
         }
 
+    def unknown_rows(self, name: str, reads: Mapping[str, Read], base: str | None) -> int:
+        """How many tokens none of these models has, while others of the recipe do: rows of zeros.
+
+        name, reads, base: as of `nodes`.
+        """
+        return self._filled_rows(name, reads, base).unknown
+
+    def _filled_rows(self, name: str, reads: Mapping[str, Read], base: str | None) -> _Fillings:
+        rows = {model: read.shape[0] for model, read in reads.items()}
+        key = (base, *rows.items())
+        if key not in self._fillings:
+            self._fillings[key] = _Fillings(self.alignment, name, rows, base)
+        return self._fillings[key]
+
     def _filled(self, model: str, filling: _Filling, reads: Mapping[str, Read]) -> str:
-        nodes = {
-            part: self.graph.add(_rearranged(reads[part[0]], table))
-            for part, table in filling.tables.items()
-        }
+        nodes = {part: self._rows(reads[part[0]], table) for part, table in filling.tables.items()}
         own = (model, 1.0)
         if list(nodes) == [own]:
             return nodes[own]
         inputs = list(nodes.values())
-        node = self.graph[inputs[0]]
-        assert isinstance(node, Read)
+        node = self.graph.block_node(inputs[0])
         return self.graph.add(
             Apply(
                 operation="linear_combination",
@@ -94,6 +108,12 @@ class AlignedEmbeddings:
                 working_dtype=apply_operation("linear_combination").working_dtype([]),
             )
         )
+
+    def _rows(self, read: Read, table: RowTable) -> str:
+        node = read.tensor.node
+        if node is not None:
+            return add_placed_rows(self.graph, node, table)
+        return self.graph.add(_rearranged(read, table))
 
     def _padded(self, node_id: str) -> str:
         node = self.graph.block_node(node_id)
@@ -131,13 +151,22 @@ def _rearranged(read: Read, table: RowTable) -> Read:
 
 
 class _Fillings:
-    """Works out which rows of which models stand where."""
+    """Works out which rows of which models stand where.
 
-    def __init__(self, alignment: Alignment, name: str, rows: Mapping[str, int]) -> None:
-        """name: of the tensor, for messages. rows: that it has, by model."""
+    by_model: what each model's embedding is put together from.
+    unknown: tokens that other models of the recipe have, and none of these.
+    """
+
+    def __init__(
+        self, alignment: Alignment, name: str, rows: Mapping[str, int], base: str | None
+    ) -> None:
+        """name: of the tensor, for messages. rows: that it has, by model. base: as of
+        AlignedEmbeddings.nodes."""
         self.alignment = alignment
         self.name = name
         self.rows = rows
+        self.base = base
+        self.unknown = 0
         self.models = list(rows)
         self.own = {
             model: array(
@@ -148,15 +177,17 @@ class _Fillings:
         self.others: dict[str, dict[_Part, dict[int, int]]] = {
             model: defaultdict(dict) for model in self.models
         }
+        self.by_model = self._all()
 
-    def all(self) -> dict[str, _Filling]:
-        """By model."""
+    def _all(self) -> dict[str, _Filling]:
         given = list(zip(*self.own.values(), strict=True))
         for row, present in enumerate(given):
             chosen = self.alignment.chosen.get(row)
             if min(present) >= 0 and not (chosen and chosen.force):
                 continue
             parts = self._parts(row, present)
+            if not parts and not (chosen and chosen.is_chosen):
+                self.unknown += any(table[row] >= 0 for table in self.alignment.tables.values())
             for model, own_row in zip(self.models, present, strict=True):
                 if own_row >= 0 and not (chosen and chosen.force):
                     continue
@@ -178,9 +209,8 @@ class _Fillings:
                 )
             return [((chosen.model, 1.0), chosen.row)]
         having = [(m, r) for m, r in zip(self.models, present, strict=True) if r >= 0]
-        base = self.alignment.base
-        if len(having) > 1 and base in dict(having):
-            having = [(m, r) for m, r in having if m == base]
+        if len(having) > 1 and self.base in dict(having):
+            having = [(m, r) for m, r in having if m == self.base]
         return [((model, 1.0 / len(having)), own) for model, own in having]
 
     def _fill(self, model: str, row: int, parts: Sequence[tuple[_Part, int]]) -> None:

@@ -80,6 +80,11 @@ class ApplyOperation(ABC):
     """What it does with an element depends on `start`, so that it cannot be computed for a sample.
     Reductions over it that would take one (`is_sampling`) do not."""
 
+    keeps_rows: ClassVar[bool] = False
+    """An element of the result depends on the same elements of the inputs, parameters and
+    statistics alone, wherever it is, and is zero where all of them are: with the rows of its inputs
+    in another order, it yields its own in that order."""
+
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         """The dtype blocks are computed in: float64 where an input is float64, else float32."""
         return "F64" if "F64" in input_dtypes else "F32"

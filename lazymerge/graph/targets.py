@@ -53,6 +53,8 @@ class Target:
         there.
     scopes: `parameters` that hold for all of them, the nearest first.
     depth: where gradients are evaluated, 0.0 to 1.0.
+    base: the base model that the recipe names for it, whatever the method makes of one; it need
+        not be among the inputs.
     is_copied: there is nothing to merge it with, whatever the method.
     """
 
@@ -60,6 +62,7 @@ class Target:
     inputs: tuple[tuple[Source, str], ...]
     scopes: Scopes
     depth: float
+    base: str | None = None
     is_copied: bool = False
 
 
@@ -154,7 +157,13 @@ class _Finder:
             chosen = set(members)
             names = {name: None for name in names if name in chosen}
         return [
-            Target(name, tuple((s, name) for s in sources), scopes, stacks.depth(name))
+            Target(
+                name,
+                tuple((s, name) for s in sources),
+                scopes,
+                stacks.depth(name),
+                self.recipe.base_model,
+            )
             for name in names
         ]
 
@@ -218,9 +227,8 @@ class _Finder:
             and all(suffix not in layer for place, layer in layers_of_main.items() if place)
         ]
         for number, piece in enumerate(slices):
-            sources = self._sources(
-                piece.sources, piece.base_model or self.recipe.base_model, is_listed=True
-            )
+            base = piece.base_model or self.recipe.base_model
+            sources = self._sources(piece.sources, base, is_listed=True)
             starts = {entry.model: entry.layer_range or (0, 0) for entry in piece.sources}
             if not all(self._has_layers(s.model, stack, starts[s.model], number) for s in sources):
                 continue
@@ -238,14 +246,13 @@ class _Finder:
                         (s, f"{stack.prefix}.{starts[s.model][0] + place}.{suffix}")
                         for s, _ in layers
                     )
-                    targets.append(
-                        Target(f"{prefix}.{suffix}", inputs, (piece.parameters, *scopes), depth)
-                    )
+                    own = (piece.parameters, *scopes)
+                    targets.append(Target(f"{prefix}.{suffix}", inputs, own, depth, base))
                 if not origins:
                     names = [f"{stack.prefix}.0.{suffix}" for suffix in shared]
                     own = (piece.parameters, *scopes)
                     targets += [
-                        Target(name, tuple((s, name) for s in sources), own, depth)
+                        Target(name, tuple((s, name) for s in sources), own, depth, base)
                         for name in names
                     ]
                 origins.append((sources[0].model, starts[sources[0].model][0] + place))
@@ -276,7 +283,7 @@ class _Finder:
             and (chosen is None or name in chosen)
         )
         return [
-            Target(name, tuple((s, name) for s in sources), (piece.parameters, *scopes), 0.0)
+            Target(name, tuple((s, name) for s in sources), (piece.parameters, *scopes), 0.0, base)
             for name in names
         ]
 

@@ -36,12 +36,17 @@ OWN_FOLDER = ".lazymerge"
 REPLACED_PATH = f"{OWN_FOLDER}/replaced"
 """Says, while an earlier output is being removed, that what is left of it is lazymerge's."""
 
+REWRITING_PATH = f"{OWN_FOLDER}/rewriting"
+"""Names, while small files of a complete output are written anew, which ones."""
+
 OWN_FOLDERS = {
     OWN_FOLDER: (
         "plan.json",
         "plan.json" + PARTIAL_SUFFIX,
         *(Path(path).name for path in (JOURNAL_PATH, LOCK_PATH, MERGE_PATH, REPLACED_PATH)),
         Path(MERGE_PATH).name + PARTIAL_SUFFIX,
+        Path(REWRITING_PATH).name,
+        Path(REWRITING_PATH).name + PARTIAL_SUFFIX,
         MOVED_PATTERN,
     ),
     "1_Pooling": ("config.json", "config.json" + PARTIAL_SUFFIX),

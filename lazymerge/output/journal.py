@@ -176,7 +176,9 @@ def _place(value: Any) -> int:
 def _identity(value: Any) -> FileIdentity | None:
     if not isinstance(value, list) or len(value) != 3:
         return None
-    device, inode, made = (_place(number) for number in value)
+    if not all(type(number) is int for number in value):
+        return None
+    device, inode, made = value
     return device, inode, made
 
 

@@ -91,6 +91,8 @@ def _status(folder: Path) -> OutputStatus:
     except OSError as error:
         raise InputError(f"cannot read the journal of {folder}: {error.strerror}") from error
     owner = lock_owner(folder)
+    if owner is None and not is_unfinished(folder):  # it came to its end just now
+        return _status(folder)
     done = sum(record.stop_exclusive - record.start for record in journal.finished.values())
     rate = _rate(journal, time.time() if owner else None)
     left = max(0, facts["total_bytes"] - done)

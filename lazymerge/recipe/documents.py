@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..errors import InputError, Problem, RecipeError
 from .model import Recipe
+from .tokenizer import BASE, UNION
 
 
 def joined(recipes: Sequence[Recipe]) -> Recipe:
@@ -29,24 +30,10 @@ def joined(recipes: Sequence[Recipe]) -> Recipe:
                 Problem(f"two merges are named {recipe.name!r}{line}", recipe.name_position)
             )
         named.setdefault(recipe.name, recipe)
-        if recipe.tokenizer is not None or recipe.chat_template is not None:
-            problems.append(
-                Problem(
-                    "a merge that others use cannot have a tokenizer of its own: give tokenizer "
-                    "and chat_template to the merge without a name",
-                    recipe.name_position,
-                )
-            )
     if problems:
         raise RecipeError(path, problems)
     final = _final(recipes, named)
     merges = _in_order(final, named)
-    if merges and final.tokenizer is not None:
-        message = (
-            "vocabularies cannot be matched in a recipe that uses other merges; merge models of "
-            "one vocabulary, or merge in two steps"
-        )
-        raise RecipeError(path, [Problem(message, final.method_position)])
     used = {merge.name for merge in merges}
     unused = [
         Problem(f"the merge {recipe.name!r} is not used", recipe.name_position)
@@ -88,7 +75,7 @@ def _final(recipes: Sequence[Recipe], named: Mapping[str, Recipe]) -> Recipe:
     if len(nameless) > 1:
         message = "two merges have no name; give one to each but the last"
         raise RecipeError(recipes[0].path, [Problem(message, nameless[1].method_position)])
-    used = {reference for recipe in recipes for reference in recipe.references}
+    used = {reference for recipe in recipes for reference in _needed(recipe)}
     last = [recipe for recipe in recipes if recipe.name not in used]
     if len(last) != 1:
         names = ", ".join(repr(recipe.name) for recipe in last) or "none"
@@ -125,5 +112,12 @@ def _in_order(final: Recipe, named: Mapping[str, Recipe]) -> list[Recipe]:
                 raise RecipeError(recipe.path, [Problem(message, recipe.name_position)])
             open_names.append(str(recipe.name))
         waiting.append((recipe, True))
-        waiting += [(named[name], False) for name in recipe.references if name in named]
+        waiting += [(named[name], False) for name in _needed(recipe) if name in named]
     return list(order.values())
+
+
+def _needed(recipe: Recipe) -> tuple[str, ...]:
+    """What a merge uses: its models, and the one whose tokenizer is the source of its own."""
+    settings = recipe.tokenizer
+    is_model = settings is not None and settings.source not in (UNION, BASE)
+    return (*recipe.references, *((settings.source,) if settings and is_model else ()))

@@ -159,8 +159,14 @@ class Recipe:
         """All models, each once: the base, and the others in the order of the recipe. Results of
         other merges are among them, by name."""
         slices = [*self.slices, *(piece for module in self.modules for piece in module.slices)]
+        bases = [piece.base_model for piece in slices if piece.base_model is not None]
+        return tuple(dict.fromkeys([*self.members, *bases]))
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The models whose vocabularies count, each once: the base, and those of the entries. Bases
+        of slices that are not among them have part in nothing."""
         named = [self.base_model, *(entry.model for entry in self.entries)]
-        named += [piece.base_model for piece in slices]
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property
@@ -171,6 +177,14 @@ class Recipe:
         wanted = [self.main_model, *self.references]
         wanted += [reference for merge in self.merges for reference in merge.references]
         return tuple(dict.fromkeys(name for name in wanted if name not in made))
+
+    @property
+    def asks_for_tokenizer(self) -> bool:
+        """Whether it, or a merge that it needs, says something of the tokenizer."""
+        return any(
+            merge.tokenizer is not None or merge.chat_template is not None
+            for merge in (self, *self.merges)
+        )
 
     @property
     def main_model(self) -> str:

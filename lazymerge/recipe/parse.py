@@ -601,7 +601,14 @@ class _Parser:
                 return None
             paths.append(path)
         for stray, entry in node.entries.items():
-            if stray not in ("model", "lora") and not _is_null(entry.node):
+            if _is_null(entry.node):
+                continue
+            if stray == "override_architecture":
+                self._warn(
+                    "'override_architecture' is not looked at: tensors are found by their names",
+                    entry.key_position,
+                )
+            elif stray not in ("model", "lora"):
                 self._report(f"unknown key {quote(stray)} in {key!r}", entry.key_position)
         return "+".join(paths)
 

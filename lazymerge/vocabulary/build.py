@@ -19,7 +19,7 @@ from hashlib import blake2b
 from ..checkpoint.wording import quoted
 from ..errors import InputError
 from ..recipe.tokenizer import BASE, UNION, TokenizerSettings, TokenSetting
-from .reading import AddedToken, Numbers, Vocabulary, has_tokenizer_file, read_vocabulary
+from .reading import AddedToken, Folder, Numbers, Vocabulary, has_tokenizer_file, read_vocabulary
 from .sentencepiece import is_one_tokenizer
 
 ABSENT = -1
@@ -32,7 +32,7 @@ class Member:
     folder: where it is. size: rows that its config says it has; None: it does not say.
     """
 
-    folder: str
+    folder: Folder
     size: int | None
 
 
@@ -60,16 +60,16 @@ class Alignment:
     padded_rows: with those that belong to no token.
     tables: by model, its row for every row of the output; -1: it has none.
     sizes: by model, rows of its tokens, from 0.
+    declared: by model, rows that its config says it has; None: it does not say.
     chosen: rows that the recipe says something of.
-    base: the model whose row is taken where several have one; None: their mean.
     """
 
     rows: int
     padded_rows: int
     tables: Mapping[str, array[int]]
     sizes: Mapping[str, int]
+    declared: Mapping[str, int | None]
     chosen: Mapping[int, ChosenRow]
-    base: str | None
 
     @property
     def digest(self) -> str:
@@ -78,9 +78,7 @@ class Alignment:
         said = sorted((row, *astuple(chosen)) for row, chosen in self.chosen.items())
         sizes = [(model, self.sizes[model], len(self.tables[model])) for model in self.tables]
         state.update(
-            repr((self.rows, self.padded_rows, sizes, said, self.base)).encode(
-                "utf-8", "surrogatepass"
-            )
+            repr((self.rows, self.padded_rows, sizes, said)).encode("utf-8", "surrogatepass")
         )
         for table in self.tables.values():
             state.update(table.tobytes())
@@ -100,7 +98,7 @@ class OutputVocabulary:
     """
 
     alignment: Alignment | None
-    source_folder: str
+    source_folder: Folder
     start: Vocabulary | None
     added: tuple[AddedToken, ...]
     numbers: Mapping[str, int]
@@ -110,19 +108,17 @@ class OutputVocabulary:
 def output_vocabulary(
     settings: TokenizerSettings,
     members: Mapping[str, Member],
-    base: str | None,
-    source_folder: str | None = None,
+    source_folder: Folder | None = None,
 ) -> OutputVocabulary:
     """Works out the output's vocabulary.
 
     members: by reference; the one whose vocabulary is `base` first.
-    base: the recipe's base model.
     source_folder: of the model that `source` names.
 
     Raises:
         InputError: a tokenizer is missing or cannot be read, or a token's source does not exist.
     """
-    return _Builder(settings, members, base, source_folder).build()
+    return _Builder(settings, members, source_folder).build()
 
 
 class _Builder:
@@ -130,13 +126,11 @@ class _Builder:
         self,
         settings: TokenizerSettings,
         members: Mapping[str, Member],
-        base: str | None,
-        source_folder: str | None,
+        source_folder: Folder | None,
     ) -> None:
         self.settings = settings
         self.members = members
         self.first = next(iter(members))
-        self.base = base if base in members else None
         self.source_folder = source_folder or members[self.first].folder
         self.notices: list[str] = []
 
@@ -162,7 +156,9 @@ class _Builder:
         wanted = self._union(vocabularies) if self.settings.source == UNION else []
         wanted += [AddedToken(token) for token in self.settings.tokens]
         for each in wanted:
-            if each.content not in numbers:
+            # special ones too that it has as ordinary pieces: in a text they would not be found
+            is_piece = each.content in numbers and each.content not in numbers.added
+            if each.content not in numbers or (each.special and is_piece):
                 numbers.add(each.content)
                 added.append(each)
         result = numbers.all()
@@ -178,7 +174,7 @@ class _Builder:
 
     def _read(self) -> dict[str, Vocabulary]:
         """By model; those without a tokenizer have that of the first."""
-        by_folder: dict[str, Vocabulary | None] = {}
+        by_folder: dict[Folder, Vocabulary | None] = {}
         for member in self.members.values():
             if member.folder not in by_folder:
                 by_folder[member.folder] = read_vocabulary(member.folder)
@@ -260,8 +256,8 @@ class _Builder:
                 model: max(vocabulary.numbers.values(), default=-1) + 1
                 for model, vocabulary in vocabularies.items()
             },
+            declared={model: member.size for model, member in self.members.items()},
             chosen=chosen,
-            base=self.base,
         )
 
     def _chosen(

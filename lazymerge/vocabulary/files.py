@@ -14,25 +14,25 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import leaves_model
-from ..checkpoint.regular_file import open_regular_file, read_exactly
 from ..checkpoint.wording import quoted
 from ..errors import InputError
 from .build import OutputVocabulary
 from .reading import (
     ADDED_NAME,
     CONFIG_NAME,
-    LIMIT_BYTES,
     SPECIAL_NAME,
     TOKENIZER_NAME,
     AddedToken,
+    Folder,
     has_file,
     model_vocabulary,
+    read_file,
     read_mapping,
 )
 
@@ -64,7 +64,7 @@ def is_tokenizer_file(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in TOKENIZER_FILES)
 
 
-def copied_files(folder: str, names: Iterable[str]) -> dict[str, bytes]:
+def copied_files(folder: Folder, names: Iterable[str]) -> dict[str, bytes]:
     """Tokenizer files as they are.
 
     names: of files in the folder.
@@ -72,7 +72,7 @@ def copied_files(folder: str, names: Iterable[str]) -> dict[str, bytes]:
     Raises:
         InputError: one cannot be read, or is too large.
     """
-    return {name: _read(Path(folder, name)) for name in names if is_tokenizer_file(name)}
+    return {name: read_file(folder, name) for name in names if is_tokenizer_file(name)}
 
 
 def tokenizer_files(
@@ -107,7 +107,7 @@ def tokenizer_files(
         numbers = {token: each["id"] for token, each in added.items() if token not in start.own}
         files[ADDED_NAME] = _json_bytes(numbers)
     if TEMPLATE_NAME in kept:
-        files[TEMPLATE_NAME] = _read(Path(folder, TEMPLATE_NAME))
+        files[TEMPLATE_NAME] = read_file(folder, TEMPLATE_NAME)
     stale = [name for name in kept if name not in _REWRITTEN]
     notices = []
     if stale:
@@ -168,20 +168,32 @@ def _tokenizer_json(vocabulary: OutputVocabulary) -> bytes:
         {"id": vocabulary.numbers[token], **asdict(each)}
         for token, each in vocabulary.start.added.items()
     ]
+    normalizer = document.get("normalizer")
+    document["normalizer"] = None  # a chain of replacements may make a token of gigabytes
     text = json.dumps(document, ensure_ascii=False)
     del document
-    return _with_added(text, vocabulary, path)
+    result = _with_added(text, vocabulary, path)
+    if result.count(_NO_NORMALIZER) != 1:  # at the outermost level: no text holds a line break
+        raise InputError(
+            f"{path}: the tokenizers library writes no normalizer. Take a version between 0.13 and "
+            "0.23 of it."
+        )
+    said = textwrap.indent(json.dumps(normalizer, indent=2, ensure_ascii=False), "  ").lstrip()
+    return result.replace(_NO_NORMALIZER, f'\n  "normalizer": {said},\n').encode("utf-8")
 
 
-def _with_added(text: str, vocabulary: OutputVocabulary, path: Path) -> bytes:
+_NO_NORMALIZER = '\n  "normalizer": null,\n'
+
+
+def _with_added(text: str, vocabulary: OutputVocabulary, path: Path) -> str:
     from tokenizers import AddedToken as LibraryToken
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(text)
         tokenizer.add_tokens([_library_token(LibraryToken, each) for each in vocabulary.added])
-        numbers = tokenizer.get_vocab(with_added_tokens=True)
-        result = tokenizer.to_str(pretty=True)
+        numbers: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        result: str = tokenizer.to_str(pretty=True)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # of Rust: panics are no Exceptions
@@ -196,7 +208,7 @@ def _with_added(text: str, vocabulary: OutputVocabulary, path: Path) -> bytes:
             "the file. Save it again, in Python: transformers.AutoTokenizer.from_pretrained(FOLDER)"
             ".save_pretrained(FOLDER)."
         )
-    return (result + "\n").encode("utf-8")
+    return f"{result}\n"
 
 
 def _library_token(kind: Any, each: AddedToken) -> Any:
@@ -239,34 +251,14 @@ def _json_bytes(document: Mapping[str, object]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _read(path: Path) -> bytes:
-    """A file of a model's folder.
-
-    Raises:
-        InputError: it cannot be read, is too large, or leads out of the folder.
-    """
-    if leaves_model(path.parent, path.name):
-        raise InputError(
-            f"{path}: is a link out of the model's folder. Replace the link with the file if you "
-            "trust it."
-        )
-    with open_regular_file(path) as (descriptor, status):
-        if status.st_size > LIMIT_BYTES:
-            raise InputError(
-                f"{path}: holds {status.st_size:,} bytes; at most {LIMIT_BYTES:,} are read. It is "
-                "not what its name says: download it again."
-            )
-        return read_exactly(descriptor, status.st_size, path)
-
-
-def chat_template_of(folder: str) -> str | None:
+def chat_template_of(folder: Folder) -> str | None:
     """A model's own chat template; of several, the one named `default`.
 
     Raises:
         InputError: a file is broken.
     """
     if has_file(folder, TEMPLATE_NAME):
-        return _text(_read(Path(folder, TEMPLATE_NAME)), Path(folder, TEMPLATE_NAME))
+        return _text(read_file(folder, TEMPLATE_NAME), Path(folder, TEMPLATE_NAME))
     if not has_file(folder, CONFIG_NAME):
         return None
     template = read_mapping(folder, CONFIG_NAME).get(TEMPLATE_KEY)

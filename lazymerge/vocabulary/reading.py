@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..checkpoint import leaves_model
-from ..checkpoint.json_file import read_json_mapping
+from ..checkpoint.json_file import parse_json_mapping
+from ..checkpoint.regular_file import open_regular_file, read_exactly
 from ..checkpoint.wording import quoted, shown
 from ..errors import InputError
 
@@ -52,6 +53,30 @@ _SPECIAL_KEYS = (
 )
 
 _SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class MadeTokenizer(os.PathLike[str]):
+    """The tokenizer of a merge that others of the recipe use: files that are in no folder.
+
+    name: of the merge. files: contents, by name.
+    origin: the folder of the model whose tokenizer it was made from.
+    """
+
+    name: str
+    files: Mapping[str, bytes]
+    origin: str
+
+    def __fspath__(self) -> str:
+        """What messages call its folder."""
+        return self.name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Folder = str | MadeTokenizer
+"""Where the files of a tokenizer are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +152,7 @@ class Vocabulary:
         )
 
 
-def read_vocabulary(folder: str) -> Vocabulary | None:
+def read_vocabulary(folder: Folder) -> Vocabulary | None:
     """The vocabulary of a model's folder; None where there is no tokenizer in it.
 
     Raises:
@@ -144,35 +169,51 @@ def read_vocabulary(folder: str) -> Vocabulary | None:
     return Vocabulary.of(own, added)
 
 
-def has_tokenizer_file(folder: str) -> bool:
+def has_tokenizer_file(folder: Folder) -> bool:
     """Whether a folder holds a tokenizer that can be read."""
     return has_file(folder, TOKENIZER_NAME)
 
 
-def has_file(folder: str, name: str) -> bool:
+def has_file(folder: Folder, name: str) -> bool:
     """Whether there is such a file in a model's folder."""
+    if isinstance(folder, MadeTokenizer):
+        return name in folder.files
     return os.path.lexists(os.path.join(folder, name))
 
 
-def read_mapping(folder: str, name: str) -> dict[str, Any]:
+def read_mapping(folder: Folder, name: str) -> dict[str, Any]:
     """A JSON file of a model's folder.
 
     Raises:
         InputError: it is not one, too large, or leads out of the folder.
     """
+    is_large = name == TOKENIZER_NAME
+    data = read_file(folder, name, LIMIT_BYTES if is_large else SMALL_LIMIT_BYTES)
+    limit_values = LIMIT_VALUES if is_large else SMALL_LIMIT_VALUES
+    return parse_json_mapping(data, Path(folder, name), limit_values=limit_values)
+
+
+def read_file(folder: Folder, name: str, limit_bytes: int = LIMIT_BYTES) -> bytes:
+    """A file of a model's folder.
+
+    Raises:
+        InputError: it cannot be read, is too large, or leads out of the folder.
+    """
+    if isinstance(folder, MadeTokenizer):
+        return folder.files[name]
     path = Path(folder, name)
     if leaves_model(Path(folder), name):
         raise InputError(
             f"{path}: is a link out of the model's folder. Replace the link with the file if you "
             "trust it."
         )
-    is_large = name == TOKENIZER_NAME
-    document, _ = read_json_mapping(
-        path,
-        LIMIT_BYTES if is_large else SMALL_LIMIT_BYTES,
-        limit_values=LIMIT_VALUES if is_large else SMALL_LIMIT_VALUES,
-    )
-    return document
+    with open_regular_file(path) as (descriptor, status):
+        if status.st_size > limit_bytes:
+            raise InputError(
+                f"{path}: holds {status.st_size:,} bytes; at most {limit_bytes:,} are read. It is "
+                "not what its name says: download it again."
+            )
+        return read_exactly(descriptor, status.st_size, path)
 
 
 def model_vocabulary(document: Mapping[str, Any], path: Path) -> dict[str, int]:
@@ -208,7 +249,7 @@ def _pieces(pieces: list[Any], path: Path) -> dict[str, int]:
     return vocabulary
 
 
-def added_tokens(document: Mapping[str, Any], folder: str) -> dict[str, AddedToken]:
+def added_tokens(document: Mapping[str, Any], folder: Folder) -> dict[str, AddedToken]:
     """The tokens that are added to a tokenizer's model, in the order in which they are.
 
     document: tokenizer.json.
@@ -230,7 +271,7 @@ def added_tokens(document: Mapping[str, Any], folder: str) -> dict[str, AddedTok
     return added
 
 
-def _configured_tokens(folder: str) -> Iterable[AddedToken]:
+def _configured_tokens(folder: Folder) -> Iterable[AddedToken]:
     """What the files beside tokenizer.json add."""
     config = read_mapping(folder, CONFIG_NAME) if has_file(folder, CONFIG_NAME) else {}
     path = Path(folder, CONFIG_NAME)
@@ -285,7 +326,7 @@ def _number(text: str, path: Path) -> int:
     return int(text)
 
 
-def _refuse_sentencepiece(folder: str) -> None:
+def _refuse_sentencepiece(folder: Folder) -> None:
     for name in SENTENCEPIECE_NAMES:
         if has_file(folder, name):
             raise InputError(

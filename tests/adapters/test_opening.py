@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lazymerge.adapters import config as config_module
 from lazymerge.adapters import open_model, split_reference
-from lazymerge.adapters.config import AdapterConfig, _fits, _is_simple
+from lazymerge.adapters.config import AdapterConfig, _is_simple, read_adapter_config
 from lazymerge.adapters.names import Part, part_of
 from lazymerge.checkpoint.tensor import LowRank
 from lazymerge.cli.inspect import _view, checkpoint_document
@@ -193,7 +195,8 @@ def config(**values: Any) -> AdapterConfig:
         **{
             "rank": None,
             "alpha": 16.0,
-            "alphas": (),
+            "alphas_by_end": {},
+            "alphas_by_expression": (),
             "is_rank_stabilised": False,
             "is_dora": False,
             "is_transposed": False,
@@ -207,8 +210,21 @@ def config(**values: Any) -> AdapterConfig:
 def test_scaling() -> None:
     assert config().scaling("a.q_proj", 4) == 4.0
     assert config(is_rank_stabilised=True).scaling("a.q_proj", 4) == 8.0
-    alphas = (("layers.0.q_proj", 2.0), ("q_proj", 6.0), ("^model.k_proj", 8.0))
-    own = config(alphas=alphas)
+
+
+def with_alphas(folder: Path, alphas: dict[str, float]) -> AdapterConfig:
+    """A config with alphas of some modules by pattern, and 16 for the others."""
+    document = {"peft_type": "LORA", "lora_alpha": 16, "alpha_pattern": alphas}
+    (folder / "adapter_config.json").write_text(json.dumps(document))
+    found, _ = read_adapter_config(folder / "adapter_config.json")
+    return found
+
+
+def test_scaling_by_pattern(tmp_path: Path) -> None:
+    alphas = {"layers.0.q_proj": 2, "q_proj": 6, "^model.k_proj": 8, "v_(a|b)": 4, "v_a": 1}
+    own = with_alphas(tmp_path, alphas)
+    assert own.scaling("model.v_a", 2) == 2.0  # the first counts
+    assert own.scaling("model.v_b", 2) == 2.0
     assert own.scaling("model.layers.0.q_proj", 2) == 1.0
     assert own.scaling("model.layers.10.q_proj", 2) == 3.0
     assert own.scaling("model.k_proj", 2) == 4.0
@@ -225,13 +241,37 @@ def test_scaling() -> None:
         ("q_proj$", "a.q_proj", True),
         ("^q_proj", "a.q_proj", False),
         ("^a.q_proj$", "a.q_proj", True),
-        ("a.q_proj", "b.a_q_proj", True),  # the dot of a regular expression
         ("a.q_proj", "q_proj", False),
+        ("(a|b).q_proj", "x.b.q_proj", True),
+        ("^(a|b).q_proj", "x.b.q_proj", False),
+        (".*q_proj", "x.b.q_proj", True),
     ],
 )
-def test_patterns(pattern: str, module: str, fits: bool) -> None:
-    assert _fits(pattern, module) is fits
+def test_patterns(pattern: str, module: str, fits: bool, tmp_path: Path) -> None:
+    assert (with_alphas(tmp_path, {pattern: 1}).scaling(module, 1) == 1) is fits
     assert (re.match(rf"(.*\.)?({pattern})$", module) is not None) is fits  # as peft does
+
+
+def test_many_patterns_take_no_time(tmp_path: Path) -> None:
+    own = with_alphas(tmp_path, {f"layers.{n}.q_proj": n for n in range(50_000)})
+    began = time.process_time()
+    for number in range(2_000):
+        assert own.scaling(f"model.layers.{number}.q_proj", 1) == number
+    own = with_alphas(tmp_path, {".*[x]": 1})
+    assert own.scaling("a" * 1_000_000, 1) == 16
+    assert time.process_time() - began < 2
+
+
+def test_modules_that_end_like_those_to_save() -> None:
+    own = config(saved=("norm", "lm_head"))
+    for name, is_saved in (
+        ("model.layers.0.input_layernorm.weight", True),
+        ("model.norm.weight", True),
+        ("lm_head.weight", True),
+        ("model.norms.weight", False),
+        ("norm", False),
+    ):
+        assert own.is_saved(name) is is_saved
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -480,7 +520,7 @@ def test_any_config_is_taken_or_refused_by_name(models: Path) -> None:
 def test_expressions_that_are_taken_are_quick(pattern: str) -> None:
     assert not _is_simple(pattern) or not re.search(r"[{}?]|\)[*+]", pattern)
     if _is_simple(pattern):
-        _fits(pattern, "model.layers.0.self_attn.q_proj." * 10 + "!")
+        config_module._fits(pattern, "model.layers.0.self_attn.q_proj." * 10 + "!")
 
 
 def test_what_people_are_shown(models: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import struct
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -537,3 +538,16 @@ def test_sizes_of_more_than_32_bits(tmp_path: Path) -> None:
     with path.open("rb") as stream:
         stream.seek(tensors["small"].start)
         assert stream.read(24) == DATA
+
+
+def test_one_mapping_under_many_keys_is_looked_through_once(tmp_path: Path) -> None:
+    import pickle
+
+    large = {str(number): 1 for number in range(20_000)}
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        saved = {f"k{number}": large for number in range(20_000)}
+        archive.writestr("x/data.pkl", pickle.dumps(saved, protocol=2))
+    began = time.process_time()
+    with pytest.raises(InputError, match="holds no tensors"):
+        read_torch_file(tmp_path / "x.bin", "x.bin")
+    assert time.process_time() - began < 2

@@ -230,3 +230,12 @@ def test_the_most_instructions_end_in_time() -> None:
     with pytest.raises(BrokenFileError):
         unpickle(b"N" * 1_000_000)
     assert time.process_time() - began < 5
+
+
+def test_keys_that_have_all_the_same_hash() -> None:
+    """A mapping of 30,000 such keys takes Python ten seconds."""
+    saved = {n * (2**61 - 1): 1 for n in range(1, 3)}
+    with pytest.raises(BrokenFileError, match="holds a key that is larger than any number"):
+        unpickle(pickle.dumps(saved, protocol=2))
+    saved = {2**60 - 1: 1, -(2**60) + 1: 2}
+    assert unpickle(pickle.dumps(saved, protocol=2)) == saved

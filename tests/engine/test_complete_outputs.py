@@ -178,3 +178,81 @@ def test_what_a_killed_run_has_left_goes(recipe: Path, out: Path) -> None:
         (out / ".lazymerge" / name).write_text("")
     again(recipe, out)
     assert not (out / ".lazymerge").exists()
+
+
+@pytest.mark.parametrize("calls", range(1, 12))
+def test_interrupted_while_small_files_are_written(
+    recipe: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """None of them is taken for somebody's afterwards, whatever changes next."""
+    real, left = Path.rename, [calls]
+
+    def rename(path: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    for token in ("new", "newer"):
+        (tmp_path / "a" / "tokenizer.json").write_text(f'{{"{token}": 2}}')
+        config = json.loads((tmp_path / "a" / "config.json").read_text()) | {"note": token}
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+        if token == "new":
+            monkeypatch.setattr(Path, "rename", rename)
+            try:
+                again(recipe, out)
+            except KeyboardInterrupt:
+                pass
+            else:
+                assert left[0] > 0  # there are not so many
+            monkeypatch.undo()
+    notes = again(recipe, out)
+    assert not any("edited" in note for note in notes)
+    assert (out / "tokenizer.json").read_text() == '{"newer": 2}'
+    assert json.loads((out / "config.json").read_text())["note"] == "newer"
+    assert (verify_output(out).problems, verify_output(out).edited) == ((), ())
+    assert not [*out.rglob("*.partial")]
+    assert not (out / ".lazymerge").exists()
+
+
+def test_what_is_right_already_is_recorded(recipe: Path, out: Path) -> None:
+    """A run that was killed before it wrote the manifest, or somebody quicker."""
+    recipe.write_text("# new\n" + recipe.read_text())
+    before = (out / MANIFEST_NAME).read_bytes()
+    again(recipe, out)
+    (out / MANIFEST_NAME).write_bytes(before)
+    assert verify_output(out).edited == ("README.md",)
+    assert len(again(recipe, out)) == 1
+    assert verify_output(out).edited == ()
+
+
+def test_a_tokenizer_file_that_is_gone_goes(recipe: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    assert again(recipe, out)[0].startswith("tokenizer.json removed: not there any more")
+    assert not (out / "tokenizer.json").exists()
+    assert verify_output(out).problems == ()
+
+
+def test_an_output_that_was_moved_stays_as_it_is(recipe: Path, out: Path, tmp_path: Path) -> None:
+    before = contents(out)
+    out.rename(tmp_path / "moved")
+    assert len(again(recipe, tmp_path / "moved")) == 1
+    assert contents(tmp_path / "moved") == before
+
+
+def test_from_another_recipe_of_the_same_merge(
+    recipe: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest opens the models by the names that stand in its recipe."""
+    monkeypatch.chdir(tmp_path)
+    recipe.write_text(recipe.read_text().replace(f"{tmp_path}/", "./"))
+    again(recipe, out)
+    monkeypatch.chdir("/")
+    assert verify_output(out, recompute=4).problems == ()
+
+
+def test_a_folder_in_a_small_files_place(recipe: Path, out: Path) -> None:
+    (out / "README.md").unlink()
+    (out / "README.md").mkdir()
+    with pytest.raises(InputError, match=r"README\.md is a folder, and no merge has made it"):
+        again(recipe, out)

@@ -191,7 +191,14 @@ def test_slices_of_a_merge(models: list[str], tmp_path: Path) -> None:
         ([{"name": "x"}, {"name": "x"}], "two merges are named 'x', first in line 1"),
         ([{}, {}], "two merges have no name"),
         ([{"name": "x"}, {"name": "y"}], "one merge must be the last"),
-        ([{"name": "x", "tokenizer_source": "base"}, {}], "cannot have a tokenizer of its own"),
+        (
+            [
+                {"name": "x", "tokenizer_source": "y"},
+                {"name": "y", "models": [{"model": "x"}]},
+                {"models": [{"model": "x"}]},
+            ],
+            "merges use each other in a circle: x uses y uses x",
+        ),
         (
             [
                 {"name": "x", "models": [{"model": "y"}]},
@@ -232,3 +239,18 @@ def test_results_cannot_be_cut(models: list[str], tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump_all(documents))
     with pytest.raises(InputError, match="what another merge gives cannot be cut"):
         lazymerge.plan(path, truncate_embeddings=True)
+
+
+def test_an_adapter_on_a_merge_of_the_file(models: list[str], tmp_path: Path) -> None:
+    documents = [
+        {**document("linear", models), "name": "both"},
+        {
+            "merge_method": "linear",
+            "models": [
+                {"model": f"both+{models[2]}", "parameters": {"weight": 1}},
+                {"model": "both", "parameters": {"weight": 1}},
+            ],
+        },
+    ]
+    with pytest.raises(InputError, match="An adapter cannot be put on the merge 'both' of this"):
+        merged(documents, tmp_path / "out")

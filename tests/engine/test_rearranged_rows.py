@@ -83,14 +83,14 @@ def tables() -> dict[str, list[int]]:
     }
 
 
-def alignment(padded_rows: int = OUTPUT_ROWS, base: str | None = None) -> Alignment:
+def alignment(padded_rows: int = OUTPUT_ROWS) -> Alignment:
     return Alignment(
         rows=OUTPUT_ROWS,
         padded_rows=padded_rows,
         tables={model: array("i", rows) for model, rows in tables().items()},
         sizes=ROWS,
+        declared=dict(ROWS),
         chosen={},
-        base=base,
     )
 
 
@@ -163,16 +163,17 @@ def plan_of(
         aligned,
         tables={prefix + model: table for model, table in aligned.tables.items()},
         sizes={prefix + model: size for model, size in aligned.sizes.items()},
-        base=None if aligned.base is None else prefix + aligned.base,
+        declared={prefix + model: size for model, size in aligned.declared.items()},
     )
     said = TokenizerPlan(str(folder), {}, aligned, (), 0)
     monkeypatch.setattr(planning, "plan_tokenizer", lambda *_: said)
     return make_plan(recipe_of(folder, recipe), resources)
 
 
-@pytest.mark.parametrize("base", [None, "base"])
+@pytest.mark.parametrize(
+    ("method", "base"), [("linear", None), ("linear", "base"), ("task_arithmetic", "base")]
+)
 @pytest.mark.parametrize("padded_rows", [OUTPUT_ROWS, 1152])
-@pytest.mark.parametrize("method", METHODS)
 def test_every_executor_agrees_with_the_definition(
     method: str,
     padded_rows: int,
@@ -188,8 +189,8 @@ def test_every_executor_agrees_with_the_definition(
     for kernels in ("native", "torch"):
         for read_mode in ("pread", "mmap"):
             resources = Resources(1 << 30, workers=2, kernels=kernels, read_mode=read_mode)
-            aligned = alignment(padded_rows, base)
-            plan = plan_of(tmp_path, METHODS[method], aligned, resources, monkeypatch)
+            recipe = METHODS[method] if base is None else {**METHODS[method], "base_model": base}
+            plan = plan_of(tmp_path, recipe, alignment(padded_rows), resources, monkeypatch)
             verify_graph(plan.graph)
             walk = walk_plan(plan)
             assert sum(walk.bytes_read.values()) == plan.bytes_read
@@ -252,7 +253,7 @@ def test_methods_of_several_passes(
     outputs = set()
     for kernels in ("native", "torch"):
         resources = Resources(1 << 30, workers=2, kernels=kernels)
-        plan = plan_of(tmp_path, recipe, alignment(1152, "base"), resources, monkeypatch)
+        plan = plan_of(tmp_path, recipe, alignment(1152), resources, monkeypatch)
         run_plan(plan, tmp_path / kernels, fsync=False)
         outputs.add((tmp_path / kernels / "model.safetensors").read_bytes())
     assert len(outputs) == 1

@@ -21,6 +21,7 @@ from lazymerge.engine import plan as plan_module
 from lazymerge.engine import run as run_module
 from lazymerge.engine import torch_loading
 from lazymerge.engine import unfinished as unfinished_module
+from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.plan import Plan, Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.scheduler import Scheduler
@@ -690,3 +691,51 @@ def test_a_folder_where_a_file_belongs(recipe: Path, tmp_path: Path, name: str) 
         run_plan(plan, out)
     (out / name).rmdir()
     run_plan(plan, out)
+
+
+@pytest.mark.parametrize("way", ["in place", "by renaming"])
+def test_an_input_that_changes_under_the_run(recipe: Path, tmp_path: Path, way: str) -> None:
+    out, path = tmp_path / "out", tmp_path / "a" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+
+    class Changer(Stopper):
+        def finished(self, tensor: str) -> None:
+            super().finished(tensor)
+            if len(self.tensors) == 3:
+                other = path if way == "in place" else path.with_name("other")
+                other.write_bytes(data)
+                other.replace(path)
+
+    with pytest.raises(
+        LazymergeError, match=r"a/model\.safetensors was changed while it was merged"
+    ):
+        run_plan(planned(recipe), out, observer=Changer(99))
+    assert is_unfinished(out)
+    with pytest.raises(InputError, match="has changed: its time of modification"):
+        lazymerge.resume(out)
+
+
+def test_inputs_stay_open_while_a_worker_reads(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted twice, a run ends before its workers do; the numbers of its files are not given
+    to others until then."""
+    closed = threading.Event()
+    running = threading.Event()
+    real_close = InputFiles.close
+
+    def close(files: InputFiles) -> None:
+        real_close(files)
+        closed.set()
+
+    def work(*_: object) -> None:
+        raise run_module._AbandonedError([running])
+
+    monkeypatch.setattr(InputFiles, "close", close)
+    monkeypatch.setattr(run_module, "_work", work)
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(planned(recipe), tmp_path / "out")
+    assert not closed.wait(0.2)
+    running.set()
+    assert closed.wait(10)

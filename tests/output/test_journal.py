@@ -220,6 +220,16 @@ def test_half_a_line_that_stays_is_the_last(
     assert list(read_journal(tmp_path).finished) == ["a"]
 
 
+@pytest.mark.parametrize("identity", [(1, (1 << 64) - 1, 0), (-1, 2, -(1 << 62)), (0, 0, 1 << 70)])
+def test_identities_of_any_size(tmp_path: Path, identity: tuple[int, int, int]) -> None:
+    """Some filesystems number their files with 64 bits, or make them before 1970."""
+    (tmp_path / ".lazymerge").mkdir()
+    journal = Journal(tmp_path, "f", 0, fsync=False)
+    journal.finished("a", "m", (0, 1), "c", is_nonfinite=False, identity=identity)
+    journal.close()
+    assert read_journal(tmp_path).finished["a"].identity == identity
+
+
 def test_a_range_that_ends_before_it_begins(tmp_path: Path) -> None:
     (tmp_path / ".lazymerge").mkdir()
     journal = Journal(tmp_path, "f", 0, fsync=False)

@@ -376,3 +376,19 @@ print(import_seconds, parse_seconds)
     import_seconds, parse_seconds = map(float, output.split())
     assert import_seconds < 0.3  # 0.08 s of CPU time; the bound allows for a busy one
     assert parse_seconds < 0.01
+
+
+def test_an_architecture_is_not_asked_for() -> None:
+    """mergekit's key for models that it does not recognise."""
+    text = """\
+merge_method: linear
+models:
+  - model: {model: {path: a}, override_architecture: LlamaForCausalLM}
+    parameters: {weight: 1}
+"""
+    recipe = parse_recipe(text, "recipe.yml", SIGNATURES)
+    assert recipe.references == ("a",)
+    (warning,) = recipe.warnings
+    assert "'override_architecture' is not looked at" in warning.message
+    assert warning.position is not None
+    assert warning.position.line == 3

@@ -116,6 +116,28 @@ def test_union(kind: str, base: str | None, tmp_path: Path) -> None:
     assert model(torch.tensor([[0, len(numbers) - 1]])).logits.shape[-1] == len(numbers)
 
 
+def test_special_tokens_that_the_base_has_as_pieces(tmp_path: Path) -> None:
+    """A text is split at them; at other added tokens, which the base reads in its own way, not."""
+    make_model(tmp_path / "a", bpe(WORDS["a"]), seed=1)
+    before = vocabulary(tmp_path / "a")
+    pieces = sorted(token for token in before if token in "hello" and 1 < len(token) < 5)
+    special, plain = "quick", pieces[0]
+    assert f"Ġ{special}" in before
+    other = add_special(bpe(WORDS["b"]), f"Ġ{special}")
+    other.add_tokens([plain])
+    for name in "bc":
+        make_model(tmp_path / name, other, seed=2)
+    merged(plan_of(tmp_path, tokenizer_source="union"), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    numbers = tokenizer.get_vocab()
+    assert {token: numbers[token] for token in before} == before
+    assert tokenizer.tokenize(f"xĠ{special}x") == ["x", f"Ġ{special}", "x"]
+    added = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
+    properties = {each["content"]: each["special"] for each in added}
+    assert properties[f"Ġ{special}"]
+    assert plain not in properties
+
+
 def test_base_and_model_as_source(tmp_path: Path) -> None:
     write_models(tmp_path)
     base = {"base_model": str(tmp_path / "b")}
@@ -554,3 +576,29 @@ def test_from_python_and_in_words(tmp_path: Path) -> None:
     assert "tokenizer.json, tokenizer_config.json" in plan.summary()
     api.run(plan, tmp_path / "out", fsync=False)
     assert api.verify(tmp_path / "out").problems == ()
+
+
+def test_a_normalizer_is_kept_and_not_run(tmp_path: Path) -> None:
+    """Thirty replacements of a letter by two make a token of a gigabyte."""
+    write_models(tmp_path)
+    path = tmp_path / "a" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    document["normalizer"] = {"type": "Sequence", "normalizers": [doubling] * 40}
+    ids = [token["id"] for token in document["added_tokens"]]
+    document["added_tokens"].append(
+        {
+            "id": 1 + max([*document["model"]["vocab"].values(), *ids]),
+            "content": "aaaaaaaa",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": True,
+            "special": False,
+        }
+    )
+    path.write_text(json.dumps(document))
+    plan = plan_of(tmp_path, tokenizer_source="union")
+    assert plan.tokenizer is not None
+    written = json.loads(plan.tokenizer.files["tokenizer.json"])
+    assert written["normalizer"] == document["normalizer"]

@@ -35,6 +35,7 @@ class LinearCombination(ApplyOperation):
 
     name = "linear_combination"
     is_recordable = True
+    keeps_rows = True
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         return "F64"
@@ -76,6 +77,7 @@ class TaskVectors(ApplyOperation):
 
     name = "task_vectors"
     is_recordable = True
+    keeps_rows = True
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         return "F64"

@@ -38,8 +38,8 @@ def test_results_are_those_of_the_processor(
         padded_rows=padded_rows,
         tables={prefix + model: table for model, table in tables.items()},
         sizes={prefix + model: rows for model, rows in ROWS.items()},
+        declared={prefix + model: rows for model, rows in ROWS.items()},
         chosen={},
-        base=None,
     )
     said = TokenizerPlan(str(tmp_path), {}, alignment, (), 0)
     monkeypatch.setattr(planning, "plan_tokenizer", lambda *_: said)
