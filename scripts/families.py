@@ -121,6 +121,57 @@ FAMILIES: Mapping[str, Family] = {
             "time_step_rank": 4,
         },
     ),
+    "jamba": Family(
+        "JambaConfig",
+        "JambaForCausalLM",
+        text(
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=2,
+            mamba_dt_rank=2,
+            mamba_d_state=4,
+        ),
+    ),
+    "qwen2-moe": Family(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        text(decoder_sparse_step=2, shared_expert_intermediate_size=24, **EXPERTS),
+    ),
+    "mllama, text": Family(
+        "MllamaTextConfig", "MllamaForCausalLM", text(cross_attention_layers=[1])
+    ),
+    "lfm2": Family("Lfm2Config", "Lfm2ForCausalLM", text(full_attn_idxs=[1])),
+    "gpt-neo": Family(
+        "GPTNeoConfig",
+        "GPTNeoForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_layers": LAYERS,
+            "num_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "attention_types": [[["global", "local"], 1], [["global"], 1]],
+            "window_size": 8,
+        },
+    ),
+    "nemotron-h": Family(
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        without(
+            text(
+                hybrid_override_pattern="M-*",
+                head_dim=8,
+                mamba_num_heads=4,
+                mamba_head_dim=8,
+                ssm_state_size=8,
+                n_groups=1,
+            ),
+            "num_hidden_layers",
+        ),
+    ),
     "bert": Family("BertConfig", "BertForMaskedLM", without(TEXT, "num_key_value_heads")),
     "roberta": Family("RobertaConfig", "RobertaForMaskedLM", without(TEXT, "num_key_value_heads")),
     "t5": Family(

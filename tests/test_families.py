@@ -4,8 +4,10 @@ memory by torch, computes."""
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import lazymerge
 import pytest
 import torch
 import yaml
+from lazymerge.errors import InputError
 from safetensors.torch import load_file, save_file
 
 from families import FAMILIES, Family, outputs, perturbed
@@ -119,7 +122,8 @@ def test_other_names_for_the_same_tensors(
 
 
 SLICED = ["llama", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3", "gpt2", "gpt-neox"]
-SLICED += ["falcon", "mixtral", "qwen3-moe", "deepseek-v3", "mamba"]
+SLICED += ["falcon", "mixtral", "qwen3-moe", "deepseek-v3", "mamba", "qwen2-moe", "mllama, text"]
+SLICED += ["lfm2", "gpt-neo", "nemotron-h"]
 
 
 @pytest.mark.parametrize("family_name", SLICED)
@@ -138,6 +142,7 @@ def test_a_frankenmerge(family_name: str, tmp_path: Path) -> None:
     }
     (tmp_path / "slices.yml").write_text(yaml.safe_dump(recipe))
     plan = lazymerge.plan(tmp_path / "slices.yml")
+    assert plan.notices == ()
     lazymerge.run(plan, tmp_path / "out", fsync=False)
     loaded, said = family.load(tmp_path / "out")
     assert not said["missing_keys"], said
@@ -158,6 +163,110 @@ def test_a_frankenmerge(family_name: str, tmp_path: Path) -> None:
     types = getattr(loaded.config, "layer_types", None)
     if types is not None:
         assert types == [base.config.layer_types[layer] for _, layer in origins]
+
+
+def passthrough_of(folder: Path, model: Path, *ranges: list[int]) -> Path:
+    """Writes a recipe that puts layers of one model together anew; returns its path."""
+    recipe = {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": str(model), "layer_range": layers}]} for layers in ranges
+        ],
+    }
+    (folder / "slices.yml").write_text(yaml.safe_dump(recipe))
+    return folder / "slices.yml"
+
+
+def test_a_period_of_layers(tmp_path: Path) -> None:
+    """Jamba's config can say no more of its layers than a period and where it begins."""
+    torch.manual_seed(1)
+    family = FAMILIES["jamba"]
+    family.make().save_pretrained(tmp_path / "model")
+    # mamba, attention, mamba: another period says it
+    plan = lazymerge.plan(passthrough_of(tmp_path, tmp_path / "model", [0, 3], [0, 3]))
+    assert plan.notices == ()
+    lazymerge.run(plan, tmp_path / "out", fsync=False)
+    loaded, said = family.load(tmp_path / "out")
+    assert not said["missing_keys"], said
+    assert not said["unexpected_keys"], said
+    assert [layer % 3 == 1 for layer in range(6)] == [
+        hasattr(layer, "self_attn") for layer in loaded.model.layers
+    ]
+    # none does
+    plan = lazymerge.plan(passthrough_of(tmp_path, tmp_path / "model", [0, 2], [1, 3], [0, 3]))
+    assert [notice.split(" in config.json")[0] for notice in plan.notices] == [
+        f"layers 2 and 3 of model.layers are of another kind than {key}"
+        for key in ("attn_layer_period", "expert_layer_period")
+    ]
+
+
+def test_layers_beyond_those_that_the_config_counts(tmp_path: Path) -> None:
+    """A layer that predicts a further token stays one at the end, and is none elsewhere."""
+    torch.manual_seed(1)
+    family = FAMILIES["deepseek-v3"]
+    longer = replace(family, settings={**family.settings, "num_hidden_layers": 4})
+    longer.make().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    counts = {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}
+    lists = {key: config[key][:3] for key in ("layer_types", "mlp_layer_types") if key in config}
+    path.write_text(json.dumps({**config, **counts, **lists}))
+    plan = lazymerge.plan(passthrough_of(tmp_path, tmp_path / "model", [0, 3], [1, 4]))
+    assert plan.notices == ()
+    lazymerge.run(plan, tmp_path / "out", fsync=False)
+    loaded, said = family.load(tmp_path / "out")
+    assert not said["missing_keys"], said
+    assert all(name.startswith("model.layers.5.") for name in said["unexpected_keys"]), said
+    assert (loaded.config.num_hidden_layers, loaded.config.num_nextn_predict_layers) == (5, 1)
+    plan = lazymerge.plan(passthrough_of(tmp_path, tmp_path / "model", [0, 3], [1, 3]))
+    assert plan.notices == ()
+    lazymerge.run(plan, tmp_path / "without", fsync=False)
+    loaded, said = family.load(tmp_path / "without")
+    assert not any(said[key] for key in ("missing_keys", "unexpected_keys")), said
+    assert (loaded.config.num_hidden_layers, loaded.config.num_nextn_predict_layers) == (5, 0)
+
+
+def test_layers_put_together_twice(tmp_path: Path) -> None:
+    """Slices of a merge of the same file, whose own layers are put together."""
+    family = FAMILIES["qwen2-moe"]
+    family.make().save_pretrained(tmp_path / "model")
+
+    def slices(model: str, *ranges: list[int]) -> dict[str, Any]:
+        pieces = [{"sources": [{"model": model, "layer_range": layers}]} for layers in ranges]
+        return {"merge_method": "passthrough", "slices": pieces}
+
+    # dense 0 2, sparse 1: layers 0 1 0 1 2, then 0 1 0 1 2 1 2
+    documents = [
+        {"name": "longer", **slices(str(tmp_path / "model"), [0, 2], [0, 3])},
+        slices("longer", [0, 5], [3, 5]),
+    ]
+    (tmp_path / "twice.yml").write_text(yaml.safe_dump_all(documents))
+    plan = lazymerge.plan(tmp_path / "twice.yml")
+    assert plan.notices == ()
+    lazymerge.run(plan, tmp_path / "out", fsync=False)
+    loaded, said = family.load(tmp_path / "out")
+    assert not any(said[key] for key in ("missing_keys", "unexpected_keys")), said
+    assert loaded.config.num_hidden_layers == 7
+    assert torch.isfinite(outputs(loaded.eval())).all()
+
+
+def test_a_config_that_does_not_say_how_many_layers_there_are(tmp_path: Path) -> None:
+    FAMILIES["llama"].make().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    recipe = passthrough_of(tmp_path, tmp_path / "model", [0, 3], [1, 3])
+    path.write_text(json.dumps({**config, "num_hidden_layers": 8}))
+    with pytest.raises(InputError, match=r"config.json does not say that model\.layers has 3"):
+        lazymerge.plan(recipe)
+    path.unlink()
+    assert lazymerge.plan(recipe).config is None
+    del config["num_hidden_layers"]
+    path.write_text(json.dumps(config))
+    plan = lazymerge.plan(recipe)
+    assert plan.notices[0].startswith("num_hidden_layers, 5, was added to config.json")
+    lazymerge.run(plan, tmp_path / "out", fsync=False)
+    loaded, _ = FAMILIES["llama"].load(tmp_path / "out")
+    assert len(loaded.model.layers) == 5
 
 
 def test_modules_of_a_model_that_hears(tmp_path: Path) -> None:
