@@ -200,6 +200,22 @@ def test_a_period_of_layers(tmp_path: Path) -> None:
     ]
 
 
+def test_kinds_of_layers_by_a_key_that_is_not_known(tmp_path: Path) -> None:
+    """Their tensors show it."""
+    FAMILIES["jamba"].make().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({k.replace("_period", "_every"): value for k, value in config.items()})
+    )
+    plan = lazymerge.plan(passthrough_of(tmp_path, tmp_path / "model", [0, 3]))
+    assert plan.notices == ()
+    # mamba, attention, attention, mamba
+    plan = lazymerge.plan(passthrough_of(tmp_path, tmp_path / "model", [0, 2], [1, 3]))
+    (notice,) = plan.notices
+    assert notice.startswith("layers 2 and 3 of model.layers may have other tensors than")
+
+
 def test_layers_beyond_those_that_the_config_counts(tmp_path: Path) -> None:
     """A layer that predicts a further token stays one at the end, and is none elsewhere."""
     torch.manual_seed(1)

@@ -512,7 +512,13 @@ def config_of(
     config, said = output_config(base_config, dtype, rows), []
     for stack, layers in compiled.origins.items():
         origins = [(checkpoints[model].config, number) for model, number in layers]
-        config, sentences = with_layers(config, stack, origins)
+        config, sentences = with_layers(
+            config,
+            stack,
+            origins,
+            names_before=source.tensors,
+            names_after=compiled.results,
+        )
         said += sentences
     return config, said
 
