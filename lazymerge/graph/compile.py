@@ -349,6 +349,13 @@ class _Compiler:
                 "be matched; merge the adapter into its model first (passthrough)"
             )
         nodes = self.embeddings.nodes(name, reads)
+        without_row = self.embeddings.tokens_without_row(name, reads)
+        if without_row:
+            self.notices.add(
+                f"{without_row} tokens of the output have no row in {', '.join(reads)}, which it "
+                "is merged from; theirs hold zeros",
+                name,
+            )
         alignment = self.embeddings.alignment
         for model, read in reads.items():
             tokens = alignment.sizes[model]

@@ -35,13 +35,21 @@ class _Filling:
     tables: Mapping[_Part, RowTable]
 
 
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """All models' embeddings, and how many tokens have a row in others alone."""
+
+    fillings: Mapping[str, _Filling]
+    tokens_without_row: int
+
+
 @dataclass(slots=True)
 class AlignedEmbeddings:
     """Adds the nodes of embeddings and output heads, which share their tables."""
 
     alignment: Alignment
     graph: Graph
-    _fillings: dict[tuple[tuple[str, int], ...], dict[str, _Filling]] = field(default_factory=dict)
+    _known: dict[tuple[tuple[str, int], ...], _Filled] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -65,13 +73,21 @@ class AlignedEmbeddings:
                 f"tensor {name} has different shapes: {described}; "
                 "only models of one architecture and size can be merged"
             )
-        key = tuple((model, read.shape[0]) for model, read in reads.items())
-        if key not in self._fillings:
-            self._fillings[key] = _Fillings(self.alignment, name, dict(key)).all()
         return {
             model: self._padded(self._filled(model, filling, reads))
-            for model, filling in self._fillings[key].items()
+            for model, filling in self._all(name, reads).fillings.items()
         }
+
+    def tokens_without_row(self, name: str, reads: Mapping[str, Read]) -> int:
+        """How many tokens of the output have rows of zeros because only models have them that are
+        not merged here: those of other slices."""
+        return self._all(name, reads).tokens_without_row
+
+    def _all(self, name: str, reads: Mapping[str, Read]) -> _Filled:
+        key = tuple((model, read.shape[0]) for model, read in reads.items())
+        if key not in self._known:
+            self._known[key] = _Fillings(self.alignment, name, dict(key)).all()
+        return self._known[key]
 
     def _filled(self, model: str, filling: _Filling, reads: Mapping[str, Read]) -> str:
         nodes = {
@@ -149,19 +165,21 @@ class _Fillings:
             model: defaultdict(dict) for model in self.models
         }
 
-    def all(self) -> dict[str, _Filling]:
-        """By model."""
+    def all(self) -> _Filled:
+        without_row = 0
         given = list(zip(*self.own.values(), strict=True))
         for row, present in enumerate(given):
             chosen = self.alignment.chosen.get(row)
             if min(present) >= 0 and not (chosen and chosen.force):
                 continue
             parts = self._parts(row, present)
+            if not parts and not (chosen and chosen.is_chosen):
+                without_row += any(table[row] >= 0 for table in self.alignment.tables.values())
             for model, own_row in zip(self.models, present, strict=True):
                 if own_row >= 0 and not (chosen and chosen.force):
                     continue
                 self._fill(model, row, parts)
-        return {model: self._filling(model) for model in self.models}
+        return _Filled({model: self._filling(model) for model in self.models}, without_row)
 
     def _parts(self, row: int, present: Sequence[int]) -> list[tuple[_Part, int]]:
         """What stands in a row where a model lacks it: parts, each with the model's row."""
@@ -169,12 +187,17 @@ class _Fillings:
         if chosen is not None and chosen.is_chosen:
             if chosen.model is None:
                 return []
-            if chosen.model not in self.rows or not 0 <= chosen.row < self.rows[chosen.model]:
-                have = self.rows.get(chosen.model)
-                known = "no such tensor" if have is None else f"{have} rows"
+            have = self.rows.get(chosen.model)
+            if have is None:
+                raise InputError(
+                    f"tensor {self.name}: token {chosen.token!r} is to get its row from "
+                    f"{chosen.model}, and the tensor is merged from {', '.join(self.models)} "
+                    "alone. Name one of these in `tokens`, or {kind: zero}."
+                )
+            if not 0 <= chosen.row < have:
                 raise InputError(
                     f"tensor {self.name}: token {chosen.token!r} is to get row {chosen.row} of "
-                    f"{chosen.model}, which has {known}"
+                    f"{chosen.model}, which has {have} rows"
                 )
             return [((chosen.model, 1.0), chosen.row)]
         having = [(m, r) for m, r in zip(self.models, present, strict=True) if r >= 0]
