@@ -26,6 +26,16 @@ _NEVER_TIED = ("embed_tokens_per_layer.weight", "token_embedding.weight")
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 """Ends of names of copies of `shared.weight` (t5, bart); without it the decoder's is the head's."""
 
+_HEADS: Mapping[str, str] = {
+    "model.embed_tokens.weight": "lm_head.weight",
+    "model.language_model.embed_tokens.weight": "lm_head.weight",
+    "language_model.model.embed_tokens.weight": "language_model.lm_head.weight",
+    "transformer.wte.weight": "lm_head.weight",
+    "transformer.word_embeddings.weight": "lm_head.weight",
+    "gpt_neox.embed_in.weight": "embed_out.weight",
+}
+"""What models call the head that they do not store."""
+
 Shape = tuple[int, ...]
 
 
@@ -47,19 +57,22 @@ def untied(config: Mapping[str, object]) -> dict[str, object]:
     return changed
 
 
+def is_head(name: str) -> bool:
+    """Whether a name is that of an output head's matrix."""
+    return tensor_role(name, (1, 1)) is Role.OUTPUT_HEAD
+
+
 def heads(shapes: Mapping[str, Shape]) -> list[str]:
     """Names of output heads that an embedding might take the place of: matrices."""
-    return [
-        name
-        for name, shape in shapes.items()
-        if len(shape) == 2 and tensor_role(name, shape) is Role.OUTPUT_HEAD
-    ]
+    return [name for name, shape in shapes.items() if len(shape) == 2 and is_head(name)]
 
 
-def embedding_of_head(head: str, width: int, shapes: Mapping[str, Shape]) -> str | None:
+def embedding_of_head(
+    head: str, shapes: Mapping[str, Shape], width: int | None = None
+) -> str | None:
     """The input embedding that a model with tied embeddings has for its head.
 
-    head: its name. width: its columns. shapes: of the model's tensors.
+    head: its name. shapes: of the model's tensors. width: the head's columns; None: not known.
 
     Returns None where there is none, or where it is not clear which.
     """
@@ -67,7 +80,7 @@ def embedding_of_head(head: str, width: int, shapes: Mapping[str, Shape]) -> str
         name
         for name, shape in shapes.items()
         if len(shape) == 2
-        and shape[1] == width
+        and width in (None, shape[1])
         and not name.endswith(_NEVER_TIED)
         and tensor_role(name, shape) is Role.INPUT_EMBEDDING
     ]
@@ -78,6 +91,13 @@ def embedding_of_head(head: str, width: int, shapes: Mapping[str, Shape]) -> str
         common = {name: _common_words(name, head) for name in found}
         found = [name for name in found if common[name] == max(common.values())]
     return found[0] if len(found) == 1 else None
+
+
+def head_of_embedding(embedding: str, shapes: Mapping[str, Shape]) -> str | None:
+    """The head that is tied to an input embedding, stored or not; None: it has none, or one of
+    unknown name. shapes: of the model's tensors."""
+    stored = [head for head in heads(shapes) if embedding_of_head(head, shapes) == embedding]
+    return stored[0] if stored else _HEADS.get(embedding)
 
 
 def _configs(config: Mapping[str, object]) -> list[dict[str, object]]:

@@ -68,7 +68,7 @@ def without_copied_head(model: Checkpoint) -> Checkpoint:
     copies = {
         name
         for name in heads(shapes)
-        if shapes.get(embedding_of_head(name, shapes[name][1], shapes) or "") == shapes[name]
+        if shapes.get(embedding_of_head(name, shapes, shapes[name][1]) or "") == shapes[name]
     }
     if not copies:
         return model
@@ -89,7 +89,7 @@ def config_of_output(
     added = [
         name
         for name in heads(shapes)
-        if name not in own and embedding_of_head(name, shapes[name][1], shapes) is not None
+        if name not in own and embedding_of_head(name, shapes, shapes[name][1]) is not None
     ]
     if not added or is_tied(config) is False:
         return config, []
@@ -118,7 +118,7 @@ def _tied_embedding(model: Checkpoint, name: str, head: TensorInfo) -> TensorInf
     shapes = _shapes(model)
     if heads(shapes):  # it has one, of another name
         return None
-    embedding = embedding_of_head(name, head.shape[1], shapes)
+    embedding = embedding_of_head(name, shapes, head.shape[1])
     return None if embedding is None else model.tensors[embedding]
 
 

@@ -52,8 +52,8 @@ DECODER = "model.decoder.embed_tokens.weight"
 )
 def test_the_embedding_of_a_head(head: str, names: list[str], embedding: str | None) -> None:
     shapes = dict.fromkeys(names, (ROWS, WIDTH))
-    assert embedding_of_head(head, WIDTH, shapes) == embedding
-    assert embedding_of_head(head, WIDTH + 1, shapes) is None
+    assert embedding_of_head(head, shapes, WIDTH) == embedding
+    assert embedding_of_head(head, shapes, WIDTH + 1) is None
 
 
 def test_heads_are_matrices() -> None:
