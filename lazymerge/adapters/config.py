@@ -73,6 +73,7 @@ class AdapterConfig:
     is_dora: outputs are scaled to a length.
     is_transposed: fan_in_fan_out.
     saved: parts of names of modules that are the adapter's own as wholes.
+    keeps_ties: ensure_weight_tying: a tied embedding and head that are saved stay tied.
     bias: none, lora_only or all.
     """
 
@@ -84,6 +85,7 @@ class AdapterConfig:
     is_dora: bool
     is_transposed: bool
     saved: tuple[str, ...]
+    keeps_ties: bool
     bias: str
 
     def scaling(self, module: str, rank: int) -> float:
@@ -158,6 +160,7 @@ class _Reader:
             is_dora=self._flag("use_dora"),
             is_transposed=self._flag("fan_in_fan_out"),
             saved=self._names("modules_to_save"),
+            keeps_ties=self._flag("ensure_weight_tying"),
             bias=bias,
         )
 

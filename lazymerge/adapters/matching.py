@@ -4,6 +4,10 @@
               W + scaling · (B @ A)ᵀ        W of shape (in, out): gpt-2's layers; and embeddings
     whole     in W's place                  modules_to_save, biases, embeddings with more rows
 
+Where the model ties its output head to its input embedding, W is one matrix for both: factors of
+either change both, as peft has it. A head or an embedding that is one of modules_to_save was
+trained apart from the other: then the model has both from there on.
+
 Shapes say which of the first two a matrix is. Where it is square they do not: then it is as the
 adapter's other matrices are, and if there are none, or of both kinds, as fan_in_fan_out says.
 """
@@ -16,6 +20,7 @@ from math import prod
 
 from ..architecture import is_vocabulary
 from ..architecture.layouts import WRAPPERS, renamed
+from ..architecture.tying import embedding_of_head, head_of_embedding, is_head, is_tied
 from ..checkpoint.tensor import DTYPES, Checkpoint, LowRank, TensorInfo
 from ..checkpoint.wording import quoted, shown
 from ..errors import InputErrors
@@ -34,7 +39,20 @@ class _Parts:
     is_embedding: bool = False
 
 
-def adapted_tensors(model: Checkpoint, adapter: AdapterFiles) -> dict[str, TensorInfo]:
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A model with an adapter.
+
+    tensors: by name. is_untied: it has an output head of its own now, unlike the model's config
+        says. notices: one sentence each.
+    """
+
+    tensors: dict[str, TensorInfo]
+    is_untied: bool
+    notices: tuple[str, ...]
+
+
+def adapted_tensors(model: Checkpoint, adapter: AdapterFiles) -> Adapted:
     """A model's tensors, as they are with an adapter.
 
     Raises:
@@ -49,11 +67,14 @@ class _Matching:
         self.model = model
         self.adapter = adapter
         self.problems: list[str] = []
+        self.notices: list[str] = []
+        self.is_untied = False
 
-    def tensors(self) -> dict[str, TensorInfo]:
+    def tensors(self) -> Adapted:
         parts = self._parts()
         names = self._names(parts)
         tensors = dict(self.model.tensors)
+        self._tie(parts, names, tensors)
         changes: list[tuple[str, _Parts]] = []
         for target, own in parts.items():
             name = names[target]
@@ -78,7 +99,73 @@ class _Matching:
             self.problems.append(f"{self.adapter.path}: holds no tensor. Download it again.")
         if self.problems:
             raise InputErrors(_shortened(self.problems))
-        return tensors
+        return Adapted(tensors, self.is_untied, tuple(self.notices))
+
+    def _tie(
+        self, parts: dict[str, _Parts], names: dict[str, str], tensors: dict[str, TensorInfo]
+    ) -> None:
+        """Sorts out what is for a matrix that is both input embedding and output head.
+
+        parts, names: by target; a head's go to its embedding where the two stay one.
+        tensors: the model's; where the two part, the head is among them.
+        """
+        shapes = {name: tensor.shape for name, tensor in self.model.tensors.items()}
+        of_head = {
+            embedding_of_head(name, shapes): target
+            for target, name in names.items()
+            if is_head(name)
+        }
+        of_embedding = {name: target for target, name in names.items() if is_vocabulary(name)}
+        for embedding in [name for name in shapes if name in {*of_head, *of_embedding}]:
+            target, other = of_head.get(embedding), of_embedding.get(embedding)
+            head = head_of_embedding(embedding, shapes) if target is None else names[target]
+            if head is None or not self._is_tied(head, is_named=target is not None):
+                continue
+            own, others = parts.get(target or ""), parts.get(other or "")
+            if self._is_apart(own) or self._is_apart(others, shapes[embedding]):
+                tensors[head] = replace(self.model.tensors[embedding], name=head)
+                self.is_untied = True
+                self.notices.append(
+                    f"the adapter was trained with {quoted(head)} and {quoted(embedding)} apart, "
+                    "which the model ties; from here on it has both"
+                )
+                continue
+            self.notices.append(
+                f"the adapter changes {quoted(embedding)}, which is the output head too: both "
+                "change"
+            )
+            if own is None or target is None:
+                continue
+            names[target] = embedding
+            if others is not None and other is not None:
+                del parts[other]
+                parts[target] = self._as_one(others, own)
+
+    def _is_tied(self, head: str, *, is_named: bool) -> bool:
+        """is_named: the adapter is for the head, too, so that the model has one."""
+        said = is_tied(self.model.config)
+        return is_named and head not in self.model.tensors if said is None else said
+
+    def _is_apart(self, own: _Parts | None, shape: tuple[int, ...] | None = None) -> bool:
+        """Whether an embedding or a head was trained as a copy. shape: that it must have to be one;
+        the head of a model whose vocabulary has grown is nowhere else."""
+        if own is None or self.adapter.config.keeps_ties or WHOLE not in own.by_kind:
+            return False
+        is_of_shape = shape in (None, own.by_kind[WHOLE].shape)
+        return is_of_shape and self.adapter.config.is_saved(own.target)
+
+    def _as_one(self, embedding: _Parts, head: _Parts) -> _Parts:
+        """What is for an embedding and for the head that is tied to it."""
+        if FIRST in embedding.by_kind and FIRST in head.by_kind:
+            self._problem(
+                head.by_kind[FIRST],
+                f"and {quoted(embedding.by_kind[FIRST].name)} both change one matrix: "
+                f"{self.model.reference} ties its output head to its input embedding. Merge the "
+                "adapter into its model with peft first.",
+            )
+        factors = head if FIRST in head.by_kind else embedding
+        by_kind = {**head.by_kind, **embedding.by_kind}
+        return _Parts(factors.target, by_kind, factors.is_embedding)
 
     def _names(self, targets: Iterable[str]) -> dict[str, str]:
         """What the model calls the tensors that an adapter is for."""

@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..architecture import is_vocabulary, output_config
+from ..architecture.tying import untied
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.hub import HubSource
 from ..checkpoint.hub_reference import SCHEME, local_path
 from ..checkpoint.tensor import Adapter, TensorInfo
 from ..checkpoint.wording import quoted
 from ..errors import InputError
-from .matching import adapted_tensors
+from .matching import Adapted, adapted_tensors
 from .reading import AdapterFiles, read_adapter
 
 SEPARATOR = "+"
@@ -38,14 +39,15 @@ def open_model(reference: str) -> Checkpoint:
     if adapter_path is None:
         return model
     adapter = read_adapter(adapter_path)
-    tensors = adapted_tensors(model, adapter)
+    adapted = adapted_tensors(model, adapter)
+    tensors = adapted.tensors
     changed = [tensor.change for tensor in tensors.values() if tensor.change is not None]
     replaced = sum(tensor.folder is not None for tensor in tensors.values())
     return replace(
         model,
         reference=reference,
         tensors=tensors,
-        config=_config(model, tensors),
+        config=_config(model, adapted),
         path=f"{model.path}{SEPARATOR}{_path_of(adapter_path, adapter.hub)}",
         header_bytes_read=model.header_bytes_read + adapter.header_bytes_read,
         adapter=Adapter(
@@ -59,7 +61,7 @@ def open_model(reference: str) -> Checkpoint:
             replaced=replaced,
             hub=adapter.hub,
         ),
-        notices=(*model.notices, *_notices(model, adapter, tensors)),
+        notices=(*model.notices, *adapted.notices, *_notices(model, adapter, tensors)),
     )
 
 
@@ -98,14 +100,16 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def _config(model: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, object] | None:
-    """The model's config, with the rows of its embeddings where the adapter brings others."""
-    rows = _rows_of_embeddings(model, tensors)
-    return (
-        model.config
-        if model.config is None or not rows
-        else output_config(model.config, None, max(rows))
-    )
+def _config(model: Checkpoint, adapted: Adapted) -> dict[str, object] | None:
+    """The model's config, with the rows of its embeddings where the adapter brings others, and
+    untied where it brings a head."""
+    config = model.config
+    if config is None:
+        return None
+    rows = _rows_of_embeddings(model, adapted.tensors)
+    if rows:
+        config = output_config(config, None, max(rows))
+    return untied(config) if adapted.is_untied else config
 
 
 def _rows_of_embeddings(model: Checkpoint, tensors: Mapping[str, TensorInfo]) -> set[int]:
@@ -113,7 +117,9 @@ def _rows_of_embeddings(model: Checkpoint, tensors: Mapping[str, TensorInfo]) ->
     return {
         tensor.shape[0]
         for name, tensor in tensors.items()
-        if is_vocabulary(name) and tensor.shape != model.tensors[name].shape
+        if is_vocabulary(name)
+        and name in model.tensors
+        and tensor.shape != model.tensors[name].shape
     }
 
 

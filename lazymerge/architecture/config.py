@@ -17,7 +17,7 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 _VOCABULARY_KEYS = ("vocab_size", "padded_vocab_size")
 """Rows of the embeddings; chatglm keeps the rows apart from the tokenizer's size."""
 
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 """Where a multimodal model keeps the config of its language model."""
 
 _INNER_CONFIGS = frozenset({"encoder", "decoder", "generator", "question_encoder", "backbone"})
@@ -143,7 +143,7 @@ def output_config(
         if not any(changed):
             config[_DTYPE_KEYS[0]] = dtype_torch_name
     if vocabulary_rows is not None:
-        inner_configs = [config, *(config.get(key) for key in _TEXT_CONFIGS)]
+        inner_configs = [config, *(config.get(key) for key in TEXT_CONFIGS)]
         changed = [
             _replace(cast(dict[str, object], inner), _VOCABULARY_KEYS, vocabulary_rows)
             for inner in inner_configs

@@ -31,6 +31,7 @@ from ..vocabulary import Alignment
 from . import operations  # noqa: F401  (registers the shared operations)
 from .embeddings import AlignedEmbeddings
 from .graph import Graph
+from .heads import config_of_output, with_tied_heads
 from .node import Read, Write
 from .operations.adapters import add_adapted, is_computed_wide
 from .operations.block_scales import add_dequantised
@@ -158,12 +159,19 @@ class _Compiler:
         self.embeddings = AlignedEmbeddings(alignment, self.graph) if alignment else None
         self.notices = _Notices()
         self.problems: list[str] = []
-        found = find_targets(recipe, checkpoints, self.method.signature.base)
+        self.tied = with_tied_heads(recipe, checkpoints)
+        found = find_targets(recipe, self.tied.models, self.method.signature.base)
         self.targets, self.origins = found.targets, found.origins
         self.names = [target.name for target in self.targets]
         for name in found.left_out:
             kind = "module" if recipe.modules else "slice"
             self.notices.add(f"copied from {recipe.references[0]}, since no {kind} has it", name)
+        for model, name in self.tied.copies:
+            self.notices.add(
+                f"{model} uses its input embedding as output head, as its config.json says; what "
+                "it stores as head is taken for a copy and not read",
+                name,
+            )
 
     def compile(self) -> CompiledMerge:
         tensors = []
@@ -210,6 +218,13 @@ class _Compiler:
                 )
                 return None
             self.notices.add(f"merged without {_models(lacking)}, which lack the tensor", name)
+        tied = [s for s, inner in target.inputs if (s.model, inner) in self.tied.embeddings]
+        if tied:
+            self.notices.add(
+                f"the input embeddings of {_models(tied)} are merged as their output heads, since "
+                "they are tied",
+                name,
+            )
         reads = self._reads(name, having)
         nodes = self._nodes(name, reads, target.base)
         shape = self.graph.block_node(next(iter(nodes.values()))).shape
@@ -509,7 +524,8 @@ def config_of(
         if is_vocabulary_matched or before.shape != result.shape:
             rows = result.shape[0]
     dtype = DTYPES[sizes.most_common(1)[0][0]].torch_name if sizes else None
-    config, said = output_config(base_config, dtype, rows), []
+    config = output_config(base_config, dtype, rows)
+    config, said = config_of_output(config, source, compiled.results)
     for stack, layers in compiled.origins.items():
         origins = [(checkpoints[model].config, number) for model, number in layers]
         config, sentences = with_layers(

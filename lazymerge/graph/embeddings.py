@@ -200,12 +200,17 @@ class _Fillings:
         if chosen is not None and chosen.is_chosen:
             if chosen.model is None:
                 return []
-            if chosen.model not in self.rows or not 0 <= chosen.row < self.rows[chosen.model]:
-                have = self.rows.get(chosen.model)
-                known = "no such tensor" if have is None else f"{have} rows"
+            have = self.rows.get(chosen.model)
+            if have is None:
+                raise InputError(
+                    f"tensor {self.name}: token {chosen.token!r} is to get its row from "
+                    f"{chosen.model}, and the tensor is merged from {', '.join(self.models)} "
+                    "alone. Name one of these in `tokens`, or {kind: zero}."
+                )
+            if not 0 <= chosen.row < have:
                 raise InputError(
                     f"tensor {self.name}: token {chosen.token!r} is to get row {chosen.row} of "
-                    f"{chosen.model}, which has {known}"
+                    f"{chosen.model}, which has {have} rows"
                 )
             return [((chosen.model, 1.0), chosen.row)]
         having = [(m, r) for m, r in zip(self.models, present, strict=True) if r >= 0]

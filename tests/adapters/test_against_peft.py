@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from lazymerge.adapters import open_model
+from lazymerge.errors import InputError
+from safetensors.torch import load_file, save_file
 
 from merging import plan_of, run
 
@@ -20,9 +22,10 @@ pytestmark = [
 ]
 
 WIDTH, ROWS = 32, 90
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def llama() -> Any:
+def llama(*, is_tied: bool = False) -> Any:
     config = transformers.LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=80,
@@ -31,7 +34,7 @@ def llama() -> Any:
         num_key_value_heads=2,
         vocab_size=ROWS,
         attention_bias=True,
-        tie_word_embeddings=False,
+        tie_word_embeddings=is_tied,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -120,3 +123,62 @@ def test_folded_as_peft_folds_it(name: str, tmp_path: Path) -> None:
     (checkpoint,) = plan.checkpoints.values()
     assert checkpoint.adapter is not None
     assert checkpoint.adapter.changed + checkpoint.adapter.replaced >= len(changed)
+
+
+FACTORS_OF_HEAD = {"target_modules": ["lm_head", "q_proj"], "r": 3}
+SAVED_EMBEDDING = {"modules_to_save": ["embed_tokens"], "target_modules": PROJECTIONS}
+
+TIED: dict[str, tuple[dict[str, Any], bool]] = {
+    "the embedding": ({"target_modules": ["embed_tokens", "q_proj"], "r": 3}, True),
+    "the head": (FACTORS_OF_HEAD, True),
+    "dora of the embedding": ({"target_modules": ["embed_tokens"], "use_dora": True}, True),
+    "dora of the head": ({"target_modules": ["lm_head"], "use_dora": True}, True),
+    "saved head": ({"modules_to_save": ["lm_head"], "target_modules": PROJECTIONS}, False),
+    "saved embedding": (SAVED_EMBEDDING, False),
+    "both saved": (SAVED_EMBEDDING | {"modules_to_save": ["lm_head", "embed_tokens"]}, False),
+    "saved embedding, and the head": (SAVED_EMBEDDING | FACTORS_OF_HEAD, False),
+    "saved and kept tied": (SAVED_EMBEDDING | {"ensure_weight_tying": True}, True),
+    "none of the two": ({"target_modules": PROJECTIONS}, True),
+}
+"""Settings, and whether the result is tied."""
+
+
+@pytest.mark.parametrize("stores_head", [False, True])
+@pytest.mark.parametrize("name", TIED)
+def test_models_that_tie_head_and_embedding(name: str, stores_head: bool, tmp_path: Path) -> None:
+    """As with peft, where both are one matrix; a copy of it that is stored is none of it."""
+    torch.manual_seed(0)
+    settings, is_tied = TIED[name]
+    if "ensure_weight_tying" in settings:
+        pytest.importorskip("peft", "0.18")
+    base, file = llama(is_tied=True), tmp_path / "base" / "model.safetensors"
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base", dtype=torch.float32)
+    if stores_head:
+        stored = load_file(file)
+        save_file(stored | {HEAD: stored[EMBEDDING].clone()}, file, metadata={"format": "pt"})
+    adapted = trained(model, settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted.merge_and_unload().state_dict()
+
+    entries = [{"model": f"base+{tmp_path / 'adapter'}"}]
+    plan = plan_of(tmp_path, {"merge_method": "passthrough", "models": entries}, {})
+    merged = run(plan, tmp_path / "merged")
+    assert plan.config is not None
+    assert plan.config["tie_word_embeddings"] is is_tied
+    assert (HEAD in merged) is not is_tied
+    for tensor, value in expected.items():
+        found = merged[EMBEDDING] if is_tied and tensor == HEAD else merged[tensor]
+        torch.testing.assert_close(found, value, rtol=2e-6, atol=2e-7)
+    words = "trained with" if not is_tied else "which is the output head too: both change"
+    assert any(words in notice for notice in plan.notices) is (name != "none of the two")
+
+
+def test_factors_of_a_tied_head_and_its_embedding(tmp_path: Path) -> None:
+    """They would be added to one matrix."""
+    llama(is_tied=True).save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["lm_head", "embed_tokens"], "r": 3}
+    trained(model, settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="both change one matrix"):
+        open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")

@@ -201,6 +201,7 @@ def config(**values: Any) -> AdapterConfig:
             "is_dora": False,
             "is_transposed": False,
             "saved": (),
+            "keeps_ties": False,
             "bias": "none",
             **values,
         }
@@ -320,6 +321,24 @@ def test_embeddings_with_more_rows(models: Path) -> None:
     assert plan.config is not None
     assert plan.config["vocab_size"] == 23
     assert bits(run(plan, models / "out")["lm_head.weight"]) == bits(rows)
+
+
+def test_embeddings_of_a_tied_model_with_more_rows(models: Path) -> None:
+    """PEFT saves both of a vocabulary that has grown: they are one matrix and stay it."""
+    tensors = load_file(models / "base" / "model.safetensors")
+    del tensors["lm_head.weight"]
+    config = {"model_type": "llama", "vocab_size": 20, "tie_word_embeddings": True}
+    write_checkpoint(models / "base", tensors, config)
+    rows = torch.randn(23, 8)
+    names = [f"{WRAPPED}{name}.weight" for name in ("model.embed_tokens", "lm_head")]
+    for saved in ([names[0]], names):
+        tensors = dict.fromkeys(saved, rows) | tensors_of(WRAPPED + UP)
+        write_adapter(models / "tuned", tensors, r=2)
+        opened = open_model("base+tuned")
+        assert opened.config == config | {"vocab_size": 23}
+        assert opened.tensors["model.embed_tokens.weight"].shape == (23, 8)
+        assert "lm_head.weight" not in opened.tensors
+        assert any("is the output head too: both change" in notice for notice in opened.notices)
 
 
 def test_torch_files(models: Path) -> None:

@@ -19,6 +19,7 @@ from lazymerge.errors import InputError
 from lazymerge.graph.node import Read
 from safetensors.torch import load_file, save_file
 from tokenizer_cases import KINDS, WIDTH, WORDS, add_special, bpe, make_model, unigram
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -59,6 +60,10 @@ def plan_of(folder: Path, **keys: Any) -> Plan:
 def merged(plan: Plan, output: Path) -> dict[str, torch.Tensor]:
     run_plan(plan, output, fsync=False)
     return load_file(output / "model.safetensors")
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
@@ -136,6 +141,60 @@ def test_special_tokens_that_the_base_has_as_pieces(tmp_path: Path) -> None:
     properties = {each["content"]: each["special"] for each in added}
     assert properties[f"Ġ{special}"]
     assert plain not in properties
+
+
+@pytest.mark.parametrize("base", [None, "a", "b"])
+def test_heads_of_tied_models_are_their_embeddings(base: str | None, tmp_path: Path) -> None:
+    """a has a head, b has none: its rows of the tokens that a lacks are those of its embedding."""
+    tensors = write_models(tmp_path)
+    for name in "bc":
+        make_model(tmp_path / name, tokenizer_of(tmp_path / name), has_head=False)
+        tensors[name] = load_file(tmp_path / name / "model.safetensors")
+    vocabularies = {name: vocabulary(tmp_path / name) for name in "abc"}
+    keys = {} if base is None else {"base_model": str(tmp_path / base)}
+    tokens = {"<|im_start|>": {"source": str(tmp_path / "b"), "force": True}}
+    plan = plan_of(tmp_path, tokenizer={"source": "union", "tokens": tokens}, **keys)
+    assert not any("hold zeros" in notice for notice in plan.notices)
+    values, numbers = merged(plan, tmp_path / "out"), vocabulary(tmp_path / "out")
+    seen = {n: {**t, HEAD: t.get(HEAD, t[EMBEDDING])} for n, t in tensors.items()}
+    for token, number in numbers.items():
+        wanted = row_by_the_rules(token, HEAD, seen, vocabularies, base)
+        if token in tokens:
+            wanted = seen["b"][HEAD][vocabularies["b"][token]].double()
+        torch.testing.assert_close(values[HEAD][number].double(), wanted, atol=1e-6, rtol=1e-6)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
+def test_tokens_that_only_models_of_other_slices_have(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    path = tmp_path / "recipe.yml"
+    sources = [[{"model": str(tmp_path / name), "layer_range": [0, 1]}] for name in "ab"]
+    document = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": each} for each in sources],
+        "tokenizer_source": "union",
+    }
+    path.write_text(yaml.safe_dump(document))
+    plan = plan_recipe_file(path, RESOURCES)
+    values, numbers = merged(plan, tmp_path / "out"), vocabulary(tmp_path / "out")
+    for name, model in ((EMBEDDING, "a"), (HEAD, "b")):
+        lacking = [number for t, number in numbers.items() if t not in vocabulary(tmp_path / model)]
+        assert lacking
+        assert (values[name] == 0).all(dim=1).nonzero().flatten().tolist() == sorted(lacking)
+        start = f"{len(lacking)} of its rows hold zeros: {tmp_path / model}, which it is merged"
+        assert [n for n in plan.notices if n.startswith(start) and n.endswith(f": {name}")]
+
+    tokens = {"<|im_start|>": {"source": str(tmp_path / "b")}}
+    document["tokenizer"] = {"source": "union", "tokens": tokens}
+    del document["tokenizer_source"]
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(InputError) as caught:
+        plan_recipe_file(path, RESOURCES)
+    assert (
+        f"its row from {tmp_path / 'b'}, and the tensor is merged from {tmp_path / 'a'} alone"
+        in (str(caught.value))
+    )
 
 
 def test_base_and_model_as_source(tmp_path: Path) -> None:

@@ -113,7 +113,9 @@ def test_tokens_may_say_where_the_rows_of_a_frankenmerge_are_from(
         assert values[name].shape[0] % 64 == 0
         assert not values[name][number].any()
     tokenizer["tokens"] = {"<a>": {"source": str(tmp_path / "a")}}
-    with pytest.raises(InputError, match=r"lm_head\.weight: token '<a>' is to get row .* of .*/a"):
+    with pytest.raises(
+        InputError, match=r"lm_head\.weight: token '<a>' is to get its row from .*/a"
+    ):
         plan_of(tmp_path, tokenizer=tokenizer, **keys)
 
 
