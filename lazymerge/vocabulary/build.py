@@ -158,6 +158,8 @@ class _Builder:
         for each in wanted:
             # special ones too that it has as ordinary pieces: in a text they would not be found
             is_piece = each.content in numbers and each.content not in numbers.added
+            if not each.content:  # the tokenizers library adds no token without text
+                continue
             if each.content not in numbers or (each.special and is_piece):
                 numbers.add(each.content)
                 added.append(each)

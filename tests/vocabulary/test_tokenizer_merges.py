@@ -661,3 +661,19 @@ def test_a_normalizer_is_kept_and_not_run(tmp_path: Path) -> None:
     assert plan.tokenizer is not None
     written = json.loads(plan.tokenizer.files["tokenizer.json"])
     assert written["normalizer"] == document["normalizer"]
+
+
+def test_a_piece_without_text(tmp_path: Path) -> None:
+    """It has a row in its model, and no text is ever split into it: a union has none for it."""
+    write_models(tmp_path)
+    path = tmp_path / "b" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    token = next(reversed(document["model"]["vocab"]))
+    document["model"]["merges"] = [
+        pair for pair in document["model"]["merges"] if "".join(pair).replace(" ", "") != token
+    ]
+    document["model"]["vocab"][""] = document["model"]["vocab"].pop(token)
+    path.write_text(json.dumps(document))
+    plan = plan_of(tmp_path, tokenizer_source="union")
+    merged(plan, tmp_path / "out")
+    assert "" not in vocabulary(tmp_path / "out")
