@@ -514,13 +514,13 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
         raise InputError(f"{path} is not a plan that this version of lazymerge can read")
     if document.get("lazymerge") != __version__:
         raise InputError(
-            f"{path} was made by lazymerge {document.get('lazymerge')}, this is {__version__}; "
-            "plan the recipe again"
+            f"{path} was made by lazymerge {str(document.get('lazymerge'))[:40]}, this is "
+            f"{__version__}; plan the recipe again"
         )
     if document.get("torch") != torch_version():
         raise InputError(
-            f"{path} was made with torch {document.get('torch')}, this is {torch_version()}; "
-            "plan the recipe again"
+            f"{path} was made with torch {str(document.get('torch'))[:40]}, this is "
+            f"{torch_version()}; plan the recipe again"
         )
     try:
         return _plan_from(document, resources or Resources(), str(path))
@@ -545,8 +545,9 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         for part, (folder, files) in zip(parts, checkpoint.files_by_folder, strict=True):
             now = [asdict(file) for file in files]
             if folder != part["folder"] or now != part["files"]:
+                reference = str(model["reference"])[:MOST_PATH]
                 raise InputError(
-                    f"model {model['reference']} is not what it was when {path} was made "
+                    f"model {reference} is not what it was when {path} was made "
                     f"({_first_difference(part, folder, now)}); plan the recipe again"
                 )
         checkpoints[model["reference"]] = replace(checkpoint, reference=model["reference"])
@@ -704,6 +705,10 @@ def _resolved_tensors(
     return tuple(tensors)
 
 
+MOST_PATH = 4_096
+"""Characters of a path that a message shows; where it is from may hold megabytes."""
+
+
 def _of_kind(value: Any, *kinds: type) -> Any:
     """The value, if it is of one of these kinds.
 
@@ -725,7 +730,11 @@ def _check_sidecars(output: Mapping[str, Any], source: Checkpoint, path: str) ->
     known = _sidecars(source, source.folder, None)
     other = [file for file in output["sidecars"] if file not in known]
     if output["sidecar_folder"] != source.folder or other:
-        what = f"{other[0]!r}, which is not there" if other else "files from another folder"
+        what = (
+            f"{str(other[0])[:MOST_PATH]!r}, which is not there"
+            if other
+            else "files from another folder"
+        )
         raise InputError(
             f"{path} copies {what}; the model {source.reference} has the sidecar files "
             f"{', '.join(known) or '(none)'}: plan the recipe again"
@@ -891,7 +900,7 @@ def _of_hub(part: Mapping[str, Any]) -> str | None:
 
 def _first_difference(model: dict[str, Any], folder: str, now: list[dict[str, Any]]) -> str:
     if model["folder"] != folder:
-        return f"it was at {model['folder']}, it is at {folder}"
+        return f"it was at {str(model['folder'])[:MOST_PATH]}, it is at {folder}"
     then = {file["path"]: file for file in model["files"]}
     for file in now:
         if then.get(file["path"]) != file:

@@ -25,7 +25,7 @@ from ..output.manifest import MANIFEST_NAME, MERGE_PATH, count, read_document
 from ..recipe import Recipe
 from ..recipe.tokenizer import BASE, UNION
 from ..version import __version__
-from .plan import Plan, Resources, make_plan, recipe_again, torch_version
+from .plan import MOST_PATH, Plan, Resources, make_plan, recipe_again, torch_version
 
 
 def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
@@ -236,12 +236,13 @@ def _recipe_difference(before: str, after: str) -> str | None:
     if number == len(then) == len(now):
         return None
     if number == len(then):
-        what = f"line {now[number][0]} is new: {now[number][1].strip()!r}"
+        what = f"line {now[number][0]} is new: {now[number][1].strip()[:1000]!r}"
     elif number == len(now):
-        what = f"line {then[number][0]} is gone: {then[number][1].strip()!r}"
+        what = f"line {then[number][0]} is gone: {then[number][1].strip()[:1000]!r}"
     else:
         place, line = now[number]
-        what = f"line {place} was {then[number][1].strip()!r}, now it is {line.strip()!r}"
+        before = then[number][1].strip()[:1000]
+        what = f"line {place} was {before!r}, now it is {line.strip()[:1000]!r}"
     return f"the recipe has changed: {what}"
 
 
@@ -285,7 +286,8 @@ def _files_difference(
     reference: str, earlier: Mapping[str, Any], now: Mapping[str, Any]
 ) -> str | None:
     if earlier["folder"] != now["folder"]:
-        return f"model {reference} was at {earlier['folder']}, it is at {now['folder']}"
+        before = str(earlier["folder"])[:MOST_PATH]
+        return f"model {reference} was at {before}, it is at {now['folder']}"
     files = {file["path"]: file for file in earlier["files"]}
     for file in now["files"]:
         known = files.get(file["path"])
@@ -329,10 +331,11 @@ def _tokenizer_difference(then: Any, now: Any) -> str | None:
     """What is not as it was of the tokenizer that is written."""
     before, after = ((each or {"folder": None, "files": {}}) for each in (then, now))
     if before["folder"] != after["folder"]:
-        return f"its tokenizer was made from {before['folder']}, now from {after['folder']}"
+        folder = str(before["folder"])[:MOST_PATH]
+        return f"its tokenizer was made from {folder}, now from {after['folder']}"
     for name in sorted({*before["files"], *after["files"]}):
         if before["files"].get(name) != after["files"].get(name):
-            return f"a tokenizer has changed: {name} of the output is not what it was"
+            return f"a tokenizer has changed: {str(name)[:200]} of the output is not what it was"
     if before.get("rows") != after.get("rows") or before.get("merges") != after.get("merges"):
         return "a tokenizer has changed: its tokens have other numbers than they had"
     return None
@@ -349,7 +352,7 @@ def _first_changed_file(models: Any) -> str | None:
                 try:
                     now = path.stat()
                 except OSError as error:
-                    return f"{path} cannot be read any more: {error.strerror}"
+                    return f"{str(path)[:MOST_PATH]} cannot be read any more: {error.strerror}"
                 if now.st_size != file["size_bytes"]:
                     return f"{path} has changed: its size is not what it was"
                 if now.st_mtime_ns != file["modified_ns"]:

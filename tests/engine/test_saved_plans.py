@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazymerge.cli.plan_view import plan_view
-from lazymerge.engine.plan import Plan, Resources, load_plan, make_plan
+from lazymerge.engine.plan import PLAN_FORMAT, Plan, Resources, load_plan, make_plan, torch_version
 from lazymerge.engine.run import run_plan
 from lazymerge.errors import DoesNotFitError, InputError
+from lazymerge.version import __version__
 from merge_cases import RECIPES
 from rich.console import Console
 
@@ -283,3 +284,13 @@ def test_a_plan_is_not_written_through_links(tmp_path: Path) -> None:
     write_text(tmp_path / "plan.json", "{}", fsync=False)
     assert (tmp_path / "mine").read_text() == "mine"
     assert (tmp_path / "plan.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("key", ["lazymerge", "torch"])
+def test_messages_about_damaged_plans_stay_short(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "plan.json"
+    versions = {"lazymerge": __version__, "torch": torch_version()}
+    path.write_text(json.dumps({"format": PLAN_FORMAT, **versions, key: ["x" * 1000] * 1000}))
+    with pytest.raises(InputError) as caught:
+        load_plan(path)
+    assert len(str(caught.value)) < 1000
