@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -144,6 +145,10 @@ def manifest(
     }
 
 
+MOST_NAME_BYTES = 255
+"""Of a file, on every filesystem in use."""
+
+
 def faults(document: Mapping[str, Any], folder: Path, *, small_files: bool = True) -> list[str]:
     """What a look at the files shows to be missing from a complete output, or too short or long;
     one sentence each.
@@ -156,8 +161,11 @@ def faults(document: Mapping[str, Any], folder: Path, *, small_files: bool = Tru
     try:
         sizes = {name: count(size) for name, size in document["shards"].items()}
         names = [*sizes, *document["files"].keys()]
-        if not all(is_plain_name(part) for name in names for part in name.split("/")):
+        parts = [part for name in names for part in name.split("/")]
+        if not all(map(is_plain_name, parts)):
             raise ValueError("a file's name leads elsewhere")
+        if any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in parts):
+            raise ValueError("a file's name is longer than any can be")
         unlike = (
             document["output"]["tensors"] != len(document["tensors"])
             or {entry["file"] for entry in document["tensors"].values()} != sizes.keys()

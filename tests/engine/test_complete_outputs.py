@@ -256,3 +256,13 @@ def test_a_folder_in_a_small_files_place(recipe: Path, out: Path) -> None:
     (out / "README.md").mkdir()
     with pytest.raises(InputError, match=r"README\.md is a folder, and no merge has made it"):
         again(recipe, out)
+
+
+def test_names_that_no_file_can_have(out: Path) -> None:
+    path = out / MANIFEST_NAME
+    document = json.loads(path.read_text())
+    document["files"]["9" * 5000] = "0"
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="is damaged") as caught:
+        verify_output(out)
+    assert len(str(caught.value)) < 1000
