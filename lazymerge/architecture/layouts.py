@@ -59,6 +59,10 @@ MOST = 0.5
 """The share of a model's names that begin with a word which only one export puts before them. What
 fewer begin with, `score.` or `lm_head.`, is a part's name and not taken for another's."""
 
+NOTICEABLE = 0.01
+"""A word that fewer names begin with is none that names could be meant to stand behind: there are a
+hundred others at most, whatever a file holds."""
+
 SAMPLE = 300
 """Names that renamings are tried on; a model may have a hundred thousand."""
 
@@ -139,7 +143,7 @@ def _words_to_put(sample: Collection[str], known: frozenset[str]) -> list[str]:
     """Words that most known names begin with. None if names fit behind another word of theirs as
     well: `encoder.layers` may be of a model that sees, or of the one beside it that reads."""
     bare = [name for name in _without_wrappers(sample) if name not in known]
-    firsts = {name[: name.index(".") + 1] for name in known if "." in name}
+    firsts = _common_first_words(known, NOTICEABLE)
     fits = {word: sum(word + name in known for name in bare) for word in firsts}
     return [
         word
@@ -155,14 +159,15 @@ def _without_wrappers(names: Iterable[str]) -> Iterator[str]:
         yield name
 
 
-def _common_first_words(names: Collection[str]) -> list[str]:
-    """The words that most names begin with, the most frequent first, each with its dot."""
+def _common_first_words(names: Collection[str], share: float = MOST) -> list[str]:
+    """The words that such a share of names begin with, the most frequent first, each with its
+    dot."""
     counts: dict[str, int] = {}
     for name in names:
         word, dot, _ = name.partition(".")
         if dot:
             counts[word + dot] = counts.get(word + dot, 0) + 1
-    common = [word for word, found in counts.items() if found >= MOST * len(names)]
+    common = [word for word, found in counts.items() if found >= share * len(names)]
     return sorted(common, key=lambda word: -counts[word])
 
 
