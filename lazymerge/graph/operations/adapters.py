@@ -32,11 +32,10 @@ from ..operation import (
     Cost,
     Done,
     Parameters,
-    Pass,
-    ReduceOperation,
     register,
 )
-from ..vector import copy_of, load_product, scale_columns, scale_rows
+from ..vector import load_product, scale_columns, scale_rows
+from .collected import Collected
 
 if TYPE_CHECKING:
     from ...checkpoint.tensor import LowRank, TensorInfo
@@ -156,7 +155,7 @@ def _add_factor(
 
 
 @register
-class Factor(ReduceOperation["Numbers", "Numbers"]):
+class Factor(Collected):
     """A small matrix, whole.
 
     Parameters: shape, as it is stored; is_transposed, whether rows become columns.
@@ -165,11 +164,6 @@ class Factor(ReduceOperation["Numbers", "Numbers"]):
     """
 
     name = "factor"
-    is_recordable = True
-    is_for_host = True
-
-    def cost(self, input_count: int, parameters: Parameters) -> Cost:
-        return Cost(scratch=1, stores=1)
 
     def statistics_bytes(
         self,
@@ -181,29 +175,6 @@ class Factor(ReduceOperation["Numbers", "Numbers"]):
     ) -> int:
         # blocks, joined, and transposed
         return 3 * item_bytes * element_count + 200 * block_count
-
-    def expected_passes(self, parameters: Parameters) -> int:
-        return 1
-
-    def first_pass(
-        self,
-        parameters: Parameters,
-        statistics: Sequence[Any],
-        element_count: int,
-        block_count: int,
-    ) -> Pass:
-        return Pass(None)
-
-    def run(
-        self,
-        inputs: Sequence[BlockInput],
-        parameters: Parameters,
-        state: Any,
-        scratch: Sequence[Vector],
-        start: int,
-    ) -> Numbers:
-        inputs[0].read_into(scratch[0])
-        return copy_of(scratch[0])
 
     def finish(
         self,

@@ -26,11 +26,10 @@ from ..operation import (
     Cost,
     Done,
     Parameters,
-    Pass,
-    ReduceOperation,
     register,
 )
-from ..vector import copy_of, scale_rows
+from ..vector import scale_rows
+from .collected import Collected
 
 if TYPE_CHECKING:
     from ...checkpoint.tensor import BlockScale
@@ -74,7 +73,7 @@ def add_dequantised(graph: Graph, weight: Read, scale: BlockScale) -> str:
 
 
 @register
-class BlockScales(ReduceOperation["Numbers", "Numbers"]):
+class BlockScales(Collected):
     """The scales of a matrix's runs, from those of its blocks.
 
     Parameters:
@@ -87,14 +86,9 @@ class BlockScales(ReduceOperation["Numbers", "Numbers"]):
     """
 
     name = "block_scales"
-    is_recordable = True
-    is_for_host = True
 
     def working_dtype(self, input_dtypes: Sequence[str]) -> str:
         return "F64"
-
-    def cost(self, input_count: int, parameters: Parameters) -> Cost:
-        return Cost(scratch=1, stores=1)
 
     def statistics_bytes(
         self,
@@ -109,29 +103,6 @@ class BlockScales(ReduceOperation["Numbers", "Numbers"]):
         # the scales as collected and joined; spread over runs; and over rows
         of_row = columns // run
         return 8 * (2 * element_count + (rows // block_rows + 2) * of_row + rows * of_row)
-
-    def expected_passes(self, parameters: Parameters) -> int:
-        return 1
-
-    def first_pass(
-        self,
-        parameters: Parameters,
-        statistics: Sequence[Any],
-        element_count: int,
-        block_count: int,
-    ) -> Pass:
-        return Pass(None)
-
-    def run(
-        self,
-        inputs: Sequence[BlockInput],
-        parameters: Parameters,
-        state: Any,
-        scratch: Sequence[Vector],
-        start: int,
-    ) -> Numbers:
-        inputs[0].read_into(scratch[0])
-        return copy_of(scratch[0])
 
     def finish(
         self,
