@@ -7,8 +7,11 @@ process of that number and that start time runs on this machine; or, where this 
 see it (on another machine, in another container), if the file was touched within the last
 ALIVE_SECONDS. A thread of the owner touches it.
 
-The file is made by one of several that try (O_EXCL). What an owner elsewhere has left is moved
-away under a name of its own, which again one of several can do, and made anew.
+The file is written under a name of its own and then linked to its place, which one of several that
+try can do (O_EXCL where there are no links): a lock is never there without its owner's name. What
+an owner elsewhere has left is moved away and made anew, by one process at a time: it holds a file
+made in the same way (OUT/.lazymerge/lock.taking) while it looks and moves. Two calls cannot be one;
+without this, who is slower could move away the lock of who was quicker.
 """
 
 from __future__ import annotations
@@ -36,8 +39,12 @@ except ImportError:  # Windows: what the file says decides
 
 LOCK_PATH = ".lazymerge/lock"
 
+TAKING_PATH = ".lazymerge/lock.taking"
+"""Held for the moment in which a lock of an owner that is gone is moved away."""
+
 MOVED_PATTERN = "lock.*"
-"""Locks of owners that are gone, for the moment between being moved away and being removed."""
+"""TAKING_PATH, locks that are being made, and those of owners that are gone, for the moment between
+being moved away and being removed."""
 
 TOUCH_SECONDS = 10.0
 """How often a lock that is held is touched."""
@@ -49,13 +56,14 @@ NAMED_SECONDS = 0.5
 """How long to wait for whoever has just made the lock to write its name, or for who only looks at
 it (`lazymerge status`) to let go."""
 
-MOST_TRIES = 100
-"""Folder and file may vanish between two calls, when others release theirs; not so often."""
+TRY_SECONDS = 5.0
+"""Folder and file may vanish between two calls, when others release theirs; not for so long."""
 
 WAIT_SECONDS = 0.005
 """Between such tries."""
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_WITHOUT_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 
 _MAX_OWNER_BYTES = 10_000
 
@@ -111,14 +119,10 @@ class OutputLock:
         self.is_lost = False
         """Whether somebody else has removed it or taken it away."""
         try:
-            for _ in range(MOST_TRIES):
-                try:
-                    if self._take():
-                        break
-                except (FileNotFoundError, _ComesAndGoesError):
-                    time.sleep(WAIT_SECONDS)
-            else:
-                raise LazymergeError(f"{self._path} comes and goes; try again")
+            deadline = time.monotonic() + TRY_SECONDS
+            while not self._take_or_wait():
+                if time.monotonic() > deadline:
+                    raise LazymergeError(f"{self._path} comes and goes; try again")
             self._toucher.start()
         except OSError as error:
             self.release()
@@ -126,6 +130,14 @@ class OutputLock:
         except BaseException:
             self.release()
             raise
+
+    def _take_or_wait(self) -> bool:
+        """Tries once."""
+        try:
+            return self._take()
+        except (FileNotFoundError, _ComesAndGoesError):
+            time.sleep(WAIT_SECONDS)
+            return False
 
     def _take(self) -> bool:
         """Tries once; False: others have been quicker, or have just let go.
@@ -140,35 +152,27 @@ class OutputLock:
             if os.path.lexists(self._path.parent) and not self._path.parent.is_dir():
                 raise
             raise _ComesAndGoesError from None
+        self._descriptor = _make(self._path)
+        if self._descriptor >= 0:
+            return True
         try:
-            made = os.O_RDWR | os.O_CREAT | os.O_EXCL
-            descriptor = open_own(self._path, made, may_have_other_names=True)
-            is_new = True
-        except FileExistsError:
-            try:
-                descriptor = open_own(self._path, os.O_RDWR, may_have_other_names=True)
-            except OSError:
-                self._remove_stranger()
-                raise
-            is_new = False
+            descriptor = open_own(self._path, os.O_RDWR, may_have_other_names=True)
+        except OSError:
+            self._remove_stranger()
+            raise
         try:
             is_free = _wait_for_lock(descriptor)
-            if is_new and is_free is not False:
-                owner = None
-            else:
-                owner = _wait_for_name(descriptor)
-                if is_free is False or (owner and _is_alive(owner, descriptor, is_free)):
-                    raise LockedError(
-                        f"{self._folder} is being written by {owner or 'another process'}; wait "
-                        f"for it, or stop it and go on with: lazymerge resume {self._folder}"
-                    )
-                self.taken_over = self.taken_over or owner
+            owner = _wait_for_name(descriptor)
+            if is_free is False or (owner and _is_alive(owner, descriptor, is_free)):
+                raise LockedError(
+                    f"{self._folder} is being written by {owner or 'another process'}; wait for "
+                    f"it, or stop it and go on with: lazymerge resume {self._folder}"
+                )
+            self.taken_over = self.taken_over or owner
             if not _is_at(descriptor, self._path):
                 return False
             is_ours_to_write = os.fstat(descriptor).st_nlink == 1
-            if not is_new and not (
-                is_ours_to_write and is_free and owner and owner.boot == boot_id()
-            ):
+            if not (is_ours_to_write and is_free and owner and owner.boot == boot_id()):
                 self._move_away(descriptor)
                 return False
             self._descriptor, descriptor = descriptor, -1
@@ -183,13 +187,25 @@ class OutputLock:
                 os.close(descriptor)
 
     def _move_away(self, descriptor: int) -> None:
-        """Removes a lock whose owner is gone, and no other that has come in its place."""
-        moved = self._path.with_name(f"{self._path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        self._path.rename(moved)
-        if not _is_at(descriptor, moved):  # of one that was quicker: give it back
-            with suppress(OSError):
-                os.link(moved, self._path)
-        moved.unlink()
+        """Removes a lock whose owner is gone, and no other that has come in its place.
+
+        Raises:
+            _ComesAndGoesError: another process is about to.
+        """
+        taking = self._folder / TAKING_PATH
+        claim = _make(taking)
+        if claim < 0:
+            _remove_if_dead(taking)
+            raise _ComesAndGoesError
+        try:
+            if _is_at(descriptor, self._path):
+                moved = _name_of_its_own(self._path)
+                self._path.rename(moved)
+                _unlink(moved)
+        finally:
+            if _is_at(claim, taking):
+                _unlink(taking)
+            os.close(claim)
 
     def _remove_stranger(self) -> None:
         """Removes what stands in the lock's place and was never one: a link, a pipe.
@@ -199,7 +215,7 @@ class OutputLock:
         """
         if _is_lock_or_folder(self._path):
             return
-        moved = self._path.with_name(f"{self._path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        moved = _name_of_its_own(self._path)
         self._path.rename(moved)
         if _is_lock_or_folder(moved):  # of one that was quicker: give it back
             with suppress(OSError):
@@ -244,9 +260,12 @@ class OutputLock:
                 if _is_at(descriptor, self._path):
                     self._path.unlink()
             os.close(descriptor)
+            taking = self._folder / TAKING_PATH
             with suppress(OSError):
                 for moved in self._path.parent.glob(MOVED_PATTERN):
-                    moved.unlink()
+                    if moved != taking:
+                        _unlink(moved)
+                _remove_if_dead(taking)
         with suppress(OSError):
             self._path.parent.rmdir()
 
@@ -265,6 +284,71 @@ def lock_owner(folder: Path) -> Owner | None:
         return None
     finally:
         os.close(descriptor)  # and with it the lock
+
+
+def _make(path: Path) -> int:
+    """A new file that says whose it is, locked where files can be; -1: there is something.
+
+    Raises:
+        FileNotFoundError: the folder was removed meanwhile.
+        OSError: it cannot be written.
+    """
+    if os.path.lexists(path):
+        return -1
+    new = _name_of_its_own(path)
+    descriptor = open_own(new, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    is_made = False
+    try:
+        _try_lock(descriptor)
+        _write_owner(descriptor)
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            return -1
+        except OSError as error:
+            if error.errno not in _WITHOUT_LINKS:
+                raise
+            os.close(descriptor)
+            descriptor = -1
+            try:
+                descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            except FileExistsError:
+                return -1
+            _try_lock(descriptor)
+            _write_owner(descriptor)
+        is_made = _is_at(descriptor, path)
+        return descriptor if is_made else -1
+    finally:
+        _unlink(new)
+        if not is_made and descriptor >= 0:
+            if _is_at(descriptor, path):
+                _unlink(path)
+            os.close(descriptor)
+
+
+def _name_of_its_own(path: Path) -> Path:
+    return path.with_name(f"{Path(LOCK_PATH).name}.{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _unlink(path: Path) -> None:
+    """Removes a file, which somebody else may have done."""
+    path.unlink(missing_ok=True)
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Removes a file that its owner has not come to remove."""
+    with suppress(OSError):
+        descriptor = open_own(path, os.O_RDONLY)
+        try:
+            owner = _owner(descriptor)
+            if owner is None:
+                is_alive = time.time() - os.fstat(descriptor).st_mtime < ALIVE_SECONDS
+            else:
+                is_alive = _is_alive(owner, descriptor, None)
+            if not is_alive and _is_at(descriptor, path):
+                _unlink(path)
+        finally:
+            os.close(descriptor)
 
 
 def _try_lock(descriptor: int, *, to_look: bool = False) -> bool | None:

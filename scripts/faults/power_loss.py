@@ -95,6 +95,10 @@ class Disk:
                 target = call.other.decode()
                 self.live[target] = self.live.pop(path)
                 self.names.append(Renaming(path, target, self.live[target]))
+            case "link":
+                target = call.other.decode()
+                self.live[target] = self.live[path]
+                self.names.append(Renaming(None, target, self.live[target]))
             case "unlink" | "rmdir":
                 self.names.append(Renaming(path, None, self.live.pop(path)))
             case "fsync":

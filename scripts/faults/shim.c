@@ -265,20 +265,20 @@ int posix_fallocate64(int descriptor, off64_t offset, off64_t length) {
     return allocated(descriptor, offset, length);
 }
 
-static int moved(const char *from, const char *to) {
-    char source[PATH_MAX], target[PATH_MAX];
-    int result;
-    if (!path_at(AT_FDCWD, from, source) || !path_at(AT_FDCWD, to, target))
-        return REAL(rename)(from, to);
-    pthread_mutex_lock(&lock);
-    COUNT("rename", -1)
-    result = REAL(rename)(from, to);
-    if (!result) record("rename", source, target, strlen(target), 0);
-    pthread_mutex_unlock(&lock);
+#define FROM_TO(name, label)                          \
+    char source[PATH_MAX], target[PATH_MAX];          \
+    int result;                                       \
+    if (!path_at(AT_FDCWD, from, source) || !path_at(AT_FDCWD, to, target)) \
+        return REAL(name)(from, to);                  \
+    pthread_mutex_lock(&lock);                        \
+    COUNT(label, -1)                                  \
+    result = REAL(name)(from, to);                    \
+    if (!result) record(label, source, target, strlen(target), 0); \
+    pthread_mutex_unlock(&lock);                      \
     return result;
-}
 
-int rename(const char *from, const char *to) { return moved(from, to); }
+int rename(const char *from, const char *to) { FROM_TO(rename, "rename") }
+int link(const char *from, const char *to) { FROM_TO(link, "link") }
 
 #define ON_PATH(name, label, ...)                     \
     char full[PATH_MAX];                              \

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from lazymerge.output.journal import boot_id
 from lazymerge.output.lock import (
     ALIVE_SECONDS,
     LOCK_PATH,
+    TAKING_PATH,
     LockedError,
     LockLostError,
     OutputLock,
@@ -169,6 +172,52 @@ class TestWhereTheFileDecides:
         held[0].release()
         assert [*tmp_path.iterdir()] == []
 
+    @pytest.mark.parametrize("links", [True, False])
+    def test_whoever_is_slow_between_two_calls(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+    ) -> None:
+        """Four that find a dead lock, each held up for a while now and then."""
+        seed = random.SystemRandom().randrange(1 << 32)
+        print(f"seed {seed}")
+        if not links:
+            monkeypatch.setattr(os, "link", _no_links)
+        generator = random.Random(seed)
+        for place, name in (
+            (lock_module, "open_own"),
+            (lock_module, "_is_at"),
+            (lock_module, "_write_owner"),
+            (Path, "rename"),
+        ):
+            monkeypatch.setattr(place, name, _now_and_then_late(getattr(place, name), generator))
+
+        def take() -> OutputLock | None:
+            start.wait()
+            try:
+                return OutputLock(tmp_path)
+            except LockedError:
+                return None
+
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(40):
+                write_owner(tmp_path, 1e6, boot="of another machine")
+                start = threading.Barrier(4)
+                taken = [pool.submit(take) for _ in range(4)]
+                held = [lock for lock in (future.result() for future in taken) if lock]
+                for lock in held:
+                    lock.check()
+                    lock.release()
+                assert len(held) == 1
+        assert [*tmp_path.iterdir()] == []
+
+    def test_who_took_over_a_lock_was_killed_at_it(self, tmp_path: Path, holder: Any) -> None:
+        holder.kill()
+        holder.wait()
+        write_owner(tmp_path, pid=holder.pid, started=0)
+        (tmp_path / LOCK_PATH).rename(tmp_path / TAKING_PATH)
+        write_owner(tmp_path, pid=holder.pid, started=0)
+        OutputLock(tmp_path).release()
+        assert [*tmp_path.iterdir()] == []
+
     def test_a_clock_that_was_set_back(self, tmp_path: Path) -> None:
         write_owner(tmp_path, -86400, boot="of another machine")
         OutputLock(tmp_path).release()
@@ -199,6 +248,27 @@ class TestWhereTheFileDecides:
             OutputLock(tmp_path).release()
 
 
+def _no_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def _now_and_then_late(call: Any, generator: random.Random) -> Any:
+    def late(*arguments: Any, **named: Any) -> Any:
+        time.sleep(generator.choice((0, 0, 0.001, 0.01)))
+        return call(*arguments, **named)
+
+    return late
+
+
+def test_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", _no_links)
+    lock = OutputLock(tmp_path)
+    with pytest.raises(LockedError):
+        OutputLock(tmp_path)
+    lock.release()
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_another_machine_whose_locks_are_not_seen_here(tmp_path: Path) -> None:
     write_owner(tmp_path, boot="of another machine")
     with pytest.raises(LockedError, match="on elsewhere"):
@@ -207,14 +277,16 @@ def test_another_machine_whose_locks_are_not_seen_here(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_held_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "TOUCH_SECONDS", 0.01)
+    others = threading.active_count()
     lock = OutputLock(tmp_path)
+    assert threading.active_count() == others + 1
     os.utime(tmp_path / LOCK_PATH, (1, 1))
     deadline = time.monotonic() + 10
     while (tmp_path / LOCK_PATH).stat().st_mtime < 1e9 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert (tmp_path / LOCK_PATH).stat().st_mtime > 1e9
     lock.release()
-    assert "lock" not in {thread.name for thread in threading.enumerate()}
+    assert threading.active_count() == others
 
 
 def test_who_looks_does_not_keep_others_from_beginning(tmp_path: Path) -> None:
