@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: the plan, and the report of a finished merge."""
