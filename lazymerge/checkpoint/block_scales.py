@@ -18,7 +18,6 @@ Source: DeepSeek-V3, README_WEIGHTS.md and inference/fp8_cast_bf16.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError
@@ -139,7 +138,9 @@ def _paired(
             f"weight of shape {shown(list(weight.shape))} need {shown(list(expected))}. "
             "Download the model again, config.json included."
         )
-    return replace(weight, scale=BlockScale(scale, block))
+    place = (weight.file, weight.start, weight.stop_exclusive)
+    scales = BlockScale(scale, block)
+    return TensorInfo(weight.name, weight.dtype, weight.shape, *place, scale=scales)
 
 
 def _method(config: Mapping[str, object] | None) -> object:

@@ -90,7 +90,8 @@ class TensorInfo:
         """The tensor as it lies in the file, without its scale and an adapter's change."""
         if self.scale is None and self.change is None and self.folder is None:
             return self
-        return replace(self, scale=None, change=None, folder=None)
+        place = (self.file, self.start, self.stop_exclusive)
+        return TensorInfo(self.name, self.dtype, self.shape, *place, node=self.node)
 
     @property
     def value_dtype(self) -> str:

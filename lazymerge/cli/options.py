@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -98,7 +99,7 @@ def plan_of(
     from .. import api
 
     load_plugins(plugins)
-    return api.plan(
+    plan = api.plan(
         source,
         memory=memory,
         workers=workers,
@@ -109,6 +110,8 @@ def plan_of(
         truncate_embeddings=truncate_embeddings,
         seed=seed,
     )
+    gc.freeze()  # a plan of 90,000 tensors has half a million nodes, and stays to the end
+    return plan
 
 
 def load_plugins(plugins: list[Path] | None) -> None:

@@ -21,8 +21,8 @@ from ..graph.node import Read
 from ..sizes import format_memory
 from .baseline import Libraries, reserved_bytes, resident_bytes
 from .execution import Execution
+from .likeness import Kind
 from .stages import (
-    TensorTask,
     TorchLayout,
     joined_statistics_bytes,
     mapped_bytes,
@@ -156,7 +156,7 @@ def default_workers() -> int:
 
 def plan_memory(
     graph: Graph,
-    tasks: Sequence[TensorTask],
+    kinds: Sequence[Kind],
     limit_bytes: int,
     workers: int,
     execution: Execution,
@@ -166,7 +166,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Chooses the number of workers that fits the limit.
 
-    workers: how many are wanted.
+    kinds: of the output's tensors. workers: how many are wanted.
     held_bytes: what the process that will run it occupies already.
     beside_bytes: what the plan holds beside the graph.
     planning_bytes: what planning has taken for a while, when there were no buffers yet.
@@ -180,7 +180,7 @@ def plan_memory(
 
         return plan_device_memory(
             graph,
-            tasks,
+            kinds,
             limit_bytes,
             workers,
             execution,
@@ -192,8 +192,9 @@ def plan_memory(
     statistics: list[int] = [0]
     window_bytes = joined_bytes = temporary = 0
     libraries: Libraries = "numpy"
-    for task in tasks:
-        statistics.append(statistics_bytes(graph, task))
+    for kind in kinds:
+        task = kind.first
+        statistics += [statistics_bytes(graph, task)] * min(kind.count, MOST_WORKERS)
         for stage in task.stages:
             if not stage.element_count:
                 continue

@@ -22,6 +22,7 @@ from ..architecture.config import config_conflicts
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint
 from ..checkpoint.fused import is_rows_of, taken_apart
+from ..checkpoint.header import garbage_collector_paused
 from ..checkpoint.hub_reference import SCHEME, is_commit, local_path
 from ..checkpoint.tensor import DTYPES, Adapter
 from ..errors import InputError, InputErrors, brief
@@ -44,6 +45,7 @@ from .blocks import DeviceClass
 from .device.memory import DEFAULT_WORKERS, USED_SHARE, default_device_limit_bytes
 from .download import MissingFile, fetch_tokenizers, missing_files
 from .execution import DEFAULT_READ_MODE, Execution, Kernels, ReadMode, default_kernels
+from .likeness import Kind, kinds_of
 from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memory
 from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
 from .tokenizer import TokenizerPlan, plan_tokenizer
@@ -139,6 +141,11 @@ class Plan:
         return tensor_tasks(self.graph)
 
     @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The tasks by kind: those of one kind occupy, read and write the same."""
+        return kinds_of(self.graph, self.tasks)
+
+    @cached_property
     def stacks(self) -> LayerStacks:
         """The output's layer stacks."""
         return find_layer_stacks(tensor.name for tensor in self.tensors)
@@ -146,7 +153,7 @@ class Plan:
     @cached_property
     def bytes_read(self) -> int:
         """Input bytes of all expected passes."""
-        return sum(bytes_read(self.graph, task) for task in self.tasks)
+        return sum(kind.count * bytes_read(self.graph, kind.first) for kind in self.kinds)
 
     @cached_property
     def bytes_written(self) -> int:
@@ -156,7 +163,10 @@ class Plan:
     @cached_property
     def passes(self) -> dict[int, int]:
         """Number of output tensors by number of expected passes."""
-        return dict(sorted(Counter(map(expected_passes, self.tasks)).items()))
+        passes: Counter[int] = Counter()
+        for kind in self.kinds:
+            passes[expected_passes(kind.first)] += kind.count
+        return dict(sorted(passes.items()))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -272,7 +282,7 @@ class Plan:
         """
         return replace(
             self,
-            memory=_memory(self.graph, self.tasks, resources, self.tokenizer),
+            memory=_memory(self.graph, self.kinds, resources, self.tokenizer),
             execution=resources.execution,
         )
 
@@ -286,7 +296,7 @@ class Plan:
             return self
         memory = plan_memory(
             self.graph,
-            self.tasks,
+            self.kinds,
             self.memory.limit_bytes,
             self.memory.workers,
             self.execution,
@@ -433,6 +443,7 @@ def make_plan(
     )
     verify_graph(compiled.graph)
     tasks = tensor_tasks(compiled.graph)
+    kinds = kinds_of(compiled.graph, tasks)
     source = checkpoints[recipe.main_model]
     config, config_notices = config_of(
         compiled.models[recipe.references[0]],
@@ -440,7 +451,7 @@ def make_plan(
         compiled.models,
         is_vocabulary_matched=alignment is not None,
     )
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         checkpoints=checkpoints,
         graph=compiled.graph,
@@ -461,7 +472,7 @@ def make_plan(
             max_shard_bytes,
         ),
         max_shard_bytes=max_shard_bytes,
-        memory=_memory(compiled.graph, tasks, resources, tokenizer),
+        memory=_memory(compiled.graph, kinds, resources, tokenizer),
         config=config,
         sidecar_folder=source.folder,
         sidecars=_sidecars(
@@ -470,6 +481,8 @@ def make_plan(
         execution=resources.execution,
         tokenizer=tokenizer,
     )
+    plan.__dict__.update(tasks=tasks, kinds=kinds)  # cached properties that are known already
+    return plan
 
 
 def plan_recipe_file(
@@ -489,12 +502,13 @@ def plan_recipe_file(
         InputError, DoesNotFitError: as make_plan.
     """
     recipe = load_recipe(path, signatures())
-    return make_plan(
-        recipe if seed is None else recipe.with_seed(seed),
-        resources,
-        max_shard_bytes=max_shard_bytes,
-        truncate_embeddings=truncate_embeddings,
-    )
+    with garbage_collector_paused():  # half a million nodes, and no cycles
+        return make_plan(
+            recipe if seed is None else recipe.with_seed(seed),
+            resources,
+            max_shard_bytes=max_shard_bytes,
+            truncate_embeddings=truncate_embeddings,
+        )
 
 
 def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
@@ -523,7 +537,8 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
             f"{torch_version()}; plan the recipe again"
         )
     try:
-        return _plan_from(document, resources or Resources(), str(path))
+        with garbage_collector_paused():
+            return _plan_from(document, resources or Resources(), str(path))
     except (
         AttributeError,  # one kind of JSON value where another belongs
         IllegalGraphError,
@@ -573,6 +588,8 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
             f"the tokenizer is not what it was when {path} was made; plan the recipe again"
         )
     max_shard_bytes = _of_kind(output["max_shard_bytes"], int)
+    tasks = tensor_tasks(graph)
+    kinds = kinds_of(graph, tasks)
     shards = lay_out(
         [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes], max_shard_bytes
     )
@@ -586,13 +603,14 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         notices=tuple(_of_kind(notice, str) for notice in document["notices"]),
         shards=shards,
         max_shard_bytes=max_shard_bytes,
-        memory=_memory(graph, tensor_tasks(graph), resources, tokenizer),
+        memory=_memory(graph, kinds, resources, tokenizer),
         config=_of_kind(output["config"], dict, type(None)),
         sidecar_folder=output["sidecar_folder"],
         sidecars=tuple(output["sidecars"]),
         execution=resources.execution,
         tokenizer=tokenizer,
     )
+    plan.__dict__.update(tasks=tasks, kinds=kinds)
     if plan.fingerprint != document["fingerprint"]:
         raise InputError(f"{path} was altered after it was made; plan the recipe again")
     return plan
@@ -808,7 +826,7 @@ def _aligned(
 
 def _memory(
     graph: Graph,
-    tasks: tuple[TensorTask, ...],
+    kinds: tuple[Kind, ...],
     resources: Resources,
     tokenizer: TokenizerPlan | None,
 ) -> MemoryPlan:
@@ -821,7 +839,7 @@ def _memory(
         workers = min(DEFAULT_WORKERS, workers) if on_device else workers
     return plan_memory(
         graph,
-        tasks,
+        kinds,
         limit,
         workers,
         resources.execution,

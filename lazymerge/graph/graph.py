@@ -33,15 +33,16 @@ class Graph:
         Raises:
             KeyError: an input is not in the graph.
         """
-        if node.id in self._nodes:
-            return node.id
+        node_id = node.id
+        if node_id in self._nodes:
+            return node_id
         for source in node_inputs(node):
             if source not in self._nodes:
-                raise KeyError(f"{type(node).__name__} {node.id} uses unknown node {source}")
-        self._nodes[node.id] = node
+                raise KeyError(f"{type(node).__name__} {node_id} uses unknown node {source}")
+        self._nodes[node_id] = node
         if isinstance(node, Write):
             self._writes.append(node)
-        return node.id
+        return node_id
 
     def __getitem__(self, node_id: str) -> Node:
         return self._nodes[node_id]
@@ -125,9 +126,11 @@ class Graph:
     def only(self, writes: Collection[str]) -> Graph:
         """What some of the outputs need, in the same order. writes: ids of Write nodes."""
         used = set(writes)
-        for node in reversed(list(self)):
+        for node in reversed(self._nodes.values()):
             if node.id in used:
                 used.update(node_inputs(node))
+        if len(used) == len(self):
+            return self
         kept = Graph()
         for node in self:
             if node.id in used:

