@@ -203,8 +203,9 @@ class OutputLock:
                 self._path.rename(moved)
                 _unlink(moved)
         finally:
-            if _is_at(claim, taking):
-                _unlink(taking)
+            with suppress(OSError):
+                if _is_at(claim, taking):
+                    _unlink(taking)
             os.close(claim)
 
     def _remove_stranger(self) -> None:
@@ -319,10 +320,12 @@ def _make(path: Path) -> int:
         is_made = _is_at(descriptor, path)
         return descriptor if is_made else -1
     finally:
-        _unlink(new)
+        with suppress(OSError):  # release looks for it again
+            _unlink(new)
         if not is_made and descriptor >= 0:
-            if _is_at(descriptor, path):
-                _unlink(path)
+            with suppress(OSError):
+                if _is_at(descriptor, path):
+                    _unlink(path)
             os.close(descriptor)
 
 
