@@ -48,6 +48,7 @@ import lazymerge
 import yaml
 from lazymerge.checkpoint import Checkpoint, open_checkpoint, read_header
 from lazymerge.engine.plan import Resources, load_plan, make_plan, signatures
+from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
@@ -259,22 +260,13 @@ class Place:
         class Stop(Exception):
             pass
 
-        class Stopper:
+        class Stopper(Silent):
             count = 0
-
-            def moved(self, *_: object) -> None:
-                pass
 
             def finished(self, tensor: str) -> None:
                 self.count += 1
                 if self.count == 7:
                     raise Stop
-
-            def resumed(self, *_: object) -> None:
-                pass
-
-            def noted(self, message: str) -> None:
-                pass
 
         try:
             run_plan(self.plan, self.folder / "unfinished", fsync=False, observer=Stopper())

@@ -29,6 +29,7 @@ from random import Random
 
 import lazymerge
 import yaml
+from lazymerge.engine.report import Silent
 
 from faults.harness import REPOSITORY, contents
 from make_synthetic_checkpoint import LlamaShape, make_checkpoint
@@ -55,7 +56,7 @@ class Injected(Exception):
     """What ends a run within this process."""
 
 
-class Interrupter:
+class Interrupter(Silent):
     """Ends a run at one of its blocks."""
 
     def __init__(self, at: int, *, by_signal: bool) -> None:
@@ -71,15 +72,6 @@ class Interrupter:
             os.kill(os.getpid(), signal.SIGINT)
         elif strikes:
             raise Injected
-
-    def finished(self, tensor: str) -> None:
-        pass
-
-    def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
-        pass
-
-    def noted(self, message: str) -> None:
-        pass
 
 
 class Soak:

@@ -1,46 +1,74 @@
-"""The live display of a run: on a terminal a bar and a line of figures, elsewhere plain lines."""
+"""The live display of a run: on a terminal a bar and what goes with it, elsewhere plain lines."""
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..engine.baseline import peak_resident_bytes
+from ..engine.baseline import resident_bytes
 from ..engine.plan import Plan
-from ..engine.report import Observer, RunReport
+from ..engine.report import Observer, Phase, RunReport, Silent
 from ..sizes import format_bytes, format_memory, format_seconds
 from .console import escaped
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
+    from .log_json import JsonLog
+
 REFRESHES_PER_SECOND = 8
 PLAIN_SECONDS = 10.0
 """Between two lines where there is no terminal."""
 RATE_WINDOW_SECONDS = 5.0
 """The rate shown is that of the last seconds, not of the whole run."""
+MOST_SLOWEST = 3
+"""Tensors that have taken longest, of which more are not shown."""
+
+PHASES: dict[Phase, str] = {
+    "hashing": "reading the inputs for their checksums",
+    "checking": "reading what an earlier run has written",
+    "merging": "merging",
+    "finishing": "writing the last files",
+}
 
 
-class Progress:
+class Progress(Silent):
     """Counts what the workers report."""
 
-    def __init__(self, plan: Plan, console: Console | None) -> None:
-        """console: for notes; None: there are none."""
+    def __init__(self, plan: Plan, console: Console | None, log: JsonLog | None = None) -> None:
+        """console: for notes; None: there are none. log: is told everything, too."""
         self.plan = plan
         self._console = console
+        self._log = log
         self.total_bytes = plan.bytes_read + sum(
             tensor.size_bytes for shard in plan.shards for tensor in shard.tensors
         )
         self.done_bytes = 0
         self.tensors = 0
         self.current = ""
-        self.began = time.monotonic()
+        self.phase: Phase | None = None
+        self.slowest: list[tuple[float, str]] = []
+        """Seconds from first block to last, and names; a heap."""
+        self.began_at = time.monotonic()
+        self._begun: dict[str, float] = {}
         self._lock = threading.Lock()
-        self._history: deque[tuple[float, int]] = deque([(self.began, 0)])
+        self._history: deque[tuple[float, int]] = deque([(self.began_at, 0)])
+
+    def entered(self, phase: Phase) -> None:
+        self.phase = phase
+        if phase == "merging":
+            self._history = deque([(time.monotonic(), self.done_bytes)])
+        if self._log is not None:
+            self._log.event("phase", phase=phase)
+
+    def began(self, tensor: str) -> None:
+        with self._lock:
+            self._begun[tensor] = time.monotonic()
 
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
         with self._lock:
@@ -48,19 +76,32 @@ class Progress:
             self.current = tensor
 
     def finished(self, tensor: str) -> None:
+        now = time.monotonic()
         with self._lock:
             self.tensors += 1
+            seconds = now - self._begun.pop(tensor, now)
+            heapq.heappush(self.slowest, (seconds, tensor))
+            if len(self.slowest) > MOST_SLOWEST:
+                heapq.heappop(self.slowest)
+        if self._log is not None:
+            self._log.event("tensor", tensor=tensor, seconds=round(seconds, 4))
 
     def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
         self.done_bytes = bytes_read + bytes_written
         self.tensors = tensors
-        self._history = deque([(time.monotonic(), self.done_bytes)])
-        self.noted(
+        if self._log is not None:
+            self._log.event("resumed", tensors=tensors, bytes_written=bytes_written)
+        self._say(
             f"{tensors} of {len(self.plan.tensors)} tensors are there already "
             f"({format_bytes(bytes_written)} of {format_bytes(self.plan.bytes_written)})"
         )
 
     def noted(self, message: str) -> None:
+        if self._log is not None:
+            self._log.event("notice", message=message)
+        self._say(message)
+
+    def _say(self, message: str) -> None:
         if self._console is not None:
             self._console.print(message, soft_wrap=True)
 
@@ -84,8 +125,15 @@ class Progress:
             return escaped(self.current)  # what is live is not escaped by the console
         return escaped(f"{found.stack.prefix}.{found.index} of {found.stack.layer_count}")
 
+    def doing(self) -> str:
+        """The phase, and where in it the workers are."""
+        if self.phase is None:
+            return "preparing"
+        place = self.place() if self.phase == "merging" else ""
+        return f"{PHASES[self.phase]} {place}".rstrip()
+
     def figures(self) -> list[str]:
-        """Bytes, tensors, rate, time left, memory."""
+        """Bytes, tensors, rate, time left."""
         rate = self.rate()
         left = max(0, self.total_bytes - self.done_bytes)
         eta = format_seconds(left / rate) if rate > 0 else "–"
@@ -94,8 +142,35 @@ class Progress:
             f"{self.tensors} of {len(self.plan.tensors)} tensors",
             f"{format_bytes(rate)}/s",
             f"{eta} left",
-            f"memory {format_memory(peak_resident_bytes())}",
         ]
+
+    def log_progress(self) -> None:
+        """How far it is, for the log."""
+        if self._log is None:
+            return
+        rate = self.rate()
+        left = max(0, self.total_bytes - self.done_bytes)
+        self._log.event(
+            "progress",
+            phase=self.phase,
+            bytes_done=self.done_bytes,
+            bytes_total=self.total_bytes,
+            tensors=self.tensors,
+            tensors_total=len(self.plan.tensors),
+            bytes_per_second=round(rate),
+            seconds_left=round(left / rate, 1) if rate > 0 else None,
+            resident_bytes=resident_bytes(),
+            limit_bytes=self.plan.memory.limit_bytes,
+        )
+
+    def plain(self) -> str:
+        """All of it in a line."""
+        percent = f"{self.fraction * 100:.0f} %"
+        return ", ".join([percent, *self.figures(), f"memory {self._memory()}", self.doing()])
+
+    def _memory(self) -> str:
+        limit = format_memory(self.plan.memory.limit_bytes)
+        return f"{format_memory(resident_bytes())} of {limit}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.progress_bar import ProgressBar
@@ -107,44 +182,69 @@ class Progress:
         bar.add_column(no_wrap=True, justify="right", width=5)
         bar.add_row(ProgressBar(total=1.0, completed=self.fraction), f"{self.fraction * 100:.0f} %")
         yield bar
-        separator = " · "
-        line = Text(overflow="ellipsis", no_wrap=True)
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True)
+        facts.add_column(overflow="ellipsis", no_wrap=True)
+        line = Text()
         for number, figure in enumerate(self.figures()):
-            line.append(separator if number else "", style="dim").append(figure)
-        yield line
-        yield Text(self.place(), style="dim", overflow="ellipsis", no_wrap=True)
+            line.append(" · " if number else "", style="dim").append(figure)
+        facts.add_row("done", line)
+        facts.add_row("now", Text(self.doing()))
+        memory = Table.grid(padding=(0, 2))
+        share = resident_bytes() / max(1, self.plan.memory.limit_bytes)
+        memory.add_row(ProgressBar(total=1.0, completed=min(1.0, share), width=20), self._memory())
+        facts.add_row("memory", memory)
+        with self._lock:
+            slowest = sorted(self.slowest, reverse=True)
+        for number, (seconds, tensor) in enumerate(slowest):
+            shown = Text.assemble((f"{format_seconds(seconds):>7}  ", "dim"), escaped(tensor))
+            facts.add_row("" if number else "slowest", shown)
+        yield facts
 
 
 @contextmanager
-def progress_display(plan: Plan, console: Console, *, quiet: bool) -> Iterator[Observer]:
-    """Shows a run's progress while the block runs, and yields the observer to feed."""
-    progress = Progress(plan, None if quiet else console)
-    if quiet:
-        yield progress
-        return
-    if console.is_terminal:
-        from rich.live import Live
+def progress_display(
+    plan: Plan, console: Console, *, quiet: bool, log: JsonLog | None = None
+) -> Iterator[Observer]:
+    """Shows a run's progress while the block runs, and yields the observer to feed.
 
-        with Live(
-            progress,
-            console=console,
-            refresh_per_second=REFRESHES_PER_SECOND,
-            transient=True,
-        ):
+    quiet: shows nothing. log: is told everything, even so.
+    """
+    progress = Progress(plan, None if quiet else console, log)
+    with _every(log.seconds if log else 0.0, progress.log_progress):
+        if quiet:
             yield progress
+        elif console.is_terminal:
+            from rich.live import Live
+
+            with Live(
+                progress,
+                console=console,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                transient=True,
+            ):
+                yield progress
+        else:
+            with _every(PLAIN_SECONDS, lambda: console.print(progress.plain(), soft_wrap=True)):
+                yield progress
+
+
+@contextmanager
+def _every(seconds: float, call: Callable[[], object]) -> Iterator[None]:
+    """Calls something again and again while the block runs. seconds: between calls; 0: never."""
+    if not seconds:
+        yield
         return
     stop = threading.Event()
 
-    def report() -> None:
-        while not stop.wait(PLAIN_SECONDS):
-            percent = f"{progress.fraction * 100:.0f} %"
-            line = ", ".join([percent, *progress.figures(), progress.place()])
-            console.print(line, soft_wrap=True)
+    def repeat() -> None:
+        while not stop.wait(seconds):
+            call()
 
-    thread = threading.Thread(target=report, name="progress", daemon=True)
+    thread = threading.Thread(target=repeat, name="progress", daemon=True)
     thread.start()
     try:
-        yield progress
+        yield
     finally:
         stop.set()
         thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .log_json import LogJsonOption
 from .options import (
     JsonOption,
     MemoryOption,
@@ -28,6 +29,7 @@ def resume(
     recheck: RecheckOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
+    log_json: LogJsonOption = None,
 ) -> None:
     """Go on with a merge that was interrupted; recipe and options are those it was begun with.
 
@@ -56,7 +58,13 @@ def resume(
             load_plugins(plugin)
             made = plan_again(document, output / MANIFEST_NAME, Resources())
             run_and_report(
-                made, output, no_fsync=no_fsync, strict=strict, quiet=quiet, as_json=as_json
+                made,
+                output,
+                no_fsync=no_fsync,
+                strict=strict,
+                quiet=quiet,
+                as_json=as_json,
+                log_json=log_json,
             )
             return
         tidy_up(output)
@@ -80,4 +88,5 @@ def resume(
         recheck=recheck,
         quiet=quiet,
         as_json=as_json,
+        log_json=log_json,
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .intermediates import IntermediateOption, folders_asked
+from .log_json import LogJsonOption
 from .options import (
     DeviceOption,
     JsonOption,
@@ -54,6 +55,7 @@ def run(
     ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
+    log_json: LogJsonOption = None,
 ) -> None:
     """Merge models by a recipe or a saved plan into OUT; go on where an earlier run has ended."""
     made = plan_of(
@@ -79,4 +81,5 @@ def run(
         hash_inputs=hash_inputs,
         quiet=quiet,
         as_json=as_json,
+        log_json=log_json,
     )

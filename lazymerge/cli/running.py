@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..engine.intermediates import Output
     from ..engine.plan import Plan
     from ..engine.report import RunReport
+    from .log_json import JsonLog
 
 MOST_SHOWN = 3
 """Tensors with inf or nan that a run names on the terminal."""
@@ -46,14 +47,48 @@ def run_and_report(
     hash_inputs: bool = False,
     quiet: bool,
     as_json: bool,
+    log_json: str | None = None,
 ) -> None:
     """Runs a plan, shows how it proceeds and says what came of it.
 
     intermediates: folders of merges that are written before it, by name.
+    log_json: file that a log for machines is appended to.
     """
+    from .log_json import STDERR, json_log
+
+    with json_log(log_json) as log:
+        _run_and_report(
+            made,
+            output,
+            intermediates or {},
+            log,
+            overwrite=overwrite,
+            no_fsync=no_fsync,
+            strict=strict,
+            recheck=recheck,
+            hash_inputs=hash_inputs,
+            quiet=quiet or log_json == STDERR,
+            as_json=as_json,
+        )
+
+
+def _run_and_report(
+    made: Plan,
+    output: Path,
+    intermediates: Mapping[str, Path],
+    log: JsonLog | None,
+    *,
+    overwrite: bool,
+    no_fsync: bool,
+    strict: bool,
+    recheck: bool,
+    hash_inputs: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     from ..engine.intermediates import check_outputs, clear_earlier, outputs_of
 
-    outputs = outputs_of(made, output, intermediates or {})
+    outputs = outputs_of(made, output, intermediates)
     is_one = len(outputs) == 1
     if any(
         each.plan.memory.libraries == "torch" and each.plan.execution.device == "cpu"
@@ -94,8 +129,10 @@ def run_and_report(
         with (
             says_how_to_resume(each.folder, command, quiet=quiet),
             says_what_is_complete(complete, each.folder, same, quiet=quiet),
-            progress_display(each.plan, console, quiet=quiet or as_json) as observer,
+            progress_display(each.plan, console, quiet=quiet or as_json, log=log) as observer,
         ):
+            if log is not None:
+                log.planned(each)
             report = run_plan(
                 each.plan,
                 each.folder,
@@ -107,6 +144,8 @@ def run_and_report(
                 hash_inputs=hash_inputs,
             )
         reports.append(report)
+        if log is not None:
+            log.done(report)
         if not as_json and not quiet:
             _report(each.plan, report)
     if as_json:

@@ -27,6 +27,7 @@ from .stages import row_elements
 
 if TYPE_CHECKING:
     from .report import RunReport
+    from .timeline import Timeline
 
 
 def span_bytes(plan: Plan) -> dict[str, int]:
@@ -102,11 +103,12 @@ def manifest(
     beside: Sequence[str],
     folder: Path,
     report: RunReport,
+    timeline: Timeline,
 ) -> dict[str, Any]:
     """The manifest of a complete output.
 
     beginning: its first half. checksums: of all tensors, by name.
-    beside: names of the small files in the folder.
+    beside: names of the small files in the folder. timeline: of this run.
 
     Raises:
         OSError: one of them cannot be read.
@@ -128,6 +130,7 @@ def manifest(
             "bytes_written": report.bytes_written,
             "resumed_tensors": report.resumed_tensors,
         },
+        "timeline": timeline.as_dict(),
         "shards": {shard.file: shard.size_bytes for shard in plan.shards},
         "files": {name: file_checksum(folder / name) for name in beside},
         "checksum": CHECKSUM,

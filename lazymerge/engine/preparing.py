@@ -90,6 +90,7 @@ def prepare(
         # else not even its first line is whole
         doubted = sum(recheck or is_doubted(record) for record in believed.values())
         if doubted:
+            observer.entered("checking")
             observer.noted(f"reading {doubted} tensors of an earlier run before believing them")
         recovery = recover(
             folder, plan.shards, believed, span_bytes(plan).__getitem__, recheck=recheck
@@ -99,6 +100,7 @@ def prepare(
         check_disk(folder, plan.bytes_written, overwrite=overwrite)
         beginning = beginning_of_manifest(plan)
         if hash_inputs:
+            observer.entered("hashing")
             beginning["input_checksums"] = content_hashes(plan.checkpoints)
         try:
             clear_output_folder(folder, fsync=fsync)
@@ -152,6 +154,8 @@ def _beginning_to_go_on_with(
     """
     document = read_document(folder / MERGE_PATH)
     beginning = beginning_of_manifest(plan)  # the document may be damaged, or somebody else's
+    if "input_checksums" in document or hash_inputs:
+        observer.entered("hashing")
     if "input_checksums" in document:
         now = content_hashes(plan.checkpoints)
         check_hashes(document["input_checksums"], now, MERGE_PATH)

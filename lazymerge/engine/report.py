@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from .nonfinite import NonfiniteTensor
 
 
+Phase = Literal["hashing", "checking", "merging", "finishing"]
+"""What a run is doing: reading its inputs to know their contents, reading what an earlier run has
+left, merging, or writing the last files and waiting for the disk."""
+
+
 class Observer(Protocol):
     """Is told how a run proceeds; `moved` and `finished` are called from the workers' threads."""
+
+    def entered(self, phase: Phase) -> None:
+        """What is being done from now on."""
+
+    def began(self, tensor: str) -> None:
+        """Work on an output tensor begins; called from the workers' threads."""
 
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
         """A block was done, or several at once."""
@@ -26,7 +37,13 @@ class Observer(Protocol):
 
 
 class Silent:
-    """Is told everything and says nothing."""
+    """Is told everything and says nothing; to be derived from by who wants to hear some of it."""
+
+    def entered(self, phase: Phase) -> None:
+        pass
+
+    def began(self, tensor: str) -> None:
+        pass
 
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
         pass

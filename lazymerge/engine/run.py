@@ -52,6 +52,7 @@ from .readahead import ReadAhead
 from .recent import Recent
 from .report import Observer, RunReport, Silent
 from .scheduler import Scheduler
+from .timeline import Timeline
 from .worker import Worker
 
 WAKE_SECONDS = 0.1
@@ -369,6 +370,8 @@ def _run(
         for tensor in shard.tensors
     }
     totals = [0, 0]
+    timeline = Timeline()
+    timeline.note(0, 0)
     lock = threading.Lock()
 
     def finished(write: Write, digests: Sequence[bytes]) -> None:
@@ -391,6 +394,7 @@ def _run(
         with lock:
             totals[0] += bytes_read
             totals[1] += bytes_written
+            timeline.note(*totals)
         observer.moved(bytes_read, bytes_written, tensor)
 
     nonfinite = {name: None for name, record in before.items() if record.is_nonfinite}
@@ -409,12 +413,14 @@ def _run(
         finished,
         plan.execution.device,
         most_open=plan.memory.workers,
+        began=observer.began,
     )
     files = InputFiles(stamps)
     is_mapped = plan.execution.read_mode == "mmap"
     recent = Recent(8 * plan.memory.workers)
     forgets = outgrows_cache(plan)
     read_ahead = ReadAhead(plan.graph, tasks, files, plan.execution.device)
+    observer.entered("merging")
     try:
         with (
             _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext(),
@@ -448,6 +454,7 @@ def _run(
         files.close()
         raise
     files.close()
+    observer.entered("finishing")
     check_unchanged(stamps, plan)
     writer.close()
     store_baseline(plan.memory.libraries)
@@ -458,6 +465,7 @@ def _run(
             sync_folder(folder)
     except OSError as error:
         raise write_error(Path(error.filename or folder), error) from error
+    timeline.note(*totals, is_last=True)
     report = RunReport(
         output=str(folder.absolute()),
         seconds=time.perf_counter() - began,
@@ -472,7 +480,7 @@ def _run(
     try:
         checksums = {name: record.checksum for name, record in before.items()}
         checksums |= prepared.checksums
-        document = manifest(plan, prepared.beginning, checksums, beside, folder, report)
+        document = manifest(plan, prepared.beginning, checksums, beside, folder, report, timeline)
         write_document(folder / MANIFEST_NAME, document, fsync=fsync)
         if fsync:
             sync_folder(folder)

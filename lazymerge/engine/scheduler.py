@@ -84,16 +84,19 @@ class Scheduler:
         finished: Finished,
         device: DeviceClass = "cpu",
         most_open: int | None = None,
+        began: Callable[[str], None] = lambda _: None,
     ) -> None:
         """device: decides where blocks begin and end.
 
         most_open: tensors that may be begun and not finished at a time, each with the partial
             results of its reductions; None: any number.
+        began: is told the name of every output tensor that is begun.
         """
         self._graph = graph
         self._device = device
         self._tasks = tasks
         self._finished = finished
+        self._began = began
         self._most_open = len(tasks) if most_open is None else most_open
         self._next_task = 0
         self._active: dict[int, _Active] = {}
@@ -121,6 +124,7 @@ class Scheduler:
                     if not self._active:
                         return None
                     self._changed.wait()
+            self._began(active.task.write.name)
             self._advance(active, None)
 
     def give(self, job: Job, partials: Sequence[Any]) -> None:

@@ -23,6 +23,7 @@ from lazymerge.engine.native import library
 from lazymerge.engine.null import walk_plan
 from lazymerge.engine.plan import Resources, load_plan, make_plan, signatures
 from lazymerge.engine.reference import run_reference
+from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
@@ -328,15 +329,9 @@ class Stop(Exception):
     """What ends a run early."""
 
 
-class Stopper:
-    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None: ...
-
+class Stopper(Silent):
     def finished(self, tensor: str) -> None:
         raise Stop
-
-    def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None: ...
-
-    def noted(self, message: str) -> None: ...
 
 
 def test_going_on_and_verifying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from lazymerge.engine import torch_loading
 from lazymerge.engine import unfinished as unfinished_module
 from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.plan import Plan, Resources
+from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.scheduler import Scheduler
 from lazymerge.engine.unfinished import difference, plan_of_unfinished
@@ -43,7 +44,7 @@ class Stop(Exception):
     """What ends a run early here."""
 
 
-class Stopper:
+class Stopper(Silent):
     """Ends a run when so many tensors are finished; keeps what it is told."""
 
     def __init__(self, after: int) -> None:
@@ -51,9 +52,6 @@ class Stopper:
         self.tensors: list[str] = []
         self.notes: list[str] = []
         self.before: tuple[int, int, int] | None = None
-
-    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
-        pass
 
     def finished(self, tensor: str) -> None:
         self.tensors.append(tensor)

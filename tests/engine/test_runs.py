@@ -21,6 +21,7 @@ from lazymerge.engine import run as run_module
 from lazymerge.engine.execution import Kernels, ReadMode
 from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.plan import Plan, Resources, make_plan
+from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.scheduler import SPAN_BLOCKS
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
@@ -60,7 +61,7 @@ def kernels_of(plan: Plan) -> Kernels:
     return plan.execution.kernels
 
 
-class Recorder:
+class Recorder(Silent):
     """Counts what it is told; `then` is called every time with the number of times so far."""
 
     def __init__(self, then: Callable[[int], None] = lambda blocks: None) -> None:

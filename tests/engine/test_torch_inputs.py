@@ -12,6 +12,7 @@ import torch
 import yaml
 from lazymerge.engine.execution import ReadMode
 from lazymerge.engine.plan import Plan, Resources, load_plan
+from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
@@ -107,24 +108,15 @@ class Stop(Exception):
     pass
 
 
-class Stopper:
+class Stopper(Silent):
     """Ends a run after three tensors."""
 
     count = 0
-
-    def moved(self, *_: object) -> None:
-        pass
 
     def finished(self, tensor: str) -> None:
         self.count += 1
         if self.count == 3:
             raise Stop
-
-    def resumed(self, *_: object) -> None:
-        pass
-
-    def noted(self, message: str) -> None:
-        pass
 
 
 @pytest.fixture

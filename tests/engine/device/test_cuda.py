@@ -23,6 +23,7 @@ from lazymerge.engine.device.cuda import CudaDevice
 from lazymerge.engine.device.host import HostDevice
 from lazymerge.engine.device.memory import open_lanes
 from lazymerge.engine.plan import Plan
+from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
 
 from merging import bits, plan_of, run
@@ -97,14 +98,11 @@ def test_memory_keeps_to_the_limit_and_nothing_is_allocated_later(
         assert vram is not None
         taken: list[int] = []
 
-        class Watching:
+        class Watching(Silent):
             """Asks the driver's count of allocations after every block."""
 
             def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
                 taken.append(torch.cuda.memory_stats()["num_device_alloc"])  # noqa: B023
-
-            def finished(self, tensor: str) -> None:
-                pass
 
         with closing(CudaDevice()) as device:
             report = run_plan(
