@@ -17,7 +17,7 @@ import typer
 from ..engine import torch_loading
 from ..errors import LazymergeError, printable
 from ..version import __version__
-from . import inspect, methods, plan, resume, run, running, schema, status, verify
+from . import inspect, join, methods, plan, resume, run, running, schema, status, verify
 
 EXIT_INTERRUPTED = 130
 
@@ -36,6 +36,7 @@ app = typer.Typer(
 app.command()(plan.plan)
 app.command()(run.run)
 app.command()(resume.resume)
+app.command()(join.join)
 app.command()(status.status)
 app.command()(verify.verify)
 app.command()(inspect.inspect)

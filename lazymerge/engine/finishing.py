@@ -50,6 +50,8 @@ def beside_weights(plan: Plan, name: str) -> Iterator[tuple[str, bytes | Path]]:
 
     name: of the output, the title of its card.
     """
+    if plan.split is not None:  # they are the whole's
+        return
     if len(plan.shards) > 1:
         yield INDEX_NAME, index_json(plan.shards).encode()
     if plan.config is not None:

@@ -33,7 +33,7 @@ from ..output.lock import OutputLock
 from ..recipe import part_named
 from .complete import complete_document
 from .memory import NODE_BYTES
-from .plan import Plan, Resources, make_plan, open_models, read_folders
+from .plan import Plan, make_plan, open_models, read_folders
 from .preparing import check_output
 
 
@@ -63,14 +63,7 @@ def plan_intermediate(plan: Plan, name: str) -> Plan:
     paths = {reference: found.path for reference, found in plan.checkpoints.items()}
     made = make_plan(
         part,
-        Resources(
-            limit_bytes=plan.memory.limit_bytes,
-            workers=plan.memory.workers,
-            read_mode=plan.execution.read_mode,
-            kernels=plan.execution.kernels,
-            device=plan.execution.device,
-            vram_limit_bytes=plan.execution.vram_limit_bytes,
-        ),
+        plan.resources,
         max_shard_bytes=plan.max_shard_bytes,
         truncate_embeddings=True,  # changes nothing where rows agree, and else it was given
         paths=paths,

@@ -98,6 +98,18 @@ class Resources:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which part of a merge a plan is (splitting.py).
+
+    number: 1 to count. whole: the fingerprint of the merge that it is a part of.
+    """
+
+    number: int
+    count: int
+    whole: str
+
+
 @dataclass(frozen=True)
 class Plan:
     """A merge, ready to run.
@@ -114,6 +126,7 @@ class Plan:
     sidecars: files copied from `sidecar_folder`.
     execution: how the run reads and computes.
     tokenizer: the output's, where the recipe asks for one; then none of its files is a sidecar.
+    split: which part of a merge it is; None: the whole.
     """
 
     recipe: Recipe
@@ -129,6 +142,19 @@ class Plan:
     sidecars: tuple[str, ...]
     execution: Execution
     tokenizer: TokenizerPlan | None = None
+    split: Split | None = None
+
+    @property
+    def resources(self) -> Resources:
+        """What it was planned for."""
+        return Resources(
+            limit_bytes=self.memory.limit_bytes,
+            workers=self.memory.workers,
+            read_mode=self.execution.read_mode,
+            kernels=self.execution.kernels,
+            device=self.execution.device,
+            vram_limit_bytes=self.execution.vram_limit_bytes,
+        )
 
     @property
     def read_mode(self) -> ReadMode:
@@ -189,6 +215,8 @@ class Plan:
         }
         if self.tokenizer is not None:
             content["tokenizer"] = self.tokenizer.digests
+        if self.split is not None:
+            content["split"] = asdict(self.split)
         return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
     def facts(self) -> list[tuple[str, str]]:
@@ -524,6 +552,10 @@ def load_plan(path: Path | str, resources: Resources | None = None) -> Plan:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a saved plan: {error}") from error
+    if isinstance(document, dict) and "split" in document and "graph" not in document:
+        from .unfinished import plan_again
+
+        return plan_again(document, Path(path), resources or Resources())
     if not isinstance(document, dict) or document.get("format") != PLAN_FORMAT:
         raise InputError(f"{path} is not a plan that this version of lazymerge can read")
     if document.get("lazymerge") != __version__:

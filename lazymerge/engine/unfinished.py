@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..output.manifest import MANIFEST_NAME, MERGE_PATH, count, read_document
 from ..recipe import Recipe
 from ..recipe.tokenizer import BASE, UNION
 from ..version import __version__
-from .plan import MOST_PATH, Plan, Resources, make_plan, recipe_again, torch_version
+from .plan import MOST_PATH, Plan, Resources, Split, make_plan, recipe_again, torch_version
 
 
 def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
             "max_shard_bytes": plan.max_shard_bytes,
         },
         **({"tokenizer": plan.tokenizer.as_dict()} if plan.tokenizer else {}),
+        **({"split": asdict(plan.split)} if plan.split else {}),
     }
 
 
@@ -68,10 +69,13 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
         device, version, torch = document["device"], document["lazymerge"], document["torch"]
         fingerprint = document["fingerprint"]
         max_shard_bytes = count(document["output"]["max_shard_bytes"])
+        split = None if document.get("split") is None else Split(**document["split"])
         strings = [text, path, name, device, version, torch, fingerprint, *paths, *paths.values()]
         if not all(isinstance(value, str) for value in strings):
             raise TypeError("text expected")
         if type(seed) is not int:
+            raise TypeError("number expected")
+        if split is not None and (type(split.number), type(split.count)) != (int, int):
             raise TypeError("number expected")
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{where} is damaged ({brief(error)})") from error
@@ -102,6 +106,10 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
         truncate_embeddings=True,  # changes nothing where rows agree, and else it was given
         paths=paths,
     )
+    if split is not None:
+        from .splitting import part_of
+
+        plan = part_of(plan, replace(split, whole=plan.fingerprint))
     if plan.fingerprint != fingerprint:
         raise InputError(difference(document, plan))
     return plan

@@ -257,10 +257,12 @@ class OutputLock:
             self._toucher.join()
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            with suppress(OSError):
-                if _is_at(descriptor, self._path):
-                    self._path.unlink()
-            os.close(descriptor)
+            try:
+                with suppress(OSError):
+                    if _is_at(descriptor, self._path):
+                        self._path.unlink()
+            finally:
+                os.close(descriptor)
             taking = self._folder / TAKING_PATH
             with suppress(OSError):
                 for moved in self._path.parent.glob(MOVED_PATTERN):
@@ -304,29 +306,33 @@ def _make(path: Path) -> int:
         _write_owner(descriptor)
         try:
             os.link(new, path)
+            is_made = _is_at(descriptor, path)
         except FileExistsError:
-            return -1
+            pass
         except OSError as error:
             if error.errno not in _WITHOUT_LINKS:
                 raise
             os.close(descriptor)
             descriptor = -1
-            try:
+            with suppress(FileExistsError):
                 descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            except FileExistsError:
-                return -1
-            _try_lock(descriptor)
-            _write_owner(descriptor)
-        is_made = _is_at(descriptor, path)
-        return descriptor if is_made else -1
-    finally:
+                _try_lock(descriptor)
+                _write_owner(descriptor)
+                is_made = _is_at(descriptor, path)
         with suppress(OSError):  # release looks for it again
             _unlink(new)
-        if not is_made and descriptor >= 0:
+    except BaseException:
+        is_made = False
+        raise
+    finally:
+        if not is_made:
             with suppress(OSError):
-                if _is_at(descriptor, path):
+                _unlink(new)
+                if descriptor >= 0 and _is_at(descriptor, path):
                     _unlink(path)
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
+    return descriptor if is_made else -1
 
 
 def _name_of_its_own(path: Path) -> Path:

@@ -1,0 +1,28 @@
+"""lazymerge join: make one output of parts that were merged apart from each other."""
+
+from __future__ import annotations
+
+from .options import JsonOption, OutputArgument
+from .running import NoSyncOption
+
+
+def join(
+    output: OutputArgument, no_fsync: NoSyncOption = False, as_json: JsonOption = False
+) -> None:
+    """Make one output of the parts that `plan --split` has named and `run` has merged."""
+    from dataclasses import asdict
+
+    from ..engine.splitting import join_parts
+    from .console import messages, print_json
+
+    joined = join_parts(output, fsync=not no_fsync)
+    if as_json:
+        print_json(asdict(joined))
+        return
+    from ..sizes import format_bytes
+
+    what = f"joined {joined.parts} parts" if joined.parts else "complete, and there are no parts"
+    messages().print(
+        f"{what}: {joined.tensors} tensors, {format_bytes(joined.bytes_written)}\n{joined.output}",
+        soft_wrap=True,
+    )
