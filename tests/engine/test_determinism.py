@@ -43,7 +43,7 @@ def digests(output: Path) -> dict[str, str]:
         data = path.read_bytes()
         if path.name == MANIFEST_NAME:
             manifest = json.loads(data)
-            del manifest["run"], manifest["memory"]
+            del manifest["run"], manifest["memory"], manifest["timeline"]
             data = json.dumps(manifest).encode()
         found[path.name] = hashlib.sha256(data).hexdigest()
     return found
