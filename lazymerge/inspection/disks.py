@@ -1,0 +1,210 @@
+"""How fast disks are, and what of files the page cache holds.
+
+What is timed is read past the cache (O_DIRECT), several stretches at a time, as a run's read-ahead
+keeps several in flight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+STRETCH_BYTES = 1 << 20
+STREAMS = 8
+"""Stretches in flight: 8 MB, a span of one input, as a run's read-ahead announces them."""
+
+READING_SECONDS = 0.15
+MOST_READ_BYTES = 256 << 20
+LEAST_FILE_BYTES = STREAMS * STRETCH_BYTES
+
+WRITING_SECONDS = 0.25
+MOST_WRITTEN_BYTES = 128 << 20
+
+PROBES = 64
+"""Places of a file at which the page cache is asked; PROBE_PAGES pages at each."""
+
+PROBE_PAGES = 16
+
+
+def cached_share(files: Sequence[tuple[Path, int]]) -> float | None:
+    """The share of some files' bytes that is in the page cache; None where the system does not say.
+
+    files: paths and sizes in bytes. Nothing of them is read.
+    """
+    total = cached = 0.0
+    for path, size in files:
+        share = _cached_share_of(path, size)
+        if share is None:
+            return None
+        total += size
+        cached += share * size
+    return cached / total if total else None
+
+
+def _cached_share_of(path: Path, size: int) -> float | None:
+    if size == 0:
+        return 1.0
+    try:
+        status = path.stat()
+        # since Linux 5.2 the system says of others' files that all of them is there
+        if os.geteuid() not in (0, status.st_uid) and not os.access(path, os.W_OK):
+            return None
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, AttributeError):
+        return None
+    try:
+        resident = asked = 0
+        length = min(size, PROBE_PAGES * mmap.PAGESIZE)
+        spacing = max(0, size - length) / max(1, PROBES - 1)
+        starts = {
+            round(probe * spacing) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            for probe in range(PROBES)
+        }
+        for start in starts:
+            pages = _resident_pages(descriptor, start, min(length, size - start))
+            resident += sum(pages)
+            asked += len(pages)
+        return resident / asked
+    except (OSError, ValueError, AttributeError):
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _resident_pages(descriptor: int, start: int, length: int) -> list[int]:
+    """One 0 or 1 for each page of a file's range.
+
+    Raises:
+        AttributeError: there is no mincore here.
+        OSError: it fails.
+    """
+    prot = mmap.PROT_READ | mmap.PROT_WRITE  # private: ctypes wants it writable
+    with mmap.mmap(descriptor, length, mmap.MAP_PRIVATE, prot, offset=start) as mapped:
+        flags = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+        first = ctypes.c_char.from_buffer(mapped)
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        failed = mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(length), flags)
+        del first
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore")
+        return [flag & 1 for flag in flags]
+
+
+def are_on_one_disk(paths: Sequence[Path]) -> bool:
+    """Whether some paths lie, or would lie, on the same filesystem."""
+    return len({_device(path) for path in paths}) == 1
+
+
+def reading_rate(
+    paths: Sequence[Path], *, is_sample_allowed: bool
+) -> tuple[float | None, str | None]:
+    """Bytes per second that the disk of some files gives, and the name of the file that was read to
+    know it. (None, None) where that is not known.
+
+    is_sample_allowed: the files themselves may be read. Else a library of this installation is, if
+        it lies on the same disk.
+    """
+    devices = {device for path in paths if (device := _device(path)) is not None}
+    if len(devices) != 1:
+        return None, None
+    if is_sample_allowed:
+        path = max(paths, key=_size, default=None)
+        rate = None if path is None else _direct_rate(path)
+        if path is not None and rate is not None:
+            return rate, path.name
+    for path in _installed_files():
+        if _device(path) in devices:
+            return _direct_rate(path), path.name
+    return None, None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _device(path: Path) -> int | None:
+    """The disk that a path lies on, or would."""
+    for place in (path.absolute(), *path.absolute().parents):
+        try:
+            return place.stat().st_dev
+        except OSError:
+            continue
+    return None
+
+
+def _installed_files() -> list[Path]:
+    """Large files that are on this machine whatever is merged: torch's libraries."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return []
+    files = [(_size(path), path) for path in (Path(spec.origin).parent / "lib").glob("*torch*")]
+    return [path for size, path in sorted(files, reverse=True) if size >= LEAST_FILE_BYTES]
+
+
+def _direct_rate(path: Path) -> float | None:
+    """Reads stretches from all over a file, past the page cache; None where that does not go."""
+    direct = getattr(os, "O_DIRECT", None)
+    size = _size(path)
+    if direct is None or size < LEAST_FILE_BYTES:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | direct)
+    except OSError:
+        return None
+    count = min(size, MOST_READ_BYTES) // STRETCH_BYTES
+    spacing = (size - STRETCH_BYTES) / max(1, count - 1)
+    starts = [round(n * spacing) // mmap.PAGESIZE * mmap.PAGESIZE for n in range(count)]
+    began = time.perf_counter()
+    deadline = began + READING_SECONDS
+
+    def read(first: int) -> int:
+        done = 0
+        with mmap.mmap(-1, STRETCH_BYTES) as room:
+            for start in starts[first::STREAMS]:
+                if time.perf_counter() > deadline:
+                    break
+                done += os.preadv(descriptor, [room], start)
+        return done
+
+    try:
+        with ThreadPoolExecutor(STREAMS) as pool:
+            done = sum(pool.map(read, range(STREAMS)))
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return done / (time.perf_counter() - began) if done else None
+
+
+def writing_rate(place: Path) -> float | None:
+    """Bytes per second that a file without a name takes in a folder, or the nearest that exists;
+    None where there is no such thing. It is gone when it is closed."""
+    unnamed = getattr(os, "O_TMPFILE", None)
+    folder = next((f for f in (place.absolute(), *place.absolute().parents) if f.is_dir()), None)
+    if unnamed is None or folder is None:
+        return None
+    try:
+        descriptor = os.open(folder, os.O_WRONLY | os.O_CLOEXEC | unnamed, 0o600)
+    except OSError:
+        return None
+    data = memoryview(os.urandom(1 << 16) * (STRETCH_BYTES >> 16))
+    done = 0
+    began = time.perf_counter()
+    try:
+        while done < MOST_WRITTEN_BYTES and time.perf_counter() < began + WRITING_SECONDS:
+            done += os.write(descriptor, data)
+            os.fdatasync(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return done / (time.perf_counter() - began) if done else None
