@@ -40,7 +40,7 @@ from .disks import are_on_one_disk, cached_share, reading_rate, writing_rate
 if TYPE_CHECKING:
     from ..output.writer import ShardWriter
 
-COMPUTING_SECONDS = 0.3
+COMPUTING_SECONDS = 0.25
 """For all kinds of tensors together. Repeated measurements of the same merge differ by a tenth."""
 
 MOST_KINDS = 3
@@ -58,7 +58,7 @@ LEAST_MEMORY_BYTES = 1 << 20
 
 PATTERN_ELEMENTS = 1 << 20
 SHIFT_ELEMENTS = 4099
-"""Inputs begin so far from each other in the same made-up data: a prime, so that no two are alike."""
+"""Inputs begin so far from each other in the same made-up data: a prime, that no two are alike."""
 
 ALIGNMENT = 64
 
@@ -409,4 +409,3 @@ def _add_copy(
                     statistics=tuple(ids[source] for source in node.statistics),
                 )
         ids[node.id] = made.add(new)
-
