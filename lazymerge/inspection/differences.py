@@ -79,15 +79,25 @@ def differences(before: Plan, after: Plan) -> Differences:
         facts=tuple(_facts(before, after)),
         models_added=tuple(model for model in new_models if model not in old_models),
         models_removed=tuple(model for model in old_models if model not in new_models),
-        added=(len(added), folded_names(added, after.stacks)),
-        removed=(len(removed), folded_names(removed, before.stacks)),
-        changed=(len(changed), folded_names(changed, after.stacks)),
+        added=(len(added), _folded(added, after)),
+        removed=(len(removed), _folded(removed, before)),
+        changed=(len(changed), _folded(changed, after)),
         unchanged=same,
         reshaped=_reshaped(after, changed, old, new),
         values=_values(before, after, changed),
         before=_totals(before),
         after=_totals(after),
     )
+
+
+MOST_PLACES = 12
+"""Runs of layers and single tensors that are named before the rest is counted."""
+
+
+def _folded(names: list[str], plan: Plan) -> str:
+    parts = folded_names(names, plan.stacks)
+    more = len(parts) - MOST_PLACES
+    return ", ".join(parts if more <= 0 else [*parts[:MOST_PLACES], f"and {more} more"])
 
 
 def _facts(before: Plan, after: Plan) -> list[Change]:
@@ -161,8 +171,7 @@ def _grouped(
     plan: Plan, groups: Mapping[tuple[str, str, str], list[str]]
 ) -> tuple[ValueChange, ...]:
     return tuple(
-        ValueChange(folded_names(names, plan.stacks), len(names), *key)
-        for key, names in groups.items()
+        ValueChange(_folded(names, plan), len(names), *key) for key, names in groups.items()
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 from ..architecture import LayerStacks
@@ -29,7 +29,6 @@ class LayerRow:
 
     where: which they are. tensors: how many. elements: of all of them.
     values: parameter name → its value, or its values for the models in recipe order.
-    names: of the tensors.
     """
 
     where: str
@@ -37,7 +36,6 @@ class LayerRow:
     elements: int
     method: str
     values: Mapping[str, str]
-    names: tuple[str, ...] = field(default=(), compare=False)
 
 
 def layer_rows(plan: Plan) -> list[LayerRow]:
@@ -64,7 +62,7 @@ def layer_rows(plan: Plan) -> list[LayerRow]:
         if isinstance(entry, ResolvedTensor):
             values = values_of(plan, entry)
             size, name = sizes[entry.name], entry.name
-            rows.append(LayerRow(name, 1, size, entry.method, values, (name,)))
+            rows.append(LayerRow(name, 1, size, entry.method, values))
         else:
             rows += _rows_of_stack(plan, entry, stacks[entry], sizes)
     return rows
@@ -82,8 +80,7 @@ def _rows_of_stack(
         for part, tensors in _parts_of_layer(plan, layers[index]):
             elements = sum(sizes[tensor.name] for tensor in tensors)
             values = values_of(plan, tensors[0])
-            names = tuple(tensor.name for tensor in tensors)
-            row = LayerRow(part, len(tensors), elements, tensors[0].method, values, names)
+            row = LayerRow(part, len(tensors), elements, tensors[0].method, values)
             parts.setdefault(part, []).append((index, row))
     rows = []
     for part, members in parts.items():
@@ -100,7 +97,6 @@ def _rows_of_stack(
                     len(alike) * row.elements,
                     row.method,
                     row.values,
-                    tuple(name for _, each in alike for name in each.names),
                 )
             )
     return rows
@@ -174,8 +170,8 @@ def common_values(rows: Sequence[LayerRow]) -> dict[str, str]:
     }
 
 
-def folded_names(names: Iterable[str], stacks: LayerStacks) -> str:
-    """Tensor names in short: `model.layers.0–39 (360), lm_head.weight`."""
+def folded_names(names: Iterable[str], stacks: LayerStacks) -> tuple[str, ...]:
+    """Tensor names in short: `model.layers.0–39 (360)`, `lm_head.weight`."""
     counts: dict[str, dict[int, int]] = {}
     for name in names:
         place = stacks.locate(name)
@@ -184,18 +180,19 @@ def folded_names(names: Iterable[str], stacks: LayerStacks) -> str:
         else:
             layers = counts.setdefault(place.stack.prefix, {})
             layers[place.index] = layers.get(place.index, 0) + 1
-    parts = []
-    for prefix, layers in counts.items():
-        if not layers:
-            parts.append(prefix)
-            continue
-        runs = []
-        for _, run in groupby(enumerate(sorted(layers)), lambda item: item[1] - item[0]):
-            indices = [index for _, index in run]
-            is_one = len(indices) == 1
-            runs.append(str(indices[0]) if is_one else f"{indices[0]}–{indices[-1]}")
-        parts.append(f"{prefix}.{','.join(runs)} ({sum(layers.values())})")
-    return ", ".join(parts)
+    return tuple(_folded(prefix, layers) for prefix, layers in counts.items())
+
+
+def _folded(prefix: str, layers: Mapping[int, int]) -> str:
+    """layers: number of tensors by layer; none of a tensor outside of stacks."""
+    if not layers:
+        return prefix
+    runs = []
+    for _, run in groupby(enumerate(sorted(layers)), lambda item: item[1] - item[0]):
+        indices = [index for _, index in run]
+        first, last = indices[0], indices[-1]
+        runs.append(str(first) if first == last else f"{first}–{last}")
+    return f"{prefix}.{','.join(runs)} ({sum(layers.values())})"
 
 
 def _text(value: Scalar | None) -> str:

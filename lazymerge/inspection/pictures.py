@@ -10,28 +10,43 @@ from collections.abc import Mapping, Sequence
 
 from ..engine.plan import Plan
 from ..graph.drawing import Picture, PictureEdge, PictureNode, Role
+from ..graph.graph import Graph
 from ..graph.node import Apply, Node, Read, Reduce, Write
 from ..sizes import format_bytes, format_count
-from .layers import LayerRow, layer_rows
+from .layers import folded_names
 from .operations import ancestors, models_by_folder
 
-MOST_ROWS = 200
-"""Runs of layers that a picture shows before the rest is one box."""
+MOST_GROUPS = 60
+"""Ways of making a tensor that a picture shows before the rest is one box."""
+
+MOST_PLACES = 5
+"""Runs of layers and single tensors that one box names."""
 
 
 def folded_picture(plan: Plan) -> Picture:
-    """The whole plan, one group of boxes for each run of layers that are merged alike."""
+    """The whole plan; all tensors that the same operations make of the same models are one row of
+    boxes."""
     drawn = _Drawn()
     models = {ref: drawn.add("model", *_model(plan, ref)) for ref in plan.checkpoints}
     folders = {folder: models[ref] for folder, ref in models_by_folder(plan).items()}
-    rows = layer_rows(plan)
-    writes = {write.name: write for write in plan.graph.writes}
-    for row in rows[:MOST_ROWS]:
-        _draw_row(plan, row, [writes[name] for name in row.names], drawn, folders)
-    if len(rows) > MOST_ROWS:
-        left = len(rows) - MOST_ROWS
-        drawn.add("write", f"and {left} more runs of layers", "narrow it down with --tensor")
+    groups: dict[object, list[Write]] = {}
+    for write in plan.graph.writes:
+        groups.setdefault(_structure(plan.graph, write, folders), []).append(write)
+    for writes in list(groups.values())[:MOST_GROUPS]:
+        _draw_group(plan, writes, drawn, folders)
+    left = sum(len(writes) for writes in list(groups.values())[MOST_GROUPS:])
+    if left:
+        drawn.add("write", f"and {left} more tensors", "see them with --tensor")
     return drawn.picture(_title(plan))
+
+
+def _structure(graph: Graph, node: Node, folders: Mapping[str, int]) -> object:
+    """What an output tensor is made of but for names, shapes and parameters."""
+    if isinstance(node, Read):
+        return folders[node.folder]
+    own = node.dtype if isinstance(node, Write) else node.operation
+    parts = ((_structure(graph, graph[source], folders), s) for source, s in _sources(node))
+    return (own, *parts)
 
 
 def _title(plan: Plan) -> str:
@@ -45,14 +60,10 @@ def _model(plan: Plan, reference: str) -> tuple[str, ...]:
     return (f"{reference}{base}", sizes)
 
 
-def _draw_row(
-    plan: Plan,
-    row: LayerRow,
-    writes: Sequence[Write],
-    drawn: _Drawn,
-    folders: Mapping[str, int],
+def _draw_group(
+    plan: Plan, writes: Sequence[Write], drawn: _Drawn, folders: Mapping[str, int]
 ) -> None:
-    """The operations of a row's first tensor stand for all; bytes are of all of them."""
+    """The operations of the first tensor stand for all; bytes are of all of them."""
     sizes: dict[int, int] = {}
     for write in writes:
         for node_id in ancestors(plan.graph, write.id):
@@ -65,7 +76,8 @@ def _draw_row(
         if isinstance(node, Read):
             places[node.id] = folders[node.folder]
             continue
-        places[node.id] = drawn.add(*_folded_box(node, row))
+        role, lines = _folded_box(plan, node, writes)
+        places[node.id] = drawn.add(role, *lines)
         for source, is_statistic in _sources(node):
             place = places[source]
             is_read = isinstance(plan.graph[source], Read)
@@ -73,13 +85,17 @@ def _draw_row(
             drawn.connect(place, places[node.id], label, is_statistic)
 
 
-def _folded_box(node: Node, row: LayerRow) -> tuple[Role, str, str]:
+def _folded_box(plan: Plan, node: Node, writes: Sequence[Write]) -> tuple[Role, tuple[str, ...]]:
+    count = f"{len(writes)} × " if len(writes) > 1 else ""
     if isinstance(node, Write):
-        kinds = f"{row.tensors} × {node.dtype}" if row.tensors > 1 else node.dtype
-        return "write", row.where, f"{kinds}, {format_count(row.elements)} elements"
+        names = folded_names((write.name for write in writes), plan.stacks)
+        more = len(names) - MOST_PLACES
+        lines = names if more <= 0 else (*names[:MOST_PLACES], f"and {more} more")
+        elements = sum(write.element_count for write in writes)
+        return "write", (*lines, f"{count}{node.dtype}, {format_count(elements)} elements")
     assert isinstance(node, Apply | Reduce)
     role: Role = "reduce" if isinstance(node, Reduce) else "apply"
-    return role, node.operation, f"{row.tensors} × {node.working_dtype}"
+    return role, (node.operation, f"{count}{node.working_dtype}")
 
 
 def unfolded_picture(plan: Plan, names: Sequence[str]) -> Picture:
