@@ -115,24 +115,28 @@ def _tree(tensor: TensorSteps) -> Tree:
 
     root = tensor.root
     passes = f"{tensor.passes} pass{'' if tensor.passes == 1 else 'es'}"
-    label = _step_text(root)
+    label = _step_text(root, "")
     label.append(f"  {passes} in all, reads {format_bytes(tensor.bytes_read)}", "dim")
     tree = Tree(label, guide_style="dim")
-    _grow(tree, root)
+    _grow(tree, root, root.operation)
     return tree
 
 
-def _grow(tree: Tree, step: Step) -> None:
+def _grow(tree: Tree, step: Step, tensor: str) -> None:
     for source in step.inputs:
-        _grow(tree.add(_step_text(source)), source)
+        _grow(tree.add(_step_text(source, tensor)), source, tensor)
 
 
-def _step_text(step: Step) -> Text:
-    """`Reduce magnitude_thresholds  F32 5120 × 5120, 100 blocks, 1 pass reads 157 MB`."""
+def _step_text(step: Step, tensor: str) -> Text:
+    """`Reduce magnitude_thresholds  F32 5120 × 5120, 100 blocks, 1 pass reads 157 MB`.
+
+    tensor: the output's name; inputs that have it too are called by their model alone.
+    """
     from rich.text import Text
 
     shape = " × ".join(map(str, step.shape)) or "scalar"
     style = {"Write": "magenta", "Apply": "green", "Reduce": "yellow", "Read": "cyan"}[step.kind]
+    operation = step.operation.removesuffix(f": {tensor}")
     facts = [f"{step.dtype} {shape}", f"{step.blocks} block{'' if step.blocks == 1 else 's'}"]
     if step.kind == "Reduce":
         passes = f"{step.passes} pass{'' if step.passes == 1 else 'es'}"
@@ -142,7 +146,7 @@ def _step_text(step: Step) -> Text:
         facts.append(format_bytes(step.bytes_read))
     elif step.kind == "Write":
         facts.append(f"its pass reads {format_bytes(step.bytes_read)}")
-    text = Text.assemble((step.kind, style), f" {step.operation}  ", (", ".join(facts), "dim"))
+    text = Text.assemble((step.kind, style), f" {operation}  ", (", ".join(facts), "dim"))
     if step.role == "statistic":
         text.append("  statistic", "yellow")
     if step.outputs > 1:

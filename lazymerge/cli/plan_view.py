@@ -31,11 +31,11 @@ MOST_MODELS = 4
 
 MOST_VALUE_LINES = 2
 LEAST_FINDINGS = 2
-MOST_FINDING_LINES = 3
+MOST_FINDING_LINES = 2
 """Of one finding on the first screen."""
 
 LABEL_COLUMNS = 9
-MORE = "--layers  --tensor REGEX  --ops  --why memory  --diff RECIPE  --models  --notices"
+MORE = "--layers  --tensor REGEX  --ops  --why memory  --diff RECIPE"
 
 
 def plan_view(
@@ -119,7 +119,7 @@ class _Screen:
                     table.add_row("", Text(f"and {left} more {what}: --notices", style="dim"))
                     break
                 if len(lines) > MOST_FINDING_LINES:
-                    text = _cut(text, MOST_FINDING_LINES * width)
+                    text = _cut(lines, width)
                 room -= min(len(lines), MOST_FINDING_LINES)
             style = "bold red" if is_mistake else "yellow"
             label = "notice" if finding.kind == "notice" else finding.severity
@@ -127,10 +127,13 @@ class _Screen:
         return table
 
 
-def _cut(text: Text, most: int) -> Text:
+def _cut(lines: Sequence[Text], width: int) -> Text:
+    """The first lines of a finding, and where the rest is."""
     from rich.text import Text
 
-    return Text(f"{text.plain[: most - 30].rstrip()} … (--notices: all of it)")
+    rest = " … --notices"
+    *whole, last = (line.plain.rstrip() for line in lines[:MOST_FINDING_LINES])
+    return Text("\n".join([*whole, last[: width - len(rest)].rstrip() + rest]))
 
 
 def _facts(
@@ -151,7 +154,9 @@ def _facts(
     yield "work", _one_line(f"{facts['data']}; {_passes(plan)}")
     if "download" in facts:
         yield "download", Text(facts["download"])
-    for number, line in enumerate(time_lines(plan, estimated)):
+    lines = time_lines(plan, estimated)
+    lines[0] += ", without what is written before it" if before and estimated else ""
+    for number, line in enumerate(lines):
         yield ("" if number else "takes"), Text(line, style="dim" if number else "")
     yield "memory", Text(facts["memory"])
     if "device" in facts:

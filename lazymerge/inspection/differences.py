@@ -27,7 +27,7 @@ class Change:
 class ValueChange:
     """A parameter, or the method, that differs for some tensors.
 
-    where: the tensors, folded over layers. tensors: how many.
+    where: the tensors, folded over layers; "all that change". tensors: how many.
     """
 
     where: str
@@ -90,6 +90,8 @@ def differences(before: Plan, after: Plan) -> Differences:
     )
 
 
+ALL = "all that change"
+
 MOST_PLACES = 12
 """Runs of layers and single tensors that are named before the rest is counted."""
 
@@ -142,7 +144,7 @@ def _reshaped(
         if was.shape != is_.shape:
             shapes = ("shape", _shape(was), _shape(is_))
             groups.setdefault(shapes, []).append(name)
-    return _grouped(plan, groups)
+    return _grouped(plan, groups, len(changed))
 
 
 def _shape(write: Write) -> str:
@@ -164,14 +166,15 @@ def _values(before: Plan, after: Plan, changed: list[str]) -> tuple[ValueChange,
             key = (parameter, was.get(parameter, ABSENT), is_.get(parameter, ABSENT))
             if key[1] != key[2]:
                 groups.setdefault(key, []).append(name)
-    return _grouped(after, groups)
+    return _grouped(after, groups, len(changed))
 
 
 def _grouped(
-    plan: Plan, groups: Mapping[tuple[str, str, str], list[str]]
+    plan: Plan, groups: Mapping[tuple[str, str, str], list[str]], changed: int
 ) -> tuple[ValueChange, ...]:
     return tuple(
-        ValueChange(_folded(names, plan), len(names), *key) for key, names in groups.items()
+        ValueChange(ALL if len(names) == changed else _folded(names, plan), len(names), *key)
+        for key, names in groups.items()
     )
 
 

@@ -74,6 +74,7 @@ def memory_parts(plan: Plan) -> MemoryParts:
     """Takes a plan's projected memory apart."""
     memory = plan.memory
     libraries = reserved_bytes(memory.libraries)
+    loaded = min(libraries, memory.reserved_bytes)
     nodes = len(plan.graph) * NODE_BYTES
     tables = table_bytes(plan.graph)
     tokenizer = 0 if plan.tokenizer is None else plan.tokenizer.held_bytes
@@ -81,7 +82,7 @@ def memory_parts(plan: Plan) -> MemoryParts:
     stage, arena = _arena(plan)
     of_workers = f"{memory.workers} × {memory.arena_bytes} bytes, most for {memory.hungriest}"
     parts = [
-        MemoryPart("libraries", min(libraries, memory.reserved_bytes), memory.libraries),
+        MemoryPart("libraries", loaded, f"interpreter and {memory.libraries}"),
         MemoryPart("graph", nodes, f"{len(plan.graph)} operations"),
         MemoryPart("token tables", tables, "rows of embeddings in another order"),
         MemoryPart("tokenizer", tokenizer, "its files, while the plan is held"),
