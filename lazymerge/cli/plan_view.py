@@ -119,7 +119,7 @@ class _Screen:
                     table.add_row("", Text(f"and {left} more {what}: --notices", style="dim"))
                     break
                 if len(lines) > MOST_FINDING_LINES:
-                    text = _cut(lines, width)
+                    text = _cut([*lines], width)
                 room -= min(len(lines), MOST_FINDING_LINES)
             style = "bold red" if is_mistake else "yellow"
             label = "notice" if finding.kind == "notice" else finding.severity

@@ -110,7 +110,7 @@ def to_mermaid(picture: Picture) -> str:
 
 
 def _mermaid_lines(picture: Picture) -> Iterator[str]:
-    yield f"%% {_plain(picture.title).replace('{', '(').replace('}', ')')}"
+    yield f"%% {_mermaid_text(picture.title)}"
     yield "flowchart LR"
     for number, node in enumerate(picture.nodes):
         opening, closing = MERMAID_SHAPES[node.role]
