@@ -44,14 +44,13 @@ def layers_view(plan: Plan) -> RenderableType:
     from rich.text import Text
 
     rows = layer_rows(plan)
-    common, per_model = common_values(rows), per_model_parameters(plan)
-    names = dict.fromkeys(name for row in rows for name in row.values)
+    common, differing = common_values(plan)
+    per_model = per_model_parameters(plan)
     lines = [Text(value_text(plan, name, text, per_model)) for name, text in common.items()]
     table = _table()
     table.add_column("tensors", style="bold", overflow="fold", ratio=1, min_width=26)
     table.add_column("count", justify="right", no_wrap=True)
     table.add_column("elements", justify="right", no_wrap=True)
-    differing = [name for name in names if name not in common]
     for name in differing:
         labels = "\n" + " ".join(model_labels(plan)) if name in per_model else ""
         table.add_column(Text.assemble(name, (labels, "dim")), overflow="fold")

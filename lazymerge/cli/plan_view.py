@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..engine.plan import Plan, adapter_text, dtype_shares, dtype_text
 from ..inspection.estimate import Estimate
 from ..inspection.findings import Finding, findings_of
-from ..inspection.layers import ABSENT, common_values, layer_rows, models_of, per_model_parameters
+from ..inspection.layers import ABSENT, common_values, models_of, per_model_parameters
 from ..output.folder import free_disk_bytes
 from ..sizes import format_bytes, format_count
 from .plan_time import time_lines
@@ -155,7 +155,9 @@ def _facts(
     if "download" in facts:
         yield "download", Text(facts["download"])
     lines = time_lines(plan, estimated)
-    lines[0] += ", without what is written before it" if before and estimated else ""
+    if estimated is not None:
+        lines[0] += ", after the download" if "download" in facts else ""
+        lines[0] += ", without what is written before it" if before else ""
     for number, line in enumerate(lines):
         yield ("" if number else "takes"), Text(line, style="dim" if number else "")
     yield "memory", Text(facts["memory"])
@@ -195,9 +197,8 @@ def _models(plan: Plan, *, shows_all: bool) -> Table:
     from rich.text import Text
 
     table = _grid(None)
-    for _ in range(3):
-        table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
+    for justify in ("right", "right", "right", "left"):
+        table.add_column(justify=justify, no_wrap=True)
     rows = _model_rows(plan)
     shown = rows if shows_all or len(rows) <= MOST_MODELS else rows[: MOST_MODELS - 1]
     overflow = "fold" if shows_all else "ellipsis"
@@ -205,6 +206,10 @@ def _models(plan: Plan, *, shows_all: bool) -> Table:
     table.columns[1].no_wrap = not shows_all
     for label, name, *sizes in shown:
         table.add_row(label, name, *sizes)
+    for place, column in enumerate(table.columns):
+        if place != 1:  # the name alone gives way
+            cells = [row[place] for row in shown if len(row) > place]
+            column.min_width = max((len(str(cell)) for cell in cells), default=0)
     if len(shown) < len(rows):
         left = len(rows) - len(shown)
         table.add_row("", Text(f"and {left} more: --models", style="dim"))
@@ -256,12 +261,10 @@ def value_text(plan: Plan, name: str, text: str, per_model: frozenset[str]) -> s
 
 def _value_lines(plan: Plan) -> list[tuple[str, str]]:
     """The parameters that are the same for all tensors, and the names of those that differ."""
-    rows = layer_rows(plan)
-    common, per_model = common_values(rows), per_model_parameters(plan)
-    names = dict.fromkeys(name for row in rows for name in row.values)
+    common, differing = common_values(plan)
+    per_model = per_model_parameters(plan)
     shown = sorted(common, key=lambda name: name not in per_model)
     lines = [value_text(plan, name, common[name], per_model) for name in shown]
-    differing = [name for name in names if name not in common]
     if differing:
         lines.append(f"{', '.join(differing)} by tensor: --layers")
     return [("with", " · ".join(lines))] if lines else []

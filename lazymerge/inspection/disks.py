@@ -29,8 +29,9 @@ WRITTEN_BYTES = 16 << 20
 
 MOST_WRITTEN_BYTES = 128 << 20
 
-PROBES = 64
-"""Places of a file at which the page cache is asked; PROBE_PAGES pages at each."""
+PROBES = 256
+"""Places at which the page cache is asked, all files together; PROBE_PAGES pages at each. 10 µs a
+place."""
 
 PROBE_PAGES = 16
 
@@ -41,8 +42,9 @@ def cached_share(files: Sequence[tuple[Path, int]]) -> float | None:
     files: paths and sizes in bytes. Nothing of them is read.
     """
     total = cached = 0.0
+    files = files[:: -(-len(files) // PROBES)] if files else []
     for path, size in files:
-        share = _cached_share_of(path, size)
+        share = _cached_share_of(path, size, max(1, PROBES // len(files)))
         if share is None:
             return None
         total += size
@@ -50,7 +52,8 @@ def cached_share(files: Sequence[tuple[Path, int]]) -> float | None:
     return cached / total if total else None
 
 
-def _cached_share_of(path: Path, size: int) -> float | None:
+def _cached_share_of(path: Path, size: int, probes: int) -> float | None:
+    """probes: how many places of it to ask for."""
     if size == 0:
         return 1.0
     try:
@@ -64,10 +67,12 @@ def _cached_share_of(path: Path, size: int) -> float | None:
     try:
         resident = asked = 0
         length = min(size, PROBE_PAGES * mmap.PAGESIZE)
-        spacing = max(0, size - length) / max(1, PROBES - 1)
+        spacing = (size - length) / probes  # the middles: where it begins is what planning has read
         starts = {
-            round(probe * spacing) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-            for probe in range(PROBES)
+            round((probe + 0.5) * spacing)
+            // mmap.ALLOCATIONGRANULARITY
+            * mmap.ALLOCATIONGRANULARITY
+            for probe in range(probes)
         }
         for start in starts:
             pages = _resident_pages(descriptor, start, min(length, size - start))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -38,6 +38,23 @@ class LayerRow:
     values: Mapping[str, str]
 
 
+class Values:
+    """Parameters as text, worked out once for all tensors that have the same."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._found: dict[Hashable, dict[str, str]] = {}
+
+    def of(self, tensor: ResolvedTensor) -> dict[str, str]:
+        """What values_of gives."""
+        by_model = ((model, tuple(own.items())) for model, own in tensor.by_model.items())
+        key = (tuple(tensor.parameters.items()), tuple(by_model))
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = values_of(self._plan, tensor)
+        return found
+
+
 def layer_rows(plan: Plan) -> list[LayerRow]:
     """The plan's tensors, folded: one row per run of layers that are merged alike.
 
@@ -45,6 +62,7 @@ def layer_rows(plan: Plan) -> list[LayerRow]:
     part is folded over the layers by itself. Rows stand in the order of their first tensor.
     """
     sizes = {write.name: write.element_count for write in plan.graph.writes}
+    values = Values(plan)
     stacks: dict[str, dict[int, list[ResolvedTensor]]] = {}
     order: list[str | ResolvedTensor] = []
     for tensor in plan.tensors:
@@ -60,16 +78,16 @@ def layer_rows(plan: Plan) -> list[LayerRow]:
     rows: list[LayerRow] = []
     for entry in order:
         if isinstance(entry, ResolvedTensor):
-            values = values_of(plan, entry)
             size, name = sizes[entry.name], entry.name
-            rows.append(LayerRow(name, 1, size, entry.method, values))
+            rows.append(LayerRow(name, 1, size, entry.method, values.of(entry)))
         else:
-            rows += _rows_of_stack(plan, entry, stacks[entry], sizes)
+            rows += _rows_of_stack(plan, values, entry, stacks[entry], sizes)
     return rows
 
 
 def _rows_of_stack(
     plan: Plan,
+    values: Values,
     prefix: str,
     layers: Mapping[int, Sequence[ResolvedTensor]],
     sizes: Mapping[str, int],
@@ -77,10 +95,10 @@ def _rows_of_stack(
     """A stack's rows: part by part, each folded over consecutive layers that are alike."""
     parts: dict[str, list[tuple[int, LayerRow]]] = {}
     for index in sorted(layers):
-        for part, tensors in _parts_of_layer(plan, layers[index]):
+        for part, tensors in _parts_of_layer(plan, values, layers[index]):
             elements = sum(sizes[tensor.name] for tensor in tensors)
-            values = values_of(plan, tensors[0])
-            row = LayerRow(part, len(tensors), elements, tensors[0].method, values)
+            first = tensors[0]
+            row = LayerRow(part, len(tensors), elements, first.method, values.of(first))
             parts.setdefault(part, []).append((index, row))
     rows = []
     for part, members in parts.items():
@@ -88,8 +106,8 @@ def _rows_of_stack(
         numbered = enumerate(members)
         for _, run in groupby(numbered, lambda item: (item[1][0] - item[0], item[1][1])):
             alike = [member for _, member in run]
-            first, last, row = alike[0][0], alike[-1][0], alike[0][1]
-            numbers = str(first) if first == last else f"{first}–{last}"
+            begin, end, row = alike[0][0], alike[-1][0], alike[0][1]
+            numbers = str(begin) if begin == end else f"{begin}–{end}"
             rows.append(
                 LayerRow(
                     f"{prefix}.{numbers} {part}".rstrip(),
@@ -103,13 +121,13 @@ def _rows_of_stack(
 
 
 def _parts_of_layer(
-    plan: Plan, tensors: Sequence[ResolvedTensor]
+    plan: Plan, values: Values, tensors: Sequence[ResolvedTensor]
 ) -> list[tuple[str, list[ResolvedTensor]]]:
     """A layer's tensors grouped by equal method and values, each group with a name."""
     groups: dict[object, list[ResolvedTensor]] = {}
     for tensor in tensors:
-        values = values_of(plan, tensor)
-        groups.setdefault((tensor.method, tuple(values.items())), []).append(tensor)
+        found = values.of(tensor)
+        groups.setdefault((tensor.method, tuple(found.items())), []).append(tensor)
     if len(groups) == 1:
         return [("", list(tensors))]
     return [(_part_name(plan, members, tensors), members) for members in groups.values()]
@@ -159,15 +177,17 @@ def per_model_parameters(plan: Plan) -> frozenset[str]:
     return frozenset(name for values in by_model for name in values)
 
 
-def common_values(rows: Sequence[LayerRow]) -> dict[str, str]:
-    """The parameters that are the same for all that is merged, by name."""
-    names = dict.fromkeys(name for row in rows for name in row.values)
-    merged = [row for row in rows if row.method != "copy"]
-    return {
-        name: merged[0].values[name]
-        for name in names
-        if len({row.values.get(name) for row in merged}) == 1
+def common_values(plan: Plan) -> tuple[dict[str, str], list[str]]:
+    """The parameters that are the same for all that is merged, by name; and the names of those that
+    are not."""
+    values = Values(plan)
+    merged = (values.of(tensor) for tensor in plan.tensors if tensor.method != "copy")
+    distinct = list({id(own): own for own in merged}.values())
+    names = dict.fromkeys(name for own in distinct for name in own)
+    common = {
+        name: distinct[0][name] for name in names if len({own.get(name) for own in distinct}) == 1
     }
+    return common, [name for name in names if name not in common]
 
 
 def folded_names(names: Iterable[str], stacks: LayerStacks) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ..checkpoint.tensor import DTYPES
+from ..engine import likeness
 from ..engine.baseline import resident_bytes
 from ..engine.inputs import InputFiles
 from ..engine.plan import Plan
@@ -33,7 +34,7 @@ from ..engine.recent import Recent
 from ..engine.scheduler import Scheduler
 from ..engine.stages import TensorTask, TorchLayout, bytes_read, stage_layout, tensor_tasks
 from ..engine.worker import Worker
-from ..graph.graph import Graph
+from ..graph.graph import Graph, node_inputs
 from ..graph.node import Apply, Node, Read, Reduce, Write
 from .disks import are_on_one_disk, cached_share, reading_rate, writing_rate
 
@@ -141,21 +142,30 @@ def _input_files(plan: Plan) -> list[tuple[Path, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Tensors that the same operations make of inputs of the same dtypes."""
+    """Tensors that the same operations make of inputs of the same dtypes.
 
-    tasks: tuple[TensorTask, ...]
+    examples: the work of one of each shape. tensors: how many there are.
+    bytes_read: over all of them and all passes.
+    """
+
+    examples: tuple[TensorTask, ...]
+    tensors: int
     bytes_read: int
 
 
 def kinds_of(plan: Plan) -> list[Kind]:
     """The plan's tensors by kind, those first of which most is read."""
-    groups: dict[tuple[object, ...], list[TensorTask]] = {}
-    for task in plan.tasks:
-        if task.write.element_count:
-            groups.setdefault(_signature(plan.graph, task), []).append(task)
+    groups: dict[object, list[likeness.Kind]] = {}
+    for alike in plan.kinds:
+        if alike.first.write.element_count:
+            groups.setdefault(_signature(plan.graph, alike.first), []).append(alike)
     kinds = [
-        Kind(tuple(tasks), sum(bytes_read(plan.graph, task) for task in tasks))
-        for tasks in groups.values()
+        Kind(
+            examples=tuple(alike.first for alike in group),
+            tensors=sum(alike.count for alike in group),
+            bytes_read=sum(alike.count * bytes_read(plan.graph, alike.first) for alike in group),
+        )
+        for group in groups.values()
     ]
     return sorted(kinds, key=lambda kind: -kind.bytes_read)
 
@@ -191,7 +201,7 @@ def _computing(plan: Plan, *, loads_torch: bool) -> tuple[MeasuredKind, ...]:
         rate = computing_rate(plan, task, max(seconds, COMPUTING_SECONDS / 10))
         if rate is not None:
             name = task.write.name
-            measured.append(MeasuredKind(name, len(kind.tasks), kind.bytes_read, rate))
+            measured.append(MeasuredKind(name, kind.tensors, kind.bytes_read, rate))
     return tuple(measured)
 
 
@@ -201,7 +211,7 @@ def _representative(plan: Plan, kind: Kind) -> TensorTask | None:
     room = min(MOST_MEMORY_BYTES, max(LEAST_MEMORY_BYTES, plan.memory.limit_bytes - held))
     most = min(MOST_TENSOR_BYTES, room // (1 + plan.memory.workers))
     best, best_bytes = None, 0
-    for task in kind.tasks:
+    for task in kind.examples:
         item_bytes = DTYPES[task.write.dtype].item_bytes
         size = task.write.element_count * max(4 if item_bytes > 2 else 2, item_bytes)
         if best_bytes < size <= most:
@@ -331,7 +341,7 @@ class _Outputs:
 @contextmanager
 def _made_up(graph: Graph, task: TensorTask) -> Iterator[tuple[Graph, InputFiles]]:
     """Copies of a tensor's work over made-up inputs, and the files that those lie in."""
-    part = graph.only([task.write.id])
+    part = _needed(graph, task.write)
     reads = [node for node in part if isinstance(node, Read)]
     size = bytes_read(graph, task)
     copies = max(1, min(MOST_COPIES, (8 << 30) // max(1, size)))
@@ -345,6 +355,20 @@ def _made_up(graph: Graph, task: TensorTask) -> Iterator[tuple[Graph, InputFiles
             yield made, files
         finally:
             os.close(descriptor)
+
+
+def _needed(graph: Graph, write: Write) -> list[Node]:
+    """What an output tensor needs, inputs before users."""
+    found: dict[str, Node] = {}
+
+    def visit(node: Node) -> None:
+        if node.id not in found:
+            for source in node_inputs(node):
+                visit(graph[source])
+            found[node.id] = node
+
+    visit(write)
+    return list(found.values())
 
 
 def _fill(descriptor: int, reads: Sequence[Read], copies: int) -> dict[str, int]:
@@ -386,7 +410,7 @@ def _pattern(dtype: str) -> bytes:
 
 
 def _add_copy(
-    made: Graph, part: Graph, starts: Mapping[str, int], descriptor: int, copy: int
+    made: Graph, part: Sequence[Node], starts: Mapping[str, int], descriptor: int, copy: int
 ) -> None:
     ids: dict[str, str] = {}
     for node in part:

@@ -156,5 +156,6 @@ def test_the_page_cache_is_asked(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(os.urandom(1 << 20))
     assert cached_share([(path, 1 << 20)]) in (None, 1.0)
+    assert cached_share([(path, 1 << 20)] * 1000) in (None, 1.0)
     assert cached_share([(tmp_path / "none", 10)]) is None
     assert cached_share([]) is None
