@@ -19,7 +19,7 @@ STRETCH_BYTES = 1 << 20
 STREAMS = 8
 """Stretches in flight: 8 MB, a span of one input, as a run's read-ahead announces them."""
 
-READING_SECONDS = 0.15
+READING_SECONDS = 0.1
 MOST_READ_BYTES = 256 << 20
 LEAST_FILE_BYTES = STREAMS * STRETCH_BYTES
 

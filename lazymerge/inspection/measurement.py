@@ -41,7 +41,7 @@ from .disks import are_on_one_disk, cached_share, reading_rate, writing_rate
 if TYPE_CHECKING:
     from ..output.writer import ShardWriter
 
-COMPUTING_SECONDS = 0.25
+COMPUTING_SECONDS = 0.2
 """For all kinds of tensors together. Repeated measurements of the same merge differ by a tenth."""
 
 MOST_KINDS = 3
