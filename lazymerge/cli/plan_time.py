@@ -78,7 +78,7 @@ def _reading(estimated: Estimate) -> str:
         return "reading from disk: nothing, the inputs are in the page cache"
     size = format_bytes(estimated.disk_bytes_read)
     if estimated.reading_seconds is None or measured.reading_rate is None:
-        return f"reading {size} from disk: rate not known; --measure reads a sample of the inputs"
+        return f"reading {size}: rate not known; --measure reads a sample of the inputs"
     return (
         f"reading {rough_seconds(estimated.reading_seconds)}: {size} at "
         f"{format_bytes(measured.reading_rate)}/s (measured on {measured.reading_basis})"
@@ -89,7 +89,7 @@ def _writing(estimated: Estimate) -> str:
     measured = estimated.measured
     size = format_bytes(estimated.bytes_written)
     if estimated.writing_seconds is None or measured.writing_rate is None:
-        return f"writing {size} to disk: rate not known; --measure writes a nameless file there"
+        return f"writing {size}: rate not known; --measure writes a nameless file"
     basis = "measured" if measured.writing_basis == "written" else "as fast as it reads"
     return (
         f"writing {rough_seconds(estimated.writing_seconds)}: {size} at "

@@ -32,7 +32,11 @@ MOST_MODELS = 4
 MOST_VALUE_LINES = 2
 LEAST_FINDINGS = 2
 MOST_FINDING_LINES = 2
+MOST_MISTAKE_LINES = 4
 """Of one finding on the first screen."""
+
+MOST_MISTAKES = 6
+"""Shown on the first screen even where they do not fit."""
 
 LABEL_COLUMNS = 9
 MORE = "--layers  --tensor REGEX  --ops  --why memory  --diff RECIPE"
@@ -102,7 +106,7 @@ class _Screen:
         yield more
 
     def _shown(self, console: Console, options: ConsoleOptions, room: int) -> Table:
-        """The findings: mistakes are never left out, others if they have no room."""
+        """The findings. The first mistakes are shown even if they have no room, and two others."""
         from rich.text import Text
 
         table = _grid("yellow")
@@ -111,28 +115,37 @@ class _Screen:
             text = Text(finding.message)
             is_mistake = finding.severity == "mistake"
             if not self._shows_all:
-                lines = text.wrap(console, width)
-                left = len(self._findings) - number
-                needs = min(len(lines), MOST_FINDING_LINES) + (left > 1)
-                if needs > room and number >= LEAST_FINDINGS and not is_mistake:
-                    what = "note" if left == 1 else "notes"
-                    table.add_row("", Text(f"and {left} more {what}: --notices", style="dim"))
+                most = MOST_MISTAKE_LINES if is_mistake else MOST_FINDING_LINES
+                lines = [*text.wrap(console, width)]
+                used = min(len(lines), most)
+                is_last = number == len(self._findings) - 1
+                is_shown = number < (MOST_MISTAKES if is_mistake else LEAST_FINDINGS)
+                if used + (not is_last) > room and not is_shown:
+                    table.add_row("", Text(_left(self._findings[number:]), style="dim"))
                     break
-                if len(lines) > MOST_FINDING_LINES:
-                    text = _cut([*lines], width)
-                room -= min(len(lines), MOST_FINDING_LINES)
+                if len(lines) > most:
+                    text = _cut(lines[:most], width)
+                room -= used
             style = "bold red" if is_mistake else "yellow"
             label = "notice" if finding.kind == "notice" else finding.severity
             table.add_row(Text(label, style=style), text)
         return table
 
 
+def _left(findings: Sequence[Finding]) -> str:
+    """How many there are beside those that are shown."""
+    mistakes = sum(finding.severity == "mistake" for finding in findings)
+    counts = ((mistakes, "mistake"), (len(findings) - mistakes, "note"))
+    told = [f"{n} more {word}{'' if n == 1 else 's'}" for n, word in counts if n]
+    return f"and {' and '.join(told)}: --notices"
+
+
 def _cut(lines: Sequence[Text], width: int) -> Text:
-    """The first lines of a finding, and where the rest is."""
+    """The lines of a finding that are shown, and where the rest is."""
     from rich.text import Text
 
     rest = " … --notices"
-    *whole, last = (line.plain.rstrip() for line in lines[:MOST_FINDING_LINES])
+    *whole, last = (line.plain.rstrip() for line in lines)
     return Text("\n".join([*whole, last[: width - len(rest)].rstrip() + rest]))
 
 

@@ -33,6 +33,7 @@ from ..engine.readahead import ReadAhead
 from ..engine.recent import Recent
 from ..engine.scheduler import Scheduler
 from ..engine.stages import TensorTask, TorchLayout, bytes_read, stage_layout, tensor_tasks
+from ..engine.torch_loading import load_torch
 from ..engine.worker import Worker
 from ..graph.graph import Graph, node_inputs
 from ..graph.node import Apply, Node, Read, Reduce, Write
@@ -195,6 +196,9 @@ def _computing(plan: Plan, *, loads_torch: bool) -> tuple[MeasuredKind, ...]:
         if task is not None and (loads_torch or not _needs_torch(plan, task)):
             chosen.append((kind, task))
             covered += kind.bytes_read
+    if any(_needs_torch(plan, task) for _, task in chosen):
+        load_torch()
+        import torch  # noqa: F401  before time is taken: a second or two
     measured = []
     for kind, task in chosen:
         seconds = COMPUTING_SECONDS * kind.bytes_read / max(1, covered)

@@ -137,7 +137,7 @@ def test_json_is_not_measured_and_text_is(
     assert calls == [False, True, True]
 
 
-def test_mistakes_stand_first_and_are_never_left_out(
+def test_mistakes_stand_first_and_what_is_left_out_is_counted(
     lazymerge: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def suspicions(plan: object) -> tuple[SimpleNamespace, ...]:
@@ -150,8 +150,10 @@ def test_mistakes_stand_first_and_are_never_left_out(
     module.suspicions = suspicions  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, findings.SUSPICIONS, module)
     shown = lazymerge(*PLAN).out
-    assert re.findall(r"mistake number (\d+)", shown) == [str(n) for n in range(12)]
-    assert "and 9 more notes: --notices" in shown
+    found = re.findall(r"mistake number (\d+)", shown)
+    assert 6 <= len(found) < 12
+    assert found == [str(n) for n in range(len(found))]
+    assert f"and {12 - len(found)} more mistakes and 9 more notes: --notices" in shown
     everything = lazymerge(*PLAN, "--notices").out
     assert everything.count("note number") == 9
     assert " ".join(everything.split()).count("which is long") == 180
