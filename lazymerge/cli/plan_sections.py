@@ -222,24 +222,22 @@ def _arena_view(parts: MemoryParts) -> list[RenderableType]:
 
 
 def _needs_view(parts: MemoryParts) -> list[RenderableType]:
+    from rich.table import Table
     from rich.text import Text
 
     needs = []
     for need in parts.needs:
         mark = " (chosen)" if need.is_chosen else "" if need.fits else " (over the limit)"
         needs.append(f"{need.workers}: {format_memory(need.projected_bytes)}{mark}")
-    lines = [
-        Text.assemble(("smallest limit that works  ", "dim"), _smallest(parts)),
-        Text.assemble(("by number of workers       ", "dim"), ", ".join(needs)),
-    ]
-    if parts.remedies:
-        lines.append(Text.assemble(("lower with                 ", "dim"), parts.remedies[0]))
-    lines += [Text(f"{'':27}{remedy}") for remedy in parts.remedies[1:]]
-    return [*lines]
-
-
-def _smallest(parts: MemoryParts) -> str:
-    return f"{format_memory(parts.memory.smallest_limit_bytes)}, with one worker"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    smallest = f"{format_memory(parts.memory.smallest_limit_bytes)}, with one worker"
+    grid.add_row("smallest limit that works", Text(smallest))
+    grid.add_row("by number of workers", Text(", ".join(needs)))
+    for number, remedy in enumerate(parts.remedies):
+        grid.add_row("" if number else "lower with", Text(remedy))
+    return [grid]
 
 
 # differences
