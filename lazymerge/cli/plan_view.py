@@ -29,7 +29,9 @@ SCREEN_LINES = 24
 MOST_MODELS = 4
 """Lines of models on the first screen, adapters and merges of the recipe among them."""
 
-MOST_VALUE_LINES = 2
+MOST_VALUE_CHARACTERS = 200
+"""Of the parameters on the first screen: three lines of 80 columns."""
+
 LEAST_FINDINGS = 2
 MOST_FINDING_LINES = 2
 MOST_MISTAKE_LINES = 4
@@ -280,7 +282,10 @@ def _value_lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [value_text(plan, name, common[name], per_model) for name in shown]
     if differing:
         lines.append(f"{', '.join(differing)} by tensor: --layers")
-    return [("with", " · ".join(lines))] if lines else []
+    text = " · ".join(lines)
+    if len(text) > MOST_VALUE_CHARACTERS:
+        text = f"{text[:MOST_VALUE_CHARACTERS].rstrip()} … all of it: --layers"
+    return [("with", text)] if lines else []
 
 
 def _one_line(text: str) -> Text:

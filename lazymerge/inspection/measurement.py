@@ -28,6 +28,7 @@ from ..checkpoint.tensor import DTYPES
 from ..engine import likeness
 from ..engine.baseline import resident_bytes
 from ..engine.inputs import InputFiles
+from ..engine.memory import available_memory_bytes
 from ..engine.plan import Plan
 from ..engine.readahead import ReadAhead
 from ..engine.recent import Recent
@@ -57,6 +58,8 @@ MOST_MEMORY_BYTES = 256 << 20
 """What the made-up tensors may occupy: one of 13B (52 MB of float16) and what becomes of it."""
 
 LEAST_MEMORY_BYTES = 1 << 20
+AVAILABLE_SHARE = 0.25
+"""Of the memory that is free: a dry run may have been started beside something large."""
 
 PATTERN_ELEMENTS = 1 << 20
 SHIFT_ELEMENTS = 4099
@@ -212,7 +215,8 @@ def _computing(plan: Plan, *, loads_torch: bool) -> tuple[MeasuredKind, ...]:
 def _representative(plan: Plan, kind: Kind) -> TensorTask | None:
     """The largest tensor of a kind that there is room to make up."""
     held = resident_bytes() + plan.memory.workers * plan.memory.arena_bytes
-    room = min(MOST_MEMORY_BYTES, max(LEAST_MEMORY_BYTES, plan.memory.limit_bytes - held))
+    room = max(LEAST_MEMORY_BYTES, plan.memory.limit_bytes - held)
+    room = min(room, MOST_MEMORY_BYTES, int(AVAILABLE_SHARE * available_memory_bytes()))
     most = min(MOST_TENSOR_BYTES, room // (1 + plan.memory.workers))
     best, best_bytes = None, 0
     for task in kind.examples:

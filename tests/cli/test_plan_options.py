@@ -160,3 +160,11 @@ def test_mistakes_stand_first_and_what_is_left_out_is_counted(
     document = lazymerge(*PLAN, "--json").document
     assert [each["severity"] for each in document["suspicions"]] == ["mistake"] * 12 + ["note"] * 9
     assert json.dumps(document)
+
+
+def test_values_without_end_are_cut(lazymerge: Command, recipe: Path) -> None:
+    many = {**TASK_ARITHMETIC, "models": TASK_ARITHMETIC["models"] * 20}
+    write_recipe(recipe, many)
+    shown = lazymerge(*PLAN).out
+    assert "… all of it: --layers" in " ".join(shown.split())
+    assert shown.count("\n") < 24
