@@ -275,15 +275,18 @@ def computing_rate(plan: Plan, task: TensorTask, seconds: float) -> float | None
             for _ in range(plan.memory.workers)
         ]
         threads = [threading.Thread(target=worker.run, daemon=True) for worker in workers]
-        for thread in threads:
-            thread.start()
-        deadline = time.perf_counter() + seconds
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.perf_counter()))
-        scheduler.stop()
-        for thread in threads:
-            thread.join()
-        outputs.close_all()
+        try:
+            for thread in threads:
+                thread.start()
+            deadline = time.perf_counter() + seconds
+            for thread in threads:
+                thread.join(max(0.0, deadline - time.perf_counter()))
+        finally:
+            scheduler.stop()
+            for thread in threads:
+                if thread.ident is not None:  # else it was interrupted before it began
+                    thread.join()
+            outputs.close_all()
         return None if scheduler.error is not None else moved.rate
 
 

@@ -163,8 +163,11 @@ def test_mistakes_stand_first_and_what_is_left_out_is_counted(
 
 
 def test_values_without_end_are_cut(lazymerge: Command, recipe: Path) -> None:
-    many = {**TASK_ARITHMETIC, "models": TASK_ARITHMETIC["models"] * 20}
-    write_recipe(recipe, many)
+    models = [f"copy_{number}" for number in range(30)]
+    for model in models:
+        (recipe / model).symlink_to("one")
+    entries = [{"model": model, "parameters": {"weight": 0.123}} for model in models]
+    write_recipe(recipe, {**TASK_ARITHMETIC, "models": entries})
     shown = lazymerge(*PLAN).out
     assert "… all of it: --layers" in " ".join(shown.split())
     assert shown.count("\n") < 24
