@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +22,9 @@ STREAMS = 8
 READING_SECONDS = 0.1
 MOST_READ_BYTES = 256 << 20
 LEAST_FILE_BYTES = STREAMS * STRETCH_BYTES
+
+PATIENCE_SECONDS = 0.5
+"""How long a disk is waited for beyond that: one that others keep busy may take minutes."""
 
 WRITING_SECONDS = 0.25
 WRITTEN_BYTES = 16 << 20
@@ -158,39 +161,78 @@ def _installed_files() -> list[Path]:
     return [path for size, path in sorted(files, reverse=True) if size >= LEAST_FILE_BYTES]
 
 
+_Move = Callable[[int, "_Transfer"], None]
+
+
+class _Transfer:
+    """Threads that move bytes for a while; whoever waits for a disk that does not answer is left
+    behind, and what was moved by then is what counts."""
+
+    def __init__(
+        self, move: Callable[[int, _Transfer], None], threads: int, seconds: float
+    ) -> None:
+        """move: is given its thread's number and this; adds what it has moved to `add`, and ends
+        when `is_over`."""
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._failed = False
+        self._began = self._last = time.perf_counter()
+        self._deadline = self._began + seconds
+
+        def run(number: int) -> None:
+            try:
+                move(number, self)
+            except OSError:
+                self._failed = True
+
+        running = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join(max(0.0, self._deadline + PATIENCE_SECONDS - time.perf_counter()))
+
+    @property
+    def is_over(self) -> bool:
+        return time.perf_counter() > self._deadline
+
+    def add(self, count: int) -> None:
+        """Says that so many bytes more have been moved."""
+        with self._lock:
+            self._bytes += count
+            self._last = time.perf_counter()
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes per second; None if something failed, or nothing was moved."""
+        with self._lock:
+            if self._failed or not self._bytes:
+                return None
+            return self._bytes / (self._last - self._began)
+
+
 def _direct_rate(path: Path) -> float | None:
     """Reads stretches from all over a file, past the page cache; None where that does not go."""
     direct = getattr(os, "O_DIRECT", None)
     size = _size(path)
     if direct is None or size < LEAST_FILE_BYTES:
         return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | direct)
-    except OSError:
-        return None
+    flags = os.O_RDONLY | os.O_CLOEXEC | direct
     count = min(size, MOST_READ_BYTES) // STRETCH_BYTES
     spacing = (size - STRETCH_BYTES) / max(1, count - 1)
     starts = [round(n * spacing) // mmap.PAGESIZE * mmap.PAGESIZE for n in range(count)]
-    began = time.perf_counter()
-    deadline = began + READING_SECONDS
 
-    def read(first: int) -> int:
-        done = 0
-        with mmap.mmap(-1, STRETCH_BYTES) as room:
-            for start in starts[first::STREAMS]:
-                if time.perf_counter() > deadline:
-                    break
-                done += os.preadv(descriptor, [room], start)
-        return done
+    def read(first: int, transfer: _Transfer) -> None:
+        descriptor = os.open(path, flags)
+        try:
+            with mmap.mmap(-1, STRETCH_BYTES) as room:
+                for start in starts[first::STREAMS]:
+                    if transfer.is_over:
+                        break
+                    transfer.add(os.preadv(descriptor, [room], start))
+        finally:
+            os.close(descriptor)
 
-    try:
-        with ThreadPoolExecutor(STREAMS) as pool:
-            done = sum(pool.map(read, range(STREAMS)))
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-    return done / (time.perf_counter() - began) if done else None
+    return _Transfer(read, STREAMS, READING_SECONDS).rate
 
 
 def writing_rate(place: Path) -> float | None:
@@ -200,19 +242,19 @@ def writing_rate(place: Path) -> float | None:
     folder = next((f for f in (place.absolute(), *place.absolute().parents) if f.is_dir()), None)
     if unnamed is None or folder is None:
         return None
-    try:
-        descriptor = os.open(folder, os.O_WRONLY | os.O_CLOEXEC | unnamed, 0o600)
-    except OSError:
-        return None
-    data = memoryview(os.urandom(1 << 16) * (WRITTEN_BYTES >> 16))
-    done = 0
-    began = time.perf_counter()
-    try:
-        while done < MOST_WRITTEN_BYTES and time.perf_counter() < began + WRITING_SECONDS:
-            done += os.write(descriptor, data)
-            os.fdatasync(descriptor)
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-    return done / (time.perf_counter() - began) if done else None
+    flags = os.O_WRONLY | os.O_CLOEXEC | unnamed
+
+    def write(_: int, transfer: _Transfer) -> None:
+        data = memoryview(os.urandom(1 << 16) * (WRITTEN_BYTES >> 16))
+        descriptor = os.open(folder, flags, 0o600)
+        try:
+            for _ in range(MOST_WRITTEN_BYTES // WRITTEN_BYTES):
+                if transfer.is_over:
+                    break
+                count = os.write(descriptor, data)
+                os.fdatasync(descriptor)
+                transfer.add(count)
+        finally:
+            os.close(descriptor)
+
+    return _Transfer(write, 1, WRITING_SECONDS).rate

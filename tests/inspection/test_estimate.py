@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,8 @@ import pytest
 import torch
 from lazymerge.cli.plan_time import rough_seconds, time_lines
 from lazymerge.engine.plan import Plan, make_plan
-from lazymerge.inspection import measurement
-from lazymerge.inspection.disks import cached_share, writing_rate
+from lazymerge.inspection import disks, measurement
+from lazymerge.inspection.disks import cached_share, reading_rate, writing_rate
 from lazymerge.inspection.estimate import estimate, unique_bytes_read
 from lazymerge.inspection.measurement import Measured, MeasuredKind, kinds_of, measure
 from plan_cases import LINEAR, RECIPES, write_models
@@ -159,3 +161,20 @@ def test_the_page_cache_is_asked(tmp_path: Path) -> None:
     assert cached_share([(path, 1 << 20)] * 1000) in (None, 1.0)
     assert cached_share([(tmp_path / "none", 10)]) is None
     assert cached_share([]) is None
+
+
+def test_a_disk_that_does_not_answer_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(disks.LEAST_FILE_BYTES))
+    answered = threading.Event()
+    monkeypatch.setattr(disks, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(disks, "READING_SECONDS", 0.05)
+    monkeypatch.setattr(disks, "WRITING_SECONDS", 0.05)
+    monkeypatch.setattr(os, "preadv", lambda *_: answered.wait(60))
+    monkeypatch.setattr(os, "fdatasync", lambda *_: answered.wait(60))
+    began = time.monotonic()
+    assert reading_rate([tmp_path / "file"], is_sample_allowed=True)[0] is None
+    assert writing_rate(tmp_path) is None
+    assert time.monotonic() - began < 30
+    answered.set()
