@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,7 +28,30 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from ..engine.intermediates import Output
+    from ..engine.plan import Plan
+    from ..graph.drawing import Picture
+    from ..inspection.estimate import Estimate
+
+STANDARD_OUTPUT = Path("-")
+
+MOST_TREES = 3
+"""Tensors that --tensor shows unless --most says otherwise."""
+
+MOST_DRAWN = 50
+"""Tensors that --tensor has drawn: a picture of more is not read."""
+
+
+class Why(str, Enum):
+    """What can be explained."""
+
+    memory = "memory"
+
+
+BELOW = "Shown below the first screen"
+EXPORTS = "Pictures"
 
 
 def plan(
@@ -41,6 +66,70 @@ def plan(
         Path | None, typer.Option("--save", metavar="FILE", help="Save the plan here.")
     ] = None,
     as_json: JsonOption = False,
+    measure: Annotated[
+        bool | None,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Estimate the time; --measure reads a sample of the inputs and writes a nameless "
+            "file for it.",
+            show_default="made-up data and no file, with --dry-run in text; else not at all",
+        ),
+    ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="Parameters layer by layer.", rich_help_panel=BELOW),
+    ] = False,
+    tensor: Annotated[
+        str | None,
+        typer.Option(
+            "--tensor",
+            metavar="REGEX",
+            help="Operations of the tensors whose names match.",
+            rich_help_panel=BELOW,
+        ),
+    ] = None,
+    most: Annotated[
+        int,
+        typer.Option("--most", min=1, help="Tensors that --tensor shows.", rich_help_panel=BELOW),
+    ] = MOST_TREES,
+    ops: Annotated[
+        bool, typer.Option("--ops", help="Operations by kind.", rich_help_panel=BELOW)
+    ] = False,
+    why: Annotated[
+        Why | None,
+        typer.Option("--why", help="What the peak consists of.", rich_help_panel=BELOW),
+    ] = None,
+    diff: Annotated[
+        Path | None,
+        typer.Option(
+            "--diff",
+            metavar="RECIPE",
+            help="What would change with another recipe or saved plan.",
+            rich_help_panel=BELOW,
+        ),
+    ] = None,
+    models: Annotated[
+        bool, typer.Option("--models", help="All models.", rich_help_panel=BELOW)
+    ] = False,
+    notices: Annotated[
+        bool, typer.Option("--notices", help="All that looks wrong.", rich_help_panel=BELOW)
+    ] = False,
+    dot: Annotated[
+        Path | None,
+        typer.Option(
+            "--dot",
+            metavar="FILE",
+            help="Draw the graph for Graphviz, folded by layer, or what --tensor matches; "
+            "- is standard output.",
+            rich_help_panel=EXPORTS,
+        ),
+    ] = None,
+    mermaid: Annotated[
+        Path | None,
+        typer.Option(
+            "--mermaid", metavar="FILE", help="The same for Mermaid.", rich_help_panel=EXPORTS
+        ),
+    ] = None,
     memory: MemoryOption = None,
     workers: WorkersOption = None,
     read_mode: ReadModeOption = ReadModeChoice.pread,
@@ -52,7 +141,7 @@ def plan(
     plugin: PluginOption = None,
     write_intermediate: IntermediateOption = None,
 ) -> None:
-    """Say what a merge will do: operations, bytes, passes, memory, disk, files.
+    """Say what a merge will do: what goes in and comes out, time, memory, disk, what looks wrong.
 
     Reads headers and no tensor data. Without --dry-run the plan is saved, in OUT or with --save,
     and `lazymerge run` can run it later.
@@ -61,22 +150,29 @@ def plan(
         raise InputError(
             "say where to save the plan (-o OUT or --save FILE), or give --dry-run to only see it"
         )
-    made = plan_of(
-        recipe,
-        memory,
-        workers,
-        read_mode,
-        device,
-        vram,
-        max_shard_size,
-        unsafe_truncate_embeddings,
-        seed,
-        plugin,
-    )
+    printed = [option for option in (dot, mermaid) if option == STANDARD_OUTPUT]
+    if len(printed) + as_json > 1:
+        raise InputError("--json, --dot - and --mermaid - print one document each: choose one")
+
+    def planned(source: Path) -> Plan:
+        return plan_of(
+            source,
+            memory,
+            workers,
+            read_mode,
+            device,
+            vram,
+            max_shard_size,
+            unsafe_truncate_embeddings,
+            seed,
+            plugin,
+        )
+
+    made = planned(recipe)
 
     from ..engine.intermediates import check_outputs, outputs_of
     from ..engine.plan import read_folders
-    from ..output.folder import check_output_folder, free_disk_bytes
+    from ..output.folder import check_output_folder
 
     folders = folders_asked(write_intermediate, made.recipe, output)
     outputs = outputs_of(made, output or Path("OUT"), folders)
@@ -85,23 +181,46 @@ def plan(
         # a dry run may look at what would replace an earlier output; a plan is not saved into one
         check_output_folder(output, read_folders(made), overwrite=dry_run)
         check_outputs(outputs, overwrite=True)
+    shown = outputs[-1].plan
+    if dot is not None or mermaid is not None:
+        _draw(shown, tensor, dot, mermaid)
+    in_text = not as_json and not printed
+    measures = measure if measure is not None else dry_run and in_text
+
+    def estimated(plan: Plan) -> Estimate | None:
+        return estimate_of(plan, place, touches_files=bool(measure)) if measures else None
+
     if as_json:
         from .console import print_json
 
-        needed = sum(each.plan.bytes_written for each in outputs)
-        disk = {"needed_bytes": needed, "free_bytes": free_disk_bytes(place)}
-        others = [_document(each) for each in outputs[:-1]]
-        document = outputs[-1].plan.as_dict()
-        print_json({**document, "disk": disk, **({"intermediates": others} if others else {})})
-    else:
+        print_json(plan_document(outputs, place, estimated(shown)))
+    elif in_text:
         from .console import results
         from .plan_view import plan_view
 
-        results().print(
-            plan_view(outputs[-1].plan, place, is_given=output is not None, before=outputs[:-1])
+        estimate = estimated(shown)
+        console = results()
+        console.print(
+            plan_view(
+                shown,
+                place,
+                is_given=output is not None,
+                before=outputs[:-1],
+                estimated=estimate,
+                shows_models=models,
+                shows_notices=notices,
+            )
         )
+        for part in _sections(shown, layers, ops, tensor, most, why):
+            console.print(part)
+        if diff is not None:
+            console.print(_difference(shown, diff, planned, estimate, estimated))
     if dry_run:
         return
+    _save(made, save, output, as_options(folders))
+
+
+def _save(made: Plan, save: Path | None, output: Path | None, options: str) -> None:
     from .console import messages
 
     if save is None:
@@ -112,9 +231,112 @@ def plan(
         save.parent.mkdir(parents=True, exist_ok=True)
     made.save(save)
     messages().print(
-        f"plan saved; run it with: lazymerge run {save} -o {output or 'OUT'}{as_options(folders)}",
+        f"plan saved; run it with: lazymerge run {save} -o {output or 'OUT'}{options}",
         soft_wrap=True,
     )
+
+
+def estimate_of(plan: Plan, place: Path, *, touches_files: bool) -> Estimate | None:
+    """How long a run takes on this machine, measured now; None for what takes no time.
+
+    touches_files: inputs may be read, and an unnamed file written in the place.
+    """
+    from ..inspection.estimate import estimate
+    from ..inspection.measurement import measure
+    from .plan_time import SMALL_BYTES
+
+    if plan.bytes_read + plan.bytes_written < SMALL_BYTES:
+        return None
+    return estimate(plan, measure(plan, place, touches_files=touches_files))
+
+
+def _sections(
+    plan: Plan, layers: bool, ops: bool, tensor: str | None, most: int, why: Why | None
+) -> Iterator[RenderableType]:
+    """What is shown below the first screen, in the order of the options."""
+    from . import plan_sections as sections
+
+    if layers:
+        yield sections.layers_view(plan)
+    if tensor is not None:
+        from ..inspection.operations import steps_of
+        from .tensor_names import matching
+
+        names = matching([each.name for each in plan.tensors], tensor)
+        yield sections.tensors_view(steps_of(plan, names[:most]), tensor, len(names))
+    if ops:
+        from ..inspection.operations import operation_kinds
+
+        yield sections.operations_view(operation_kinds(plan))
+    if why is Why.memory:
+        from ..inspection.memory_parts import memory_parts
+
+        yield sections.memory_view(memory_parts(plan))
+
+
+def _difference(
+    plan: Plan,
+    other: Path,
+    planned: Callable[[Path], Plan],
+    estimate: Estimate | None,
+    estimated: Callable[[Plan], Estimate | None],
+) -> RenderableType:
+    from ..inspection.differences import differences
+    from .plan_sections import differences_view
+
+    its = planned(other)
+    found = differences(plan, its)
+    again = None if found.is_equal or estimate is None else estimated(its)
+    return differences_view(found, str(other), (plan, its), (estimate, again))
+
+
+def _draw(plan: Plan, tensor: str | None, dot: Path | None, mermaid: Path | None) -> None:
+    from ..graph.drawing import to_dot, to_mermaid
+    from ..inspection.pictures import folded_picture, unfolded_picture
+
+    if tensor is None:
+        picture = folded_picture(plan)
+    else:
+        from .tensor_names import matching
+
+        names = matching([each.name for each in plan.tensors], tensor)
+        if len(names) > MOST_DRAWN:
+            raise InputError(
+                f"--tensor {tensor[:80]!r} matches {len(names)} tensors, and a picture of more "
+                f"than {MOST_DRAWN} is not read: give a longer expression"
+            )
+        picture = unfolded_picture(plan, names)
+    drawn: list[tuple[Path | None, Callable[[Picture], str]]] = [(dot, to_dot)]
+    drawn.append((mermaid, to_mermaid))
+    for path, text_of in drawn:
+        if path == STANDARD_OUTPUT:
+            typer.echo(text_of(picture), nl=False)
+        elif path is not None:
+            try:
+                path.write_text(text_of(picture), encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def plan_document(
+    outputs: Sequence[Output], place: Path, estimate: Estimate | None
+) -> dict[str, Any]:
+    """The plan for JSON, as `lazymerge schema --plan` describes it."""
+    from ..inspection.findings import suspicions_of
+    from ..output.folder import free_disk_bytes
+
+    plan = outputs[-1].plan
+    needed = sum(each.plan.bytes_written for each in outputs)
+    document: dict[str, Any] = {
+        **plan.as_dict(),
+        "suspicions": [each.as_dict() for each in suspicions_of(plan)],
+        "disk": {"needed_bytes": needed, "free_bytes": free_disk_bytes(place)},
+    }
+    if estimate is not None:
+        document["estimate"] = estimate.as_dict()
+    if len(outputs) > 1:
+        document["intermediates"] = [_document(each) for each in outputs[:-1]]
+    return document
 
 
 def _document(output: Output) -> dict[str, object]:

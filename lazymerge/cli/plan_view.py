@@ -1,317 +1,311 @@
-"""The plan as a person reads it: one screen of answers, then a table of the layers."""
+"""The first screen of a plan: what goes in, what comes out, how long, how much, what looks wrong.
+
+It fits 80 × 24 for a usual merge. What would not is cut, and says which option shows all of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.plan import Plan, adapter_text, dtype_shares, dtype_text
-from ..graph.compile import ResolvedTensor
+from ..inspection.estimate import Estimate
+from ..inspection.findings import Finding, findings_of
+from ..inspection.layers import ABSENT, common_values, models_of, per_model_parameters
 from ..output.folder import free_disk_bytes
-from ..recipe.signature import Scalar
 from ..sizes import format_bytes, format_count
+from .plan_time import time_lines
 from .running import notices_of
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
+    from rich.text import Text
 
-    from ..engine.intermediates import Output
+SCREEN_LINES = 24
+"""A terminal's usual height. With the shell's prompt below it one line less is used."""
 
-ABSENT = "–"
-"""Shown where a parameter has no value, and for models that it does not concern."""
+MOST_MODELS = 4
+"""Lines of models on the first screen, adapters and merges of the recipe among them."""
 
-MOST_NAMES_OF_A_PART = 3
-"""Tensor names by which a part of a layer is called before the rest is only counted."""
+MOST_VALUE_CHARACTERS = 200
+"""Of the parameters on the first screen: three lines of 80 columns."""
+
+LEAST_FINDINGS = 2
+MOST_FINDING_LINES = 2
+MOST_MISTAKE_LINES = 4
+"""Of one finding on the first screen."""
+
+MOST_MISTAKES = 6
+"""Shown on the first screen even where they do not fit."""
+
+LABEL_COLUMNS = 9
+MORE = "--layers  --tensor REGEX  --ops  --why memory  --diff RECIPE"
 
 
 def plan_view(
-    plan: Plan, place: Path, *, is_given: bool, before: Sequence[Output] = ()
+    plan: Plan,
+    place: Path,
+    *,
+    is_given: bool,
+    before: Sequence[Output] = (),
+    estimated: Estimate | None = None,
+    shows_models: bool = False,
+    shows_notices: bool = False,
 ) -> RenderableType:
-    """Everything that `lazymerge plan` prints.
+    """The first screen.
 
     before: merges that are written too, before it.
     place: the output folder, or where it will be looked for disk space.
     is_given: whether the user has named an output folder.
+    estimated: how long it takes, if that was measured.
+    shows_models, shows_notices: all of them, however many lines that takes.
     """
-    from rich.console import Group
+    facts = _grid()
+    for label, shown in _facts(plan, before, place, is_given, estimated, shows_models):
+        facts.add_row(label, shown)
+    findings = findings_of(plan, notices_of(plan, before))
+    return _Screen(_title(plan), facts, findings, shows_all=shows_notices)
+
+
+def _title(plan: Plan) -> Text:
     from rich.text import Text
 
-    title = Text.assemble(
-        (plan.recipe.merge_method, "bold"), "  ", (plan.recipe.path, "dim"), overflow="fold"
-    )
-    return Group(
-        title,
-        Text(),
-        _models(plan),
-        _facts(plan, before, place, is_given=is_given),
-        *_notices(notices_of(plan, before)),
-        Text(),
-        *_parameters(plan),
-    )
+    title = Text.assemble((plan.recipe.merge_method, "bold"), "  ", (plan.recipe.path, "dim"))
+    if plan.recipe.part_of:
+        title.append(f" ({plan.recipe.name})", "dim")
+    title.truncate(200, overflow="ellipsis")
+    return title
 
 
-def _models(plan: Plan) -> RenderableType:
+class _Screen:
+    """Title, facts and as many findings as fit."""
+
+    def __init__(
+        self, title: Text, facts: Table, findings: Sequence[Finding], *, shows_all: bool
+    ) -> None:
+        self._title = title
+        self._facts = facts
+        self._findings = findings
+        self._shows_all = shows_all
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        parts: list[RenderableType] = [self._title, Text(), self._facts]
+        used = sum(len(console.render_lines(part, options, pad=False)) for part in parts)
+        # the line with what to ask for more, an empty one before it and before the findings,
+        # and the shell's prompt
+        room = SCREEN_LINES - used - 4
+        yield from parts
+        if self._findings:
+            yield Text()
+            yield self._shown(console, options, room)
+        yield Text()
+        more = _grid()
+        more.add_row("more", Text(MORE, style="dim"))
+        yield more
+
+    def _shown(self, console: Console, options: ConsoleOptions, room: int) -> Table:
+        """The findings. The first mistakes are shown even if they have no room, and two others."""
+        from rich.text import Text
+
+        table = _grid("yellow")
+        width = max(20, options.max_width - LABEL_COLUMNS - 2)
+        for number, finding in enumerate(self._findings):
+            text = Text(finding.message)
+            is_mistake = finding.severity == "mistake"
+            if not self._shows_all:
+                most = MOST_MISTAKE_LINES if is_mistake else MOST_FINDING_LINES
+                lines = [*text.wrap(console, width)]
+                used = min(len(lines), most)
+                is_last = number == len(self._findings) - 1
+                is_shown = number < (MOST_MISTAKES if is_mistake else LEAST_FINDINGS)
+                if used + (not is_last) > room and not is_shown:
+                    table.add_row("", Text(_left(self._findings[number:]), style="dim"))
+                    break
+                if len(lines) > most:
+                    text = _cut(lines[:most], width)
+                room -= used
+            style = "bold red" if is_mistake else "yellow"
+            label = "notice" if finding.kind == "notice" else finding.severity
+            table.add_row(Text(label, style=style), text)
+        return table
+
+
+def _left(findings: Sequence[Finding]) -> str:
+    """How many there are beside those that are shown."""
+    mistakes = sum(finding.severity == "mistake" for finding in findings)
+    counts = ((mistakes, "mistake"), (len(findings) - mistakes, "note"))
+    told = [f"{n} more {word}{'' if n == 1 else 's'}" for n, word in counts if n]
+    return f"and {' and '.join(told)}: --notices"
+
+
+def _cut(lines: Sequence[Text], width: int) -> Text:
+    """The lines of a finding that are shown, and where the rest is."""
     from rich.text import Text
 
-    table = _table()
-    table.add_column("model", style="bold", overflow="fold", ratio=1)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("dtype", no_wrap=True)
-    table.add_column("files", justify="right", no_wrap=True)
-    labels = _labels(plan)
-    for label, (reference, checkpoint) in zip(labels, plan.checkpoints.items(), strict=False):
-        is_base = reference == plan.recipe.base_model
-        table.add_row(
-            Text.assemble(f"{label} {reference}", (" (base)" if is_base else "", "dim")),
-            format_count(checkpoint.parameter_count),
-            format_bytes(checkpoint.size_bytes),
-            dtype_text(dtype_shares(checkpoint)),
-            str(len(checkpoint.files)),
-        )
-        if checkpoint.adapter is not None:
-            table.add_row(Text(f"  {adapter_text(checkpoint.adapter)}", style="dim"))
-    for label, merge in zip(labels[len(plan.checkpoints) :], plan.recipe.merges, strict=True):
-        inputs = [labels[_models_of(plan).index(reference)] for reference in merge.references]
-        how = f" = {merge.merge_method} of {', '.join(inputs)}"
-        table.add_row(Text.assemble(f"{label} {merge.name}", (how, "dim")))
-    return table
+    rest = " … --notices"
+    *whole, last = (line.plain.rstrip() for line in lines)
+    return Text("\n".join([*whole, last[: width - len(rest)].rstrip() + rest]))
 
 
-def _models_of(plan: Plan) -> list[str]:
-    """All that parameters are given for: the models, and the merges of the recipe that it uses."""
-    return [*plan.checkpoints, *(str(merge.name) for merge in plan.recipe.merges)]
-
-
-def _facts(plan: Plan, before: Sequence[Output], place: Path, *, is_given: bool) -> RenderableType:
-    from rich.table import Table
+def _facts(
+    plan: Plan,
+    before: Sequence[Output],
+    place: Path,
+    is_given: bool,
+    estimated: Estimate | None,
+    shows_models: bool,
+) -> Iterator[tuple[str, RenderableType]]:
     from rich.text import Text
 
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for label, fact in plan.facts():
-        facts.add_row(label, Text(fact))
+    facts = dict(plan.facts())
+    yield "goes in", _models(plan, shows_all=shows_models)
+    yield "comes out", Text(facts["output"])
+    yield "beside it", _one_line(facts["beside it"])
+    yield from ((label, Text(line)) for label, line in _value_lines(plan))
+    yield "work", _one_line(f"{facts['data']}; {_passes(plan)}")
+    if "download" in facts:
+        yield "download", Text(facts["download"])
+    lines = time_lines(plan, estimated)
+    if estimated is not None:
+        lines[0] += ", after the download" if "download" in facts else ""
+        lines[0] += ", without what is written before it" if before else ""
+    for number, line in enumerate(lines):
+        yield ("" if number else "takes"), Text(line, style="dim" if number else "")
+    yield "memory", Text(facts["memory"])
+    if "device" in facts:
+        yield "device", Text(facts["device"])
     for each in before:
         of_part = dict(each.plan.facts())
         shown = (of_part["output"], of_part["data"].partition(",")[0], of_part["memory"])
-        facts.add_row("before it", Text(f"{each.name} in {each.folder}: {'; '.join(shown)}"))
+        yield "before it", Text(f"{each.name} in {each.folder}: {'; '.join(shown)}")
+    yield "disk", _disk(plan, before, place, is_given)
+
+
+def _disk(plan: Plan, before: Sequence[Output], place: Path, is_given: bool) -> Text:
+    from rich.text import Text
+
     needed = sum(each.bytes_written for each in (plan, *(other.plan for other in before)))
     free = free_disk_bytes(place)
     where = place if is_given else "the current folder"
-    facts.add_row(
-        "disk",
-        Text.assemble(
-            f"needs {format_bytes(needed)}, {format_bytes(free)} free at {where}",
-            ("" if free > needed else "  not enough", "red"),
-        ),
+    return Text.assemble(
+        f"needs {format_bytes(needed)}, {format_bytes(free)} free at {where}",
+        ("" if free > needed else "  not enough", "bold red"),
     )
-    return facts
 
 
-def _notices(notices: Sequence[str]) -> list[RenderableType]:
-    from rich.table import Table
+def _passes(plan: Plan) -> str:
+    """`2 passes`, or how many tensors have how many."""
+    if len(plan.passes) == 1:
+        (passes,) = plan.passes
+        return f"{passes} pass{'' if passes == 1 else 'es'} over every tensor"
+    return "passes: " + ", ".join(
+        f"{passes} over {tensors} tensor{'' if tensors == 1 else 's'}"
+        for passes, tensors in plan.passes.items()
+    )
+
+
+def _models(plan: Plan, *, shows_all: bool) -> Table:
     from rich.text import Text
 
-    if not notices:
-        return []
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="yellow", no_wrap=True)
-    table.add_column(overflow="fold")
-    for notice in notices:
-        table.add_row("notice", Text(notice))
-    return [Text(), table]
+    table = _grid(None)
+    for justify in ("right", "right", "right", "left"):
+        table.add_column(justify=justify, no_wrap=True)
+    rows = _model_rows(plan)
+    shown = rows if shows_all or len(rows) <= MOST_MODELS else rows[: MOST_MODELS - 1]
+    overflow = "fold" if shows_all else "ellipsis"
+    table.columns[1].overflow = overflow  # type: ignore[assignment]
+    table.columns[1].no_wrap = not shows_all
+    for label, name, *sizes in shown:
+        table.add_row(label, name, *sizes)
+    for place, column in enumerate(table.columns):
+        if place != 1:  # the name alone gives way
+            cells = [row[place] for row in shown if len(row) > place]
+            column.min_width = max((len(str(cell)) for cell in cells), default=0)
+    if len(shown) < len(rows):
+        left = len(rows) - len(shown)
+        table.add_row("", Text(f"and {left} more: --models", style="dim"))
+    return table
 
 
-@dataclass(frozen=True, slots=True)
-class LayerRow:
-    """Tensors that are merged alike.
+def _model_rows(plan: Plan) -> list[list[RenderableType]]:
+    """Label, name, parameters, size, dtype and files of each model; of adapters a line more."""
+    from rich.text import Text
 
-    where: which they are. tensors: how many. elements: of all of them.
-    values: parameter name → its value, or its values for the models in recipe order.
-    """
-
-    where: str
-    tensors: int
-    elements: int
-    method: str
-    values: Mapping[str, str]
-
-
-def layer_rows(plan: Plan) -> list[LayerRow]:
-    """The plan's tensors, folded: one row per run of layers that are merged alike.
-
-    A layer whose tensors differ in their parameters (filters) is broken into parts, and each
-    part is folded over the layers by itself. Rows stand in the order of their first tensor.
-    """
-    sizes = {write.name: write.element_count for write in plan.graph.writes}
-    stacks: dict[str, dict[int, list[ResolvedTensor]]] = {}
-    order: list[str | ResolvedTensor] = []
-    for tensor in plan.tensors:
-        place = plan.stacks.locate(tensor.name)
-        if place is None:
-            order.append(tensor)
-            continue
-        prefix = place.stack.prefix
-        if prefix not in stacks:
-            stacks[prefix] = {}
-            order.append(prefix)
-        stacks[prefix].setdefault(place.index, []).append(tensor)
-    rows: list[LayerRow] = []
-    for entry in order:
-        if isinstance(entry, ResolvedTensor):
-            values = _values(plan, entry)
-            rows.append(LayerRow(entry.name, 1, sizes[entry.name], entry.method, values))
-        else:
-            rows += _rows_of_stack(plan, entry, stacks[entry], sizes)
+    labels = model_labels(plan)
+    rows: list[list[RenderableType]] = []
+    for label, (reference, checkpoint) in zip(labels, plan.checkpoints.items(), strict=False):
+        is_base = reference == plan.recipe.base_model
+        files = len(checkpoint.files)
+        name = Text.assemble((reference, "bold"), (" (base)" if is_base else "", "dim"))
+        rows.append(
+            [
+                label,
+                name,
+                format_count(checkpoint.parameter_count),
+                format_bytes(checkpoint.size_bytes),
+                f"{files} file{'' if files == 1 else 's'}",
+                dtype_text(dtype_shares(checkpoint)),
+            ]
+        )
+        if checkpoint.adapter is not None:
+            rows.append(["", Text(adapter_text(checkpoint.adapter), style="dim")])
+    for label, merge in zip(labels[len(plan.checkpoints) :], plan.recipe.merges, strict=True):
+        inputs = [labels[models_of(plan).index(reference)] for reference in merge.references]
+        how = f" = {merge.merge_method} of {', '.join(inputs)}"
+        rows.append([label, Text.assemble((str(merge.name), "bold"), (how, "dim"))])
     return rows
 
 
-def _rows_of_stack(
-    plan: Plan,
-    prefix: str,
-    layers: Mapping[int, Sequence[ResolvedTensor]],
-    sizes: Mapping[str, int],
-) -> list[LayerRow]:
-    """A stack's rows: part by part, each folded over consecutive layers that are alike."""
-    parts: dict[str, list[tuple[int, LayerRow]]] = {}
-    for index in sorted(layers):
-        for part, tensors in _parts_of_layer(plan, layers[index]):
-            elements = sum(sizes[tensor.name] for tensor in tensors)
-            values = _values(plan, tensors[0])
-            row = LayerRow(part, len(tensors), elements, tensors[0].method, values)
-            parts.setdefault(part, []).append((index, row))
-    rows = []
-    for part, members in parts.items():
-        # consecutive indices with equal rows have one key: index minus place in the list
-        numbered = enumerate(members)
-        for _, run in groupby(numbered, lambda item: (item[1][0] - item[0], item[1][1])):
-            alike = [member for _, member in run]
-            first, last, row = alike[0][0], alike[-1][0], alike[0][1]
-            numbers = str(first) if first == last else f"{first}–{last}"
-            rows.append(
-                LayerRow(
-                    f"{prefix}.{numbers} {part}".rstrip(),
-                    len(alike) * row.tensors,
-                    len(alike) * row.elements,
-                    row.method,
-                    row.values,
-                )
-            )
-    return rows
-
-
-def _parts_of_layer(
-    plan: Plan, tensors: Sequence[ResolvedTensor]
-) -> list[tuple[str, list[ResolvedTensor]]]:
-    """A layer's tensors grouped by equal method and values, each group with a name."""
-    groups: dict[object, list[ResolvedTensor]] = {}
-    for tensor in tensors:
-        values = _values(plan, tensor)
-        groups.setdefault((tensor.method, tuple(values.items())), []).append(tensor)
-    if len(groups) == 1:
-        return [("", list(tensors))]
-    return [(_part_name(plan, members, tensors), members) for members in groups.values()]
-
-
-def _part_name(
-    plan: Plan, members: Sequence[ResolvedTensor], layer: Sequence[ResolvedTensor]
-) -> str:
-    """What the members have in common that the rest of the layer has not."""
-
-    def suffix(tensor: ResolvedTensor) -> str:
-        place = plan.stacks.locate(tensor.name)
-        return tensor.name if place is None else place.suffix
-
-    heads = sorted({suffix(tensor).split(".")[0] for tensor in members})
-    others = {suffix(t).split(".")[0] for t in layer if t not in members}
-    if not others.intersection(heads):
-        return ", ".join(heads)
-    names = [suffix(tensor).removesuffix(".weight") for tensor in members]
-    shown = ", ".join(names[:MOST_NAMES_OF_A_PART])
-    more = len(names) - MOST_NAMES_OF_A_PART
-    return shown if more <= 0 else f"{shown}, {more} more"
-
-
-def _values(plan: Plan, tensor: ResolvedTensor) -> dict[str, str]:
-    """Every parameter's value as text; per-model values in the order of the models table."""
-    values = {
-        name: _text(value) for name, value in tensor.parameters.items() if not _is_silent(name)
-    }
-    names = dict.fromkeys(name for model in tensor.by_model.values() for name in model)
-    for name in names:
-        values[name] = " ".join(
-            _text(tensor.by_model.get(model, {}).get(name)) for model in _models_of(plan)
-        )
-    return values
-
-
-def _is_silent(name: str) -> bool:
-    """Parameters that are accepted and do nothing."""
-    return name == "int8_mask"
-
-
-def _parameters(plan: Plan) -> list[RenderableType]:
-    """What is the same for all merged tensors as lines, what differs as columns of the layers."""
-    from rich.table import Table
-    from rich.text import Text
-
-    rows = layer_rows(plan)
-    names = dict.fromkeys(name for row in rows for name in row.values)
-    merged = [row for row in rows if row.method != "copy"]
-    common = {
-        name: merged[0].values[name]
-        for name in names
-        if len({row.values.get(name) for row in merged}) == 1
-    }
-    per_model = {name for t in plan.tensors for model in t.by_model.values() for name in model}
-    lines = Table.grid(padding=(0, 2))
-    lines.add_column(style="dim", no_wrap=True)
-    lines.add_column(overflow="fold")
-    for name, text in common.items():
-        shown = text
-        if name in per_model:
-            values = zip(_labels(plan), text.split(" "), strict=True)
-            shown = "   ".join(f"{label} {value}" for label, value in values if value != ABSENT)
-        lines.add_row(name, Text(shown))
-    table = _table()
-    table.add_column("tensors", style="bold", overflow="fold", ratio=1, min_width=26)
-    table.add_column("count", justify="right", no_wrap=True)
-    table.add_column("elements", justify="right", no_wrap=True)
-    differing = [name for name in names if name not in common]
-    for name in differing:
-        labels = "\n" + " ".join(_labels(plan)) if name in per_model else ""
-        table.add_column(Text.assemble(name, (labels, "dim")), overflow="fold")
-    for row in rows:
-        table.add_row(
-            Text.assemble(row.where, ("  copied" if row.method == "copy" else "", "dim")),
-            str(row.tensors),
-            format_count(row.elements),
-            *(row.values.get(name, "") for name in differing),
-        )
-    return [lines, table] if common else [table]
-
-
-def _labels(plan: Plan) -> list[str]:
-    """A, B, C …: what per-model values refer to, in the order of the models table."""
-    count = len(_models_of(plan))
+def model_labels(plan: Plan) -> list[str]:
+    """A, B, C …: what per-model values refer to, in the order of the models."""
+    count = len(models_of(plan))
     return [chr(ord("A") + n) if count <= 26 else f"#{n + 1}" for n in range(count)]
 
 
-def _table() -> Table:
-    from rich import box
+def value_text(plan: Plan, name: str, text: str, per_model: frozenset[str]) -> str:
+    """A parameter with its value, or its values by the models' labels: `weight B 1  C 0.3`."""
+    if name not in per_model:
+        return f"{name} {text}"
+    values = zip(model_labels(plan), text.split(" "), strict=False)
+    return "  ".join([name, *(f"{label} {value}" for label, value in values if value != ABSENT)])
+
+
+def _value_lines(plan: Plan) -> list[tuple[str, str]]:
+    """The parameters that are the same for all tensors, and the names of those that differ."""
+    common, differing = common_values(plan)
+    per_model = per_model_parameters(plan)
+    shown = sorted(common, key=lambda name: name not in per_model)
+    lines = [value_text(plan, name, common[name], per_model) for name in shown]
+    if differing:
+        lines.append(f"{', '.join(differing)} by tensor: --layers")
+    text = " · ".join(lines)
+    if len(text) > MOST_VALUE_CHARACTERS:
+        text = f"{text[:MOST_VALUE_CHARACTERS].rstrip()} … all of it: --layers"
+    return [("with", text)] if lines else []
+
+
+def _one_line(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _grid(label_style: str | None = "dim") -> Table:
     from rich.table import Table
 
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=True)
+    grid = Table.grid(padding=(0, 2))
+    if label_style is None:
+        grid.add_column(no_wrap=True)
+        grid.add_column()
+        return grid
+    grid.add_column(style=label_style, no_wrap=True, min_width=LABEL_COLUMNS)
+    grid.add_column(overflow="fold")
+    return grid
 
 
-def _text(value: Scalar | None) -> str:
-    if value is None:
-        return ABSENT
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+if TYPE_CHECKING:
+    from ..engine.intermediates import Output

@@ -165,7 +165,15 @@ def test_times_that_no_calendar_knows(lazymerge: Command, interrupted: Path) -> 
     assert lazymerge("status", interrupted).code == 0
 
 
-@pytest.mark.parametrize("command", [["inspect", "one"], ["plan", "recipe.yml", "--dry-run"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "one"],
+        ["plan", "recipe.yml", "--dry-run", "--layers"],
+        ["plan", "recipe.yml", "--dry-run", "--tensor", "."],
+        ["plan", "recipe.yml", "--dry-run", "--diff", "other.yml"],
+    ],
+)
 def test_names_do_not_steer_the_terminal(
     lazymerge: Command, place: Path, command: list[str]
 ) -> None:
@@ -175,6 +183,7 @@ def test_names_do_not_steer_the_terminal(
             file.unlink()
         write_checkpoint(place / model, {name: torch.ones(4, 4)})
     write_recipe(place, TASK_ARITHMETIC)
+    write_recipe(place, {**TASK_ARITHMETIC, "dtype": "float16"}, "other.yml")
     answer = lazymerge(*command)
     assert answer.code == 0
     assert "[31m" in answer.out
