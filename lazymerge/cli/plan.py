@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -64,6 +65,15 @@ def plan(
     ] = False,
     save: Annotated[
         Path | None, typer.Option("--save", metavar="FILE", help="Save the plan here.")
+    ] = None,
+    split: Annotated[
+        int | None,
+        typer.Option(
+            "--split",
+            metavar="N",
+            min=1,
+            help="Write N parts into OUT that machines run apart from each other; see join.",
+        ),
     ] = None,
     as_json: JsonOption = False,
     measure: Annotated[
@@ -150,6 +160,11 @@ def plan(
         raise InputError(
             "say where to save the plan (-o OUT or --save FILE), or give --dry-run to only see it"
         )
+    if split is not None and (output is None or save is not None or write_intermediate):
+        raise InputError(
+            "--split writes the parts into OUT: give -o OUT, and neither --save nor "
+            "--write-intermediate"
+        )
     printed = [option for option in (dot, mermaid) if option == STANDARD_OUTPUT]
     if len(printed) + as_json > 1:
         raise InputError("--json, --dot - and --mermaid - print one document each: choose one")
@@ -177,7 +192,7 @@ def plan(
     folders = folders_asked(write_intermediate, made.recipe, output)
     outputs = outputs_of(made, output or Path("OUT"), folders)
     place = output or Path()
-    if output is not None:
+    if output is not None and split is None:
         # a dry run may look at what would replace an earlier output; a plan is not saved into one
         check_output_folder(output, read_folders(made), overwrite=dry_run)
         check_outputs(outputs, overwrite=True)
@@ -217,7 +232,24 @@ def plan(
             console.print(_difference(shown, diff, planned, estimate, estimated))
     if dry_run:
         return
+    if split is not None and output is not None:
+        _write_parts(made, output, split)
+        return
     _save(made, save, output, as_options(folders))
+
+
+def _write_parts(made: Plan, output: Path, count: int) -> None:
+    from ..engine.splitting import write_parts
+    from .console import messages
+
+    paths = write_parts(made, output, count)
+    first = shlex.quote(str(paths[0]))
+    messages().print(
+        f"{count} parts written; run each, anywhere, like the first:\n"
+        f"  lazymerge run {first} -o {first.replace('.json', '')}\n"
+        f"and then: lazymerge join {shlex.quote(str(output))}",
+        soft_wrap=True,
+    )
 
 
 def _save(made: Plan, save: Path | None, output: Path | None, options: str) -> None:

@@ -62,6 +62,7 @@ def test_every_command_explains_itself(lazymerge: Command) -> None:
     names = [command.callback.__name__ for command in app.registered_commands if command.callback]
     assert sorted(names) == [
         "inspect",
+        "join",
         "methods",
         "plan",
         "resume",
