@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..graph.graph import Graph
-from ..graph.node import Apply, Read, Reduce
+from ..graph.node import Read, Write
 from .stages import TensorTask
 
 NAMES_A_TENSOR = "keys"
@@ -56,7 +56,9 @@ def _form(graph: Graph, task: TensorTask, numbers: dict[Hashable, int]) -> tuple
         if isinstance(node, Read):
             rows = None if node.rows is None else (len(node.rows), node.rows.present)
             description = (node.tensor.dtype, node.tensor.shape, rows)
-        elif isinstance(node, Apply | Reduce):
+        elif isinstance(node, Write):
+            description = (node.dtype, node.shape, visit(node.source))
+        else:
             description = (
                 type(node),
                 node.operation,
@@ -66,8 +68,6 @@ def _form(graph: Graph, task: TensorTask, numbers: dict[Hashable, int]) -> tuple
                 node.shape,
                 node.working_dtype,
             )
-        else:
-            description = (node.dtype, node.shape, visit(node.source))
         form.append(numbers.setdefault(description, len(numbers)))
         order[node_id] = len(order)
         return order[node_id]

@@ -30,43 +30,42 @@ def verify_graph(graph: Graph) -> None:
         IllegalGraphError: naming the rule and the node.
     """
     for node in graph:
-        match node:
-            case Read():
-                size = node.tensor.element_count * DTYPES[node.dtype].item_bytes
-                _require(node.tensor.size_bytes == size, "R6", node, "byte range and shape differ")
-                _verify_rows(node)
-            case Reduce() | Apply():
-                _verify_operation(graph, node)
-            case Write():
-                source = graph.block_node(node.source)
-                _require(source.shape == node.shape, "R4", node, "shape differs from its source")
-                raw = isinstance(source, Apply) and apply_operation(source.operation).is_raw
-                is_float = DTYPES[source.dtype].is_float and DTYPES[node.dtype].is_float
-                _require(
-                    source.dtype == node.dtype or (is_float and not raw),
-                    "R5",
-                    node,
-                    f"{source.dtype} cannot become {node.dtype}",
-                )
+        if isinstance(node, Read):
+            size = node.tensor.element_count * DTYPES[node.dtype].item_bytes
+            if node.tensor.size_bytes != size:
+                raise _illegal("R6", node, "byte range and shape differ")
+            _verify_rows(node)
+        elif isinstance(node, Write):
+            _verify_write(graph, node)
+        else:
+            _verify_operation(graph, node)
     names = [write.name for write in graph.writes]
-    _require(len(set(names)) == len(names), "R4", None, "two outputs have one name")
+    if len(set(names)) != len(names):
+        raise IllegalGraphError("R4: two outputs have one name")
     used = {write.id for write in graph.writes}
     for node in graph:
         used.update(node_inputs(node))
     # there are no cycles, so what some node uses leads to an output
-    _require(len(used) == len(graph), "R7", None, "some nodes lead to no output")
+    if len(used) != len(graph):
+        raise IllegalGraphError("R7: some nodes lead to no output")
+
+
+def _verify_write(graph: Graph, node: Write) -> None:
+    source = graph.block_node(node.source)
+    if source.shape != node.shape:
+        raise _illegal("R4", node, "shape differs from its source")
+    raw = isinstance(source, Apply) and apply_operation(source.operation).is_raw
+    is_float = DTYPES[source.dtype].is_float and DTYPES[node.dtype].is_float
+    if source.dtype != node.dtype and (raw or not is_float):
+        raise _illegal("R5", node, f"{source.dtype} cannot become {node.dtype}")
 
 
 def _verify_rows(node: Read) -> None:
     if node.rows is None:
         return
     rows = node.tensor.shape[0] if node.tensor.shape else 0
-    _require(
-        node.rows.lowest >= ABSENT and node.rows.highest < rows,
-        "R8",
-        node,
-        f"rows {node.rows.lowest} to {node.rows.highest} of {rows}",
-    )
+    if node.rows.lowest < ABSENT or node.rows.highest >= rows:
+        raise _illegal("R8", node, f"rows {node.rows.lowest} to {node.rows.highest} of {rows}")
 
 
 def _verify_operation(graph: Graph, node: Reduce | Apply) -> None:
@@ -75,24 +74,28 @@ def _verify_operation(graph: Graph, node: Reduce | Apply) -> None:
         operation = table(node.operation)
     except KeyError:
         raise IllegalGraphError(f"R2: {node.operation} is not a registered operation") from None
-    dtypes = []
+    dtypes = set()
     for source_id in node.inputs:
         source = graph[source_id]
-        _require(isinstance(source, Read | Apply), "R3", node, "an input yields no blocks")
-        _require(source.shape == node.shape, "R1", node, f"input of shape {source.shape}")
-        dtypes.append(graph.block_node(source_id).dtype)
+        if not isinstance(source, Read | Apply):
+            raise _illegal("R3", node, "an input yields no blocks")
+        if source.shape != node.shape:
+            raise _illegal("R1", node, f"input of shape {source.shape}")
+        dtypes.add(source.dtype)
     for statistic in node.statistics:
-        _require(isinstance(graph[statistic], Reduce), "R3", node, "a statistic is no Reduce")
+        if not isinstance(graph[statistic], Reduce):
+            raise _illegal("R3", node, "a statistic is no Reduce")
     if getattr(operation, "is_raw", False):
-        _require(set(dtypes) == {node.working_dtype}, "R5", node, "raw inputs of mixed dtypes")
+        if dtypes != {node.working_dtype}:
+            raise _illegal("R5", node, "raw inputs of mixed dtypes")
         return
-    _require(node.working_dtype in WORKING_DTYPES, "R2", node, f"computes in {node.working_dtype}")
-    _require(all(DTYPES[d].is_float for d in dtypes), "R2", node, "computes with integers")
-    if "F64" in dtypes:
-        _require(node.working_dtype == "F64", "R2", node, "would narrow a float64 input")
+    if node.working_dtype not in WORKING_DTYPES:
+        raise _illegal("R2", node, f"computes in {node.working_dtype}")
+    if not all(DTYPES[dtype].is_float for dtype in dtypes):
+        raise _illegal("R2", node, "computes with integers")
+    if "F64" in dtypes and node.working_dtype != "F64":
+        raise _illegal("R2", node, "would narrow a float64 input")
 
 
-def _require(holds: bool, rule: str, node: Node | None, problem: str) -> None:
-    if not holds:
-        where = "" if node is None else f" in {type(node).__name__} {node.id}"
-        raise IllegalGraphError(f"{rule}{where}: {problem}")
+def _illegal(rule: str, node: Node, problem: str) -> IllegalGraphError:
+    return IllegalGraphError(f"{rule} in {type(node).__name__} {node.id}: {problem}")
