@@ -20,6 +20,9 @@ COPIED = "copied"
 DIFFERING = "differs"
 """The value where tensors of one layer that are called alike (experts) have several values."""
 
+SILENT = frozenset({"int8_mask"})
+"""Parameters that are accepted and do nothing."""
+
 MOST_NAMES = 3
 """Names that a part is called by before the rest is only counted."""
 
@@ -59,6 +62,10 @@ class ParameterMap:
     outside: tuple[tuple[str, str, tuple[tuple[str, str | None, Value], ...]], ...]
 
 
+MOST_OUTSIDE = 64
+"""Tensors outside of the layers that are told of; a model has a handful."""
+
+
 def parameter_map(tensors: Sequence[ResolvedTensor], stacks: LayerStacks) -> ParameterMap:
     """The parameters of output tensors by layer, parameter, model and part."""
     found: dict[Key, dict[Value, None]] = defaultdict(dict)
@@ -83,10 +90,6 @@ def parameter_map(tensors: Sequence[ResolvedTensor], stacks: LayerStacks) -> Par
     )
 
 
-MOST_OUTSIDE = 64
-"""Tensors outside of the layers that are told of; a model has a handful."""
-
-
 def general(suffix: str) -> str:
     """A tensor's name within its layer with a star for every number: experts are called alike."""
     return ".".join("*" if part.isdecimal() else part for part in suffix.split("."))
@@ -94,7 +97,7 @@ def general(suffix: str) -> str:
 
 def _settings(tensor: ResolvedTensor) -> Iterator[tuple[Key, Value]]:
     for name, value in tensor.parameters.items():
-        if name != "int8_mask":  # accepted, and does nothing
+        if name not in SILENT:
             yield (name, None), value
     for model, values in tensor.by_model.items():
         for name, value in values.items():

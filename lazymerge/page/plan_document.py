@@ -19,7 +19,7 @@ from ..graph.operation import reduce_operation
 from ..engine.likeness import NAMES_A_TENSOR
 from ..inspection.bytes_by_model import bytes_by_model, model_of_folder
 from ..inspection.forms import Forms, forms_of
-from ..inspection.parameter_map import parameter_map
+from ..inspection.parameter_map import SILENT, parameter_map
 from ..inspection.timeline import Timeline, memory_timeline
 from ..sizes import format_count
 from ..version import __version__
@@ -206,7 +206,11 @@ def _settings(
             settings.append(
                 [
                     tensor.method,
-                    {name: finite(value) for name, value in tensor.parameters.items()},
+                    {
+                        name: finite(value)
+                        for name, value in tensor.parameters.items()
+                        if name not in SILENT
+                    },
                     [[labels[m], {n: finite(v) for n, v in own}] for m, own in by_model],
                 ]
             )

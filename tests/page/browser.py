@@ -104,7 +104,7 @@ class Tab:
         self.call("Emulation.setEmulatedMedia", features=[scheme, still])
         began = time.monotonic()
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self.wait("document.documentElement.dataset.ready === 'yes'")
+        self.wait("document.documentElement?.dataset.ready === 'yes'")
         return time.monotonic() - began
 
     def wait(self, condition: str) -> None:

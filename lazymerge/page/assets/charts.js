@@ -39,7 +39,11 @@ page.chart = (label, make, tell) => {
   return { element: page.element("div", {}, holder, readout), draw };
 };
 
-page.axis = (format, size) => ({
+/* Steps of an axis of memory: powers of two, so that its numbers are round. */
+page.POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
+
+page.axis = (format, size, more = {}) => ({
+  ...more,
   stroke: page.colour("--dim"),
   grid: { stroke: page.colour("--line"), width: 1 },
   ticks: { stroke: page.colour("--line"), width: 1 },
@@ -105,7 +109,7 @@ page.memoryChart = (timeline, measured) => {
         legend: { show: false },
         cursor: { y: false, drag: { x: false, y: false } },
         scales: { x: { time: false, range: [0, timeline.moved || 1] }, y: { range: [0, top] } },
-        axes: [page.axis(page.bytes, 36), page.axis(page.memory, 74)],
+        axes: [page.axis(page.bytes, 36, { space: 95 }), page.axis(page.memory, 74, { incrs: page.POWERS, space: 34 })],
         series,
       },
       data: [
@@ -162,7 +166,7 @@ page.rateChart = (measured) => {
       legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false } },
       scales: { x: { time: false } },
-      axes: [page.axis(page.seconds, 36), page.axis((size) => `${page.bytes(size)}/s`, 84)],
+      axes: [page.axis(page.seconds, 36, { space: 95 }), page.axis((size) => `${page.bytes(size)}/s`, 84)],
       series: [{}, { stroke: page.colour("--accent"), width: 1.5, spanGaps: true, points: { show: false } }],
     },
     data: [measured.seconds, rate],

@@ -80,7 +80,7 @@ page.stackNode = (tensors, number, members) => {
       return page.foldNode("run", name, `${page.counted(own.length, "layer")} merged alike`, all, () => layerNodes(own));
     });
   };
-  const alike = runs.length === 1 ? "merged alike" : runs.length === layers.length ? "each merged in its own way" : `in ${runs.length} runs`;
+  const alike = runs.length === 1 ? "merged alike" : runs.length === layers.length ? "each its own" : `in ${runs.length} runs`;
   const node = page.foldNode("stack", prefix, `${page.counted(layers.length, "layer")}, ${alike}`, members, unfold);
   node.isOpen = isFolded;
   return node;

@@ -4,7 +4,8 @@ page.ROW = 34; // height of a closed node
 page.GAP = 6;
 page.MIDDLE = 330; // width of the middle, unless operations need more
 page.SIDE = 170; // width of a model or a file
-page.BETWEEN = 130; // room for the wires
+page.BETWEEN = 100; // room for the wires
+page.SMALLEST_SCALE = 0.55; // below it, names cannot be read; the picture is moved instead
 page.MOST_FILES = 10; // files that have a place each; of more, neighbours are drawn as one
 
 page.fileGroups = (shards) => {
@@ -76,7 +77,10 @@ page.Picture = class {
     this.svg = page.drawn("svg", { class: "picture", role: "group", "aria-label": "Models, operations and files of the merge" }, this.view);
     this.svg.addEventListener("keydown", (event) => this.pressed(event));
     this.zooming = d3.zoom().scaleExtent([0.02, 4]).filter((event) => this.isZoom(event));
-    this.zooming.on("zoom", (event) => this.view.setAttribute("transform", String(event.transform)));
+    this.zooming.on("zoom", (event) => {
+      this.view.setAttribute("transform", String(event.transform));
+      this.follow();
+    });
     d3.select(this.svg).call(this.zooming).on("dblclick.zoom", null);
     this.draw();
   }
@@ -93,18 +97,53 @@ page.Picture = class {
     this.boxes = boxes;
     const left = page.SIDE + page.BETWEEN;
     const right = left + width + page.BETWEEN;
-    this.size = { width: right + page.SIDE, height: Math.max(height, this.models.length * 60, this.files.groups.length * 50) };
+    this.size = { width: right + page.SIDE, height: Math.max(height, this.models.length * 60, this.files.groups.length * 52) };
+    const down = Math.max(0, (this.size.height - height) / 2);
+    for (const box of boxes) box.top += down;
     const wires = page.drawn("g", { class: "wires", "aria-hidden": "true" });
     const ends = page.drawn("g", {});
-    const modelY = this.column(ends, 0, this.models.map((m, n) => [`${m.label}  ${page.cut(m.name.split("/").pop() || m.name, 18)}`, `${page.bytes(m.bytes)}${m.is_base ? ", base" : ""}`, m.name, n]));
-    const fileY = this.column(ends, right, this.files.groups.map((g) => [page.cut(g.label, 24), page.bytes(g.bytes), g.label, null]));
+    this.layout = { boxes, left, width, right, wires };
+    this.modelColumn = this.column(ends, 0, this.models.map((m, n) => [`${m.label}  ${page.cut(m.name.split("/").pop() || m.name, 18)}`, `${page.bytes(m.bytes)}${m.is_base ? ", base" : ""}`, m.name, n]));
+    this.fileColumn = this.column(ends, right, this.files.groups.map((g) => [page.cut(g.label, 24), page.bytes(g.bytes), g.label, null]));
     const middle = page.drawn("g", {});
     this.spots = new Map();
     for (const box of boxes) middle.append(this.box(box, left, width));
-    this.wires(wires, boxes, left, width, right, modelY, fileY);
+    this.shift = 0;
     this.view.replaceChildren(wires, ends, middle);
     if (!this.focused || !this.spots.has(this.focused)) this.focused = boxes.length ? boxes[0].node : null;
     if (this.focused) this.spots.get(this.focused).setAttribute("tabindex", "0");
+    this.redrawWires();
+    this.follow();
+  }
+
+  /* Models and files stay where they can be seen, however long the middle is. */
+  follow() {
+    const { height } = this.svg.getBoundingClientRect();
+    if (!height) return;
+    const now = d3.zoomTransform(this.svg);
+    const most = Math.max(0, (this.size.height - Math.max(this.modelColumn.length, this.fileColumn.length) * 52) / 2);
+    const wanted = now.invertY(height / 2) - this.size.height / 2;
+    const shift = this.size.height * now.k > height ? Math.max(-most, Math.min(most, wanted)) : 0;
+    if (Math.abs(shift - this.shift) < 0.5) return;
+    this.shift = shift;
+    if (this.waiting) return;
+    this.waiting = requestAnimationFrame(() => {
+      this.waiting = 0;
+      this.redrawWires();
+    });
+  }
+
+  redrawWires() {
+    const { boxes, left, width, right, wires } = this.layout;
+    const shifted = (column) => column.map(({ drawn, x, y }) => {
+      drawn.setAttribute("transform", `translate(${x},${(y + this.shift).toFixed(1)})`);
+      return y + this.shift + 21;
+    });
+    const modelY = shifted(this.modelColumn);
+    const fileY = shifted(this.fileColumn);
+    wires.replaceChildren();
+    wires.classList.toggle("chosen", boxes.some(({ node }) => node === this.selected));
+    this.wires(wires, boxes, left, width, right, modelY, fileY);
   }
 
   column(holder, x, entries) {
@@ -115,13 +154,12 @@ page.Picture = class {
       const y = top + number * step + (step - height) / 2;
       const rect = page.drawn("rect", { width: page.SIDE, height, rx: 4 });
       if (model !== null) rect.style.stroke = page.modelColour(model);
-      holder.append(
-        page.drawn("g", { class: "end", transform: `translate(${x},${y.toFixed(1)})` }, rect,
-          page.drawn("text", { x: 10, y: 18, class: "title" }, label),
-          page.drawn("text", { x: 10, y: 33, class: "small" }, note),
-          page.drawn("title", {}, title)),
-      );
-      return y + height / 2;
+      const drawn = page.drawn("g", { class: "end" }, rect,
+        page.drawn("text", { x: 10, y: 18, class: "title" }, label),
+        page.drawn("text", { x: 10, y: 33, class: "small" }, note),
+        page.drawn("title", {}, title));
+      holder.append(drawn);
+      return { drawn, x, y };
     });
   }
 
@@ -164,26 +202,30 @@ page.Picture = class {
       if (node.isOpen && node.kind !== "tensor") continue;
       const { from, to } = page.flows(this.tensors, node, this.models, this.files);
       const y = top + page.ROW / 2;
+      const chosen = node === this.selected ? " own" : "";
       from.forEach((bytes, model) => {
         if (!bytes) return;
-        const path = page.drawn("path", { d: page.wire(page.SIDE, modelY[model], left + depth * 12, y), "stroke-width": thick(bytes).toFixed(2) });
+        const path = page.drawn("path", { d: page.wire(page.SIDE, modelY[model], left + depth * 12, y), "stroke-width": thick(bytes).toFixed(2), class: `taken${chosen}` });
         path.style.stroke = page.modelColour(model);
         holder.append(path);
       });
       to.forEach((bytes, group) => {
         if (!bytes) return;
-        holder.append(page.drawn("path", { d: page.wire(left + width - depth * 12, y, right, fileY[group]), "stroke-width": thick(bytes).toFixed(2), class: "written" }));
+        holder.append(page.drawn("path", { d: page.wire(left + width - depth * 12, y, right, fileY[group]), "stroke-width": thick(bytes).toFixed(2), class: `written${chosen}` }));
       });
     }
   }
 
-  /* The picture as a whole, as large as it can be read. */
+  /* The picture as a whole, as large as it can be read; it is made as high as that takes. */
   fit() {
+    const wide = this.svg.getBoundingClientRect().width;
+    const wanted = (this.size.height * Math.min(1.15, wide / (this.size.width + 32))) + 40;
+    this.svg.style.height = `${Math.max(340, Math.min(innerHeight * 0.7, wanted)).toFixed(0)}px`;
     const { width, height } = this.svg.getBoundingClientRect();
     if (!width || !this.size) return;
     const whole = Math.min(width / (this.size.width + 32), height / (this.size.height + 32));
-    const scale = Math.min(1.15, Math.max(whole, Math.min(0.5, width / (this.size.width + 32))));
-    const x = (width - this.size.width * scale) / 2;
+    const scale = Math.min(1.15, Math.max(whole, page.SMALLEST_SCALE));
+    const x = Math.max(8, (width - this.size.width * scale) / 2);
     const y = Math.max(16, (height - this.size.height * scale) / 2);
     this.zooming.transform(d3.select(this.svg), d3.zoomIdentity.translate(x, y).scale(scale));
   }
@@ -227,7 +269,15 @@ page.Picture = class {
     node.isOpen = !node.isOpen;
     if (node.kind === "tensor") this.select(node, node.members[0]);
     this.draw();
+    this.grow();
     this.focus(node);
+  }
+
+  /* Higher, where more is to be seen than there is room for. */
+  grow() {
+    const now = this.svg.getBoundingClientRect().height;
+    const most = Math.max(now, Math.min(innerHeight * 0.7, this.size.height + 40));
+    this.svg.style.height = `${most.toFixed(0)}px`;
   }
 
   select(node, tensor) {
@@ -242,6 +292,7 @@ page.Picture = class {
     for (const node of path) node.isOpen = true;
     this.select(path[path.length - 1], tensor);
     this.draw();
+    this.grow();
     this.focus(path[path.length - 1]);
   }
 

@@ -16,6 +16,23 @@ page.operationNote = (operation) => {
   return operation.passes === 1 ? "1 pass" : `${operation.passes} passes`;
 };
 
+/* dagre puts the first of equals above or below, as it comes: here the first is above. */
+page.firstOnTop = (graph, operations, edges) => {
+  const reads = operations.map((_, place) => place).filter((place) => operations[place].kind === "Read");
+  const y = (place) => graph.node(String(place)).y;
+  if (reads.length < 2 || y(reads[0]) < y(reads[reads.length - 1])) return;
+  const { height } = graph.graph();
+  operations.forEach((_, place) => {
+    graph.node(String(place)).y = height - y(place);
+  });
+  for (const [from, to] of edges) {
+    const edge = graph.edge(String(from), String(to));
+    if (edge.isTurned) continue;
+    edge.isTurned = true;
+    for (const point of edge.points) point.y = height - point.y;
+  }
+};
+
 /* Operations laid out by dagre, from left to right. */
 page.operationPicture = (operations) => {
   const graph = new dagre.graphlib.Graph();
@@ -35,6 +52,7 @@ page.operationPicture = (operations) => {
   });
   for (const [from, to] of edges) graph.setEdge(String(from), String(to));
   dagre.layout(graph);
+  page.firstOnTop(graph, operations, edges);
   const drawn = page.drawn("g", { class: "operations" });
   for (const [from, to, kind] of edges) {
     const points = graph.edge(String(from), String(to)).points;
@@ -123,7 +141,6 @@ page.showTensor = (panel, tensors, tensor, data) => {
     {
       viewBox: `0 0 ${picture.width} ${picture.height}`,
       width: picture.width,
-      height: picture.height,
       role: "img",
       "aria-label": `Operations of ${tensors.names[tensor]}`,
     },
