@@ -270,7 +270,19 @@ page.Picture = class {
     if (node.kind === "tensor") this.select(node, node.members[0]);
     this.draw();
     this.grow();
+    if (node.kind === "tensor") this.narrow();
     this.focus(node);
+  }
+
+  /* Smaller, where a tensor's operations are wider than what there is to see them in. */
+  narrow() {
+    const { width } = this.svg.getBoundingClientRect();
+    const now = d3.zoomTransform(this.svg);
+    const scale = Math.max(page.SMALLEST_SCALE, width / (this.size.width + 32));
+    if (scale >= now.k) return;
+    this.zooming.scaleTo(d3.select(this.svg), scale, [0, 0]);
+    const moved = d3.zoomTransform(this.svg);
+    this.zooming.translateBy(d3.select(this.svg), (12 - moved.applyX(0)) / moved.k, 0);
   }
 
   /* Higher, where more is to be seen than there is room for. */
@@ -293,6 +305,7 @@ page.Picture = class {
     this.select(path[path.length - 1], tensor);
     this.draw();
     this.grow();
+    this.narrow();
     this.focus(path[path.length - 1]);
   }
 
