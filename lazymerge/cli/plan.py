@@ -27,6 +27,7 @@ from .options import (
     WorkersOption,
     plan_of,
 )
+from .plan_html import HtmlOption, write_page
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -140,6 +141,7 @@ def plan(
             "--mermaid", metavar="FILE", help="The same for Mermaid.", rich_help_panel=EXPORTS
         ),
     ] = None,
+    html: HtmlOption = None,
     memory: MemoryOption = None,
     workers: WorkersOption = None,
     read_mode: ReadModeOption = ReadModeChoice.pread,
@@ -197,6 +199,8 @@ def plan(
         check_output_folder(output, read_folders(made), overwrite=dry_run)
         check_outputs(outputs, overwrite=True)
     shown = outputs[-1].plan
+    if html is not None:
+        write_page(outputs, place, html, is_given=output is not None)
     if dot is not None or mermaid is not None:
         _draw(shown, tensor, dot, mermaid)
     in_text = not as_json and not printed

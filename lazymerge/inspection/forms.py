@@ -57,8 +57,7 @@ def forms_of(plan: Plan) -> Forms:
         nodes = _nodes(plan.graph, task.write)
         places = {node.id: place for place, node in enumerate(nodes)}
         key = tuple(
-            descriptions.setdefault(_description(node, places), len(descriptions))
-            for node in nodes
+            descriptions.setdefault(_description(node, places), len(descriptions)) for node in nodes
         )
         number = known.setdefault(key, len(known))
         if number == len(counts):

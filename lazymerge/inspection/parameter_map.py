@@ -114,7 +114,9 @@ def _rows(
         if place is None:
             continue
         layers = values.setdefault(place.stack.prefix, {}).setdefault(general(place.suffix), {})
-        own = dict.fromkeys(keys, COPIED) if tensor.method == "copy" else dict(_settings(tensor))
+        own: dict[Key, Value] = dict(_settings(tensor))
+        if tensor.method == "copy":
+            own = dict.fromkeys(keys, COPIED)
         before = layers.setdefault(place.index, own)
         if before is not own:
             for key in keys:

@@ -19,7 +19,17 @@ from importlib.resources import files
 
 from .columns import packed_text
 
-D3 = ("color", "dispatch", "drag", "ease", "interpolate", "selection", "timer", "transition", "zoom")
+D3 = (
+    "color",
+    "dispatch",
+    "drag",
+    "ease",
+    "interpolate",
+    "selection",
+    "timer",
+    "transition",
+    "zoom",
+)
 """Parts of D3 that zooming needs, in an order in which each finds what it uses."""
 
 VENDORED = {
@@ -111,4 +121,4 @@ def _asset(name: str) -> str:
 
 
 def _text(folder: str, name: str) -> str:
-    return files(__package__).joinpath(folder, name).read_text(encoding="utf-8")
+    return (files(__package__) / folder / name).read_text(encoding="utf-8")

@@ -13,10 +13,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..engine.likeness import NAMES_A_TENSOR
 from ..engine.plan import Plan, adapter_text, dtype_shares, dtype_text
 from ..graph.node import Apply, Node, Read, Reduce, Write
 from ..graph.operation import reduce_operation
-from ..engine.likeness import NAMES_A_TENSOR
 from ..inspection.bytes_by_model import bytes_by_model, model_of_folder
 from ..inspection.forms import Forms, forms_of
 from ..inspection.parameter_map import SILENT, parameter_map
@@ -72,7 +72,7 @@ def plan_documents(
 
 
 def model_labels(plan: Plan) -> dict[str, str]:
-    """A, B, C … for the models and the merges that are used as models; their order is the plan's."""
+    """A, B, C … for the models and the merges that are used as models, in the plan's order."""
     names = [*plan.checkpoints, *(str(merge.name) for merge in plan.recipe.merges)]
     few = len(names) <= MOST_LETTERS
     return {name: chr(ord("A") + n) if few else f"#{n + 1}" for n, name in enumerate(names)}
@@ -191,9 +191,7 @@ def _packed(plan: Plan, forms: Forms, labels: Mapping[str, str]) -> dict[str, An
     }
 
 
-def _settings(
-    plan: Plan, labels: Mapping[str, str]
-) -> tuple[list[list[object]], list[int]]:
+def _settings(plan: Plan, labels: Mapping[str, str]) -> tuple[list[list[object]], list[int]]:
     """The different settings of tensors, and which of them each tensor has."""
     known: dict[Hashable, int] = {}
     settings: list[list[object]] = []
@@ -261,9 +259,7 @@ def _operation(
                 "kind": type(node).__name__,
                 "operation": node.operation,
                 "parameters": {
-                    name: finite(value)
-                    for name, value in node.parameters
-                    if name != NAMES_A_TENSOR
+                    name: finite(value) for name, value in node.parameters if name != NAMES_A_TENSOR
                 },
                 "in": inputs,
                 "statistics": statistics,

@@ -1,4 +1,4 @@
-"""What the page of a report is told: numbers by tensor, of a finished merge or of two checkpoints."""
+"""What the page of a report is told: numbers of tensors, of a merge or of two checkpoints."""
 
 from __future__ import annotations
 

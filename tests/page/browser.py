@@ -78,9 +78,7 @@ class Tab:
     def _note(self, method: str, told: dict[str, Any]) -> None:
         if method == "Runtime.exceptionThrown":
             details = told["exceptionDetails"]
-            self.complaints.append(
-                details.get("exception", {}).get("description", details["text"])
-            )
+            self.complaints.append(details.get("exception", {}).get("description", details["text"]))
         elif method == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning"):
             self.complaints.append(json.dumps(told["args"])[:500])
         elif method == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
@@ -90,7 +88,9 @@ class Tab:
             if not url.startswith(("data:", "blob:")):
                 self.requests.append(url)
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> float:
+    def open(
+        self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False
+    ) -> float:
         """Opens a page, waits until it says that it is ready, and returns the seconds it took."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -143,9 +143,7 @@ class Tab:
         )
         x, y = self.ask(script)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call(
-                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
-            )
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """A picture of what is seen, or of the whole page."""
