@@ -14,7 +14,7 @@ page.fileGroups = (shards) => {
   for (let first = 0; first < shards.length; first += each) {
     const own = shards.slice(first, first + each);
     const bytes = own.reduce((sum, shard) => sum + shard.bytes, 0);
-    const label = own.length === 1 ? own[0].file : `files ${first + 1}–${first + own.length}`;
+    const label = own.length === 1 ? own[0].file.replace(/\.safetensors$/, "") : `files ${first + 1}–${first + own.length}`;
     groups.push({ label, bytes, count: own.length });
   }
   return { groups, groupOf: (shard) => Math.floor(shard / each) };
