@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Tab, browser, find_browser
 from lazymerge.page.plan_page import write_plan_page
 from lazymerge.page.report_document import ReportDocument, ReportTensor, Series
 from lazymerge.page.report_page import write_report_page
 
+from browsing import Tab, browser, find_browser
 from page_plans import LAYERS, small_plan, tensors
 
 PROGRAM = find_browser()
