@@ -160,9 +160,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="merge-") as scratch, browser(program) as tab:
         folder = Path(scratch)
         large, made_up = large_plan(folder), report(folder)
-        picture(tab, large, "plan-parameters", lambda tab: None)
+        picture(tab, large, "plan-parameters", scrolled("#parameters"))
         picture(tab, large, "plan-operations", lambda tab: tab.ask(SELECT_TENSOR))
-        picture(tab, made_up, "report", lambda tab: None)
+        picture(tab, made_up, "report", scrolled("#layers"))
         demo = demo_plan(folder)
         if demo is not None:
             picture(tab, demo, "plan-demo-memory", scrolled("#memory"))

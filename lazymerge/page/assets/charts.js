@@ -99,8 +99,8 @@ page.memoryChart = (timeline, measured) => {
       series.push({ label: name, stroke: page.colour(colour), fill: page.colour(colour), width: 0, paths: stepped, points: { show: false } });
     }
     series.push({ label: "limit", stroke: page.colour("--limit"), width: 2, dash: [6, 4], points: { show: false } });
-    series.push({ label: "claim", stroke: page.colour("--text"), width: 1, dash: [2, 3], points: { show: false } });
-    series.push({ label: "measured", stroke: page.colour("--accent"), width: 2, spanGaps: true, points: { show: false } });
+    series.push({ label: "claim", stroke: page.colour("--dim"), width: 1, dash: [2, 3], points: { show: false } });
+    series.push({ label: "measured", stroke: page.colour("--text"), width: 2, spanGaps: true, points: { show: false } });
     const flat = (value) => found.x.map(() => value);
     return {
       options: {
@@ -108,7 +108,7 @@ page.memoryChart = (timeline, measured) => {
         height: 280,
         legend: { show: false },
         cursor: { y: false, drag: { x: false, y: false } },
-        scales: { x: { time: false, range: [0, timeline.moved || 1] }, y: { range: [0, top] } },
+        scales: { x: { time: false, range: [0, Math.max(1, ...found.x)] }, y: { range: [0, top] } },
         axes: [page.axis(page.bytes, 36, { space: 95 }), page.axis(page.memory, 74, { incrs: page.POWERS, space: 34 })],
         series,
       },
@@ -133,8 +133,8 @@ page.memoryChart = (timeline, measured) => {
   const chart = page.chart("Memory over the bytes moved", make, tell);
   const legend = found.shown.map(([name, colour, note]) => [colour, name, note, "block"]);
   if (showsLimit) legend.push(["--limit", "limit", page.memory(timeline.limit), "dashed"]);
-  legend.push(["--text", "the plan's claim", page.memory(timeline.projected), "dotted"]);
-  if (measured) legend.push(["--accent", "measured", "resident while it ran", "line"]);
+  legend.push(["--dim", "the plan's claim", page.memory(timeline.projected), "dotted"]);
+  if (measured) legend.push(["--text", "measured", "resident while it ran", "line"]);
   const above = showsLimit ? null : page.element("p", { class: "note" },
     `The limit, ${page.memory(timeline.limit)}, is ${(timeline.limit / timeline.projected).toFixed(0)} times the claim and above the picture.`);
   return page.element("div", {}, chart.element, page.legend(legend), above);
