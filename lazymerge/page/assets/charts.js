@@ -151,6 +151,28 @@ page.legend = (entries) =>
     }),
   );
 
+/* What the run occupied, over its time. */
+page.residentChart = (measured) => {
+  const top = Math.max(1, ...measured.resident_bytes) * 1.15;
+  const make = (width) => ({
+    options: {
+      width,
+      height: 180,
+      legend: { show: false },
+      cursor: { y: false, drag: { x: false, y: false } },
+      scales: { x: { time: false }, y: { range: [0, top] } },
+      axes: [page.axis(page.seconds, 36, { space: 95 }), page.axis(page.memory, 84, { incrs: page.POWERS, space: 34 })],
+      series: [{}, { stroke: page.colour("--accent"), width: 1.5, points: { show: false } }],
+    },
+    data: [measured.seconds, measured.resident_bytes],
+  });
+  const tell = (place) =>
+    place === null
+      ? "Resident memory, by second of the run."
+      : `After ${page.seconds(measured.seconds[place])}: ${page.memory(measured.resident_bytes[place])}`;
+  return page.chart("Resident memory of the run", make, tell).element;
+};
+
 /* How fast the run moved bytes, over its time. */
 page.rateChart = (measured) => {
   const moved = measured.seconds.map((_, n) => measured.bytes_read[n] + measured.bytes_written[n]);

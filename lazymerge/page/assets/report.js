@@ -95,14 +95,15 @@ page.openReport = async () => {
     layers.section,
     page.section("outliers", "Outliers", null, outliers),
     page.section("tensors", "Tensors", null, tensors),
-    ...(data.measured ? [page.section("run", "The run", null, page.rateChart(data.measured))] : []),
+    ...(data.measured ? [page.section("run", "The run", null, page.rateChart(data.measured), page.residentChart(data.measured))] : []),
     page.footer(data),
   );
   const report = await page.reportTensors();
   const list = page.tensorList(data, report);
+  const kept = page.redraws.length; // charts that stay when another series is drawn
   const draw = () => {
     const series = Number(layers.choice.value);
-    page.redraws.length = data.measured ? 1 : 0;
+    page.redraws.length = kept;
     layers.holder.replaceChildren(...page.layerDrawings(report, series, data.series[series][0], (tensor) => list.search(report.names[tensor])));
   };
   layers.choice.addEventListener("change", draw);
