@@ -152,7 +152,8 @@ page.parameterMaps = (map, models) => {
 };
 
 page.outsideTable = (map) => {
-  if (!map.outside.length) return null;
+  const differs = ([, method, values]) => values.length || method === "copy";
+  if (!map.outside.some(differs)) return null;
   const rows = map.outside.map(([name, method, values]) => [
     page.element("code", {}, name),
     method === "copy" ? "copied" : method,
