@@ -199,8 +199,6 @@ def plan(
         check_output_folder(output, read_folders(made), overwrite=dry_run)
         check_outputs(outputs, overwrite=True)
     shown = outputs[-1].plan
-    if html is not None:
-        write_page(outputs, place, html, is_given=output is not None)
     if dot is not None or mermaid is not None:
         _draw(shown, tensor, dot, mermaid)
     in_text = not as_json and not printed
@@ -209,15 +207,17 @@ def plan(
     def estimated(plan: Plan) -> Estimate | None:
         return estimate_of(plan, place, touches_files=bool(measure)) if measures else None
 
+    estimate = estimated(shown)
+    if html is not None:
+        write_page(outputs, place, html, estimate, is_given=output is not None)
     if as_json:
         from .console import print_json
 
-        print_json(plan_document(outputs, place, estimated(shown)))
+        print_json(plan_document(outputs, place, estimate))
     elif in_text:
         from .console import results
         from .plan_view import plan_view
 
-        estimate = estimated(shown)
         console = results()
         console.print(
             plan_view(

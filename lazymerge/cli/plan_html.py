@@ -13,6 +13,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from ..engine.intermediates import Output
     from ..engine.plan import Plan
+    from ..inspection.estimate import Estimate
 
 HtmlOption = Annotated[
     Path | None,
@@ -26,9 +27,17 @@ HtmlOption = Annotated[
 ]
 
 
-def write_page(outputs: Sequence[Output], place: Path, file: Path, *, is_given: bool) -> None:
+def write_page(
+    outputs: Sequence[Output],
+    place: Path,
+    file: Path,
+    estimate: Estimate | None,
+    *,
+    is_given: bool,
+) -> None:
     """Writes the page of the last of the outputs.
 
+    estimate: how long it takes, if that was estimated.
     place: the output folder, or where its disk space is looked for. is_given: the former.
 
     Raises:
@@ -37,6 +46,7 @@ def write_page(outputs: Sequence[Output], place: Path, file: Path, *, is_given: 
     from ..output.folder import free_disk_bytes
     from ..page.plan_page import write_plan_page
     from ..sizes import format_bytes
+    from .plan_time import time_lines
 
     plan = outputs[-1].plan
     needed = sum(each.plan.bytes_written for each in outputs)
@@ -45,6 +55,7 @@ def write_page(outputs: Sequence[Output], place: Path, file: Path, *, is_given: 
         ("before it", f"{each.name} in {each.folder}: {dict(each.plan.facts())['output']}")
         for each in outputs[:-1]
     ]
+    facts.append(("takes", "; ".join(time_lines(plan, estimate))))
     free = free_disk_bytes(place)
     enough = "" if free > needed else "; not enough"
     facts.append(
