@@ -19,6 +19,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint format bench measure-methods methods-page clean help \
+        measure-pages screenshots \
         prove-low-memory check-memory check-determinism compare-mergekit compare-forms \
         compare-tokenizers crash-matrix soak fuzz
 
@@ -60,6 +61,12 @@ bench: $(INSTALLED)
 
 measure-methods: $(INSTALLED)
 	$(BIN)/python scripts/measure_methods.py
+
+measure-pages: $(INSTALLED)
+	$(BIN)/python scripts/measure_pages.py
+
+screenshots: $(INSTALLED)
+	$(BIN)/python scripts/make_screenshots.py
 
 methods-page: $(INSTALLED)
 	$(BIN)/python scripts/make_methods_page.py

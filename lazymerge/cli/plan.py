@@ -27,6 +27,7 @@ from .options import (
     WorkersOption,
     plan_of,
 )
+from .plan_html import HtmlOption, write_page
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -140,6 +141,7 @@ def plan(
             "--mermaid", metavar="FILE", help="The same for Mermaid.", rich_help_panel=EXPORTS
         ),
     ] = None,
+    html: HtmlOption = None,
     memory: MemoryOption = None,
     workers: WorkersOption = None,
     read_mode: ReadModeOption = ReadModeChoice.pread,
@@ -205,15 +207,17 @@ def plan(
     def estimated(plan: Plan) -> Estimate | None:
         return estimate_of(plan, place, touches_files=bool(measure)) if measures else None
 
+    estimate = estimated(shown)
+    if html is not None:
+        write_page(outputs, place, html, estimate, is_given=output is not None)
     if as_json:
         from .console import print_json
 
-        print_json(plan_document(outputs, place, estimated(shown)))
+        print_json(plan_document(outputs, place, estimate))
     elif in_text:
         from .console import results
         from .plan_view import plan_view
 
-        estimate = estimated(shown)
         console = results()
         console.print(
             plan_view(
