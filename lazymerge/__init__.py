@@ -17,7 +17,16 @@ from .errors import DoesNotFitError, InputError, LazymergeError, RecipeError
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import plan, plan_intermediate, plan_of_unfinished, resume, run, status, verify
+    from .api import (
+        plan,
+        plan_intermediate,
+        plan_of_unfinished,
+        resume,
+        run,
+        status,
+        suspicions,
+        verify,
+    )
     from .engine.plan import Plan
     from .engine.report import RunReport
     from .methods.plugins import load_plugin
@@ -37,6 +46,7 @@ __all__ = [
     "resume",
     "run",
     "status",
+    "suspicions",
     "verify",
 ]
 
@@ -50,6 +60,7 @@ def __getattr__(name: str) -> Any:
         "resume",
         "run",
         "status",
+        "suspicions",
         "verify",
     ):
         from . import api

@@ -20,6 +20,8 @@ from .engine.report import Observer, RunReport
 from .engine.run import run_plan
 from .engine.verification import Checked, Verification, verify_output
 from .errors import InputError
+from .inspection.suspicions import Suspicion
+from .inspection.suspicions import suspicions as find_suspicions
 from .output.status import OutputStatus, output_status
 from .sizes import parse_size
 
@@ -78,6 +80,15 @@ def plan(
         truncate_embeddings=truncate_embeddings,
         seed=seed,
     )
+
+
+def suspicions(plan: Plan) -> tuple[Suspicion, ...]:
+    """What looks wrong about a merge, mistakes first; no tensor data is read.
+
+    Every one has a `kind` (a short slug), a `message` (one sentence that names what to do) and a
+    `severity`: "mistake" where it is very likely wrong, "note" where it is worth knowing.
+    """
+    return find_suspicions(plan)
 
 
 def run(

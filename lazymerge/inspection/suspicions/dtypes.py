@@ -1,0 +1,112 @@
+"""Precision and range that the output's dtype costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ...checkpoint.tensor import DTYPES
+from ...engine.plan import Plan
+from .suspicion import Suspicion, listed, short
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """What a dtype can hold.
+
+    bits: significant ones, the leading 1 among them. largest: finite number.
+    smallest: above 0, as people read it.
+    """
+
+    bits: int
+    largest: float
+    smallest: str
+
+
+_HOLDS = {
+    "F64": _Numbers(53, 1.8e308, "5e-324"),
+    "F32": _Numbers(24, 3.4e38, "1.4e-45"),
+    "BF16": _Numbers(8, 3.4e38, "9e-41"),
+    "F16": _Numbers(11, 65504, "6e-8"),
+    "F8_E4M3": _Numbers(4, 448, "2e-3"),
+    "F8_E5M2": _Numbers(3, 57344, "1.5e-5"),
+}
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
+
+
+@dataclass(slots=True)
+class _Change:
+    """Tensors of one dtype that become another's."""
+
+    models: dict[str, None]
+    names: dict[str, None]
+
+
+def dtype_suspicions(plan: Plan) -> Iterator[Suspicion]:
+    """Where the output can hold less than its inputs."""
+    changes: dict[tuple[str, str], _Change] = {}
+    narrow: dict[str, int] = {}
+    written: dict[str, int] = {}
+    for tensor, write in zip(plan.tensors, plan.graph.writes, strict=True):
+        if not DTYPES[write.dtype].is_float:
+            continue
+        written[write.dtype] = written.get(write.dtype, 0) + 1
+        for model in tensor.by_model:
+            checkpoint = plan.checkpoints.get(model)
+            info = None if checkpoint is None else checkpoint.tensors.get(tensor.name)
+            if info is None or not DTYPES[info.dtype].is_float:
+                continue
+            if info.dtype in _FLOAT8 and info.scale is None:
+                narrow[model] = narrow.get(model, 0) + 1
+            before = info.value_dtype
+            if before != write.dtype:
+                change = changes.setdefault((before, write.dtype), _Change({}, {}))
+                change.models[model] = None
+                change.names[tensor.name] = None
+    total = len(plan.tensors)
+    for (before, after), change in changes.items():
+        yield from _loss(before, after, change, total)
+    if narrow:
+        yield Suspicion(
+            "float8-input",
+            f"{listed(list(narrow))} hold{'s' if len(narrow) == 1 else ''} float8 numbers "
+            f"({max(narrow.values())} tensors) of 3 or 4 significant bits: small differences "
+            "between models were rounded away before the merge; merge the bfloat16 originals "
+            "where there are any",
+            "note",
+        )
+    for dtype in _FLOAT8:
+        if dtype in written and not narrow:
+            yield Suspicion(
+                "float8-output",
+                f"{written[dtype]} tensors are written as {dtype}, without scales: numbers beyond "
+                f"{_HOLDS[dtype].largest:g} and below {_HOLDS[dtype].smallest} are lost; write "
+                "bfloat16 (out_dtype: bfloat16), and quantise the result",
+                "note",
+            )
+
+
+def _loss(before: str, after: str, change: _Change, total: int) -> Iterator[Suspicion]:
+    """What is lost between two dtypes, if anything."""
+    old, new = _HOLDS[before], _HOLDS[after]
+    models, names = listed(list(change.models)), list(change.names)
+    count = (
+        "all tensors" if len(names) == total
+        else f"{len(names)} of {total} tensors ({short(names[0])}{', …' * (len(names) > 1)})"
+    )  # fmt: skip
+    if new.largest < old.largest:
+        keeps = f" and keep {new.bits} of {old.bits} significant bits" * (new.bits < old.bits)
+        yield Suspicion(
+            "dtype-range",
+            f"{count} of {models} are {before} and become {after}{keeps}, whose largest number is "
+            f"{new.largest:g} and whose smallest above 0 is {new.smallest}: what lies beyond turns "
+            "into inf and 0 (the run says so); dtype: bfloat16 keeps the range",
+            "note",
+        )
+    elif new.bits < old.bits:
+        yield Suspicion(
+            "dtype-precision",
+            f"{count} of {models} are {before} and become {after}, which keeps {new.bits} of "
+            f"{old.bits} significant bits; out_dtype: {DTYPES[before].torch_name} keeps all",
+            "note",
+        )

@@ -1,0 +1,49 @@
+"""What a suspicion is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["mistake", "note"]
+
+MOST_NAME = 120
+"""Characters of a name that a sentence shows; models may have names of megabytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """Something about a merge that its author may not have meant.
+
+    kind: a short slug, the same for all of its kind ("weights-sum").
+    message: one sentence that names models, tensors and numbers, and the remedy.
+    severity: "mistake": very likely wrong. "note": worth knowing.
+    """
+
+    kind: str
+    message: str
+    severity: Severity
+
+
+def short(name: str) -> str:
+    """A name as a sentence shows it."""
+    return name if len(name) <= MOST_NAME else f"{name[: MOST_NAME - 1]}…"
+
+
+def number(value: float) -> str:
+    """A parameter's value as a sentence shows it."""
+    return f"{value:.4g}"
+
+
+def spread(values: list[float]) -> str:
+    """`1.3`, or `0.8 to 1.2` where values differ."""
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def listed(names: list[str]) -> str:
+    """`A`, `A and B`, `A, B and C`."""
+    names = [short(name) for name in names]
+    if len(names) == 1:
+        return names[0]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
