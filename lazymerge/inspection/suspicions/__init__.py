@@ -11,14 +11,18 @@ configs and tokenizer files are looked at, and no tensor data.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from ...engine.plan import Plan
+from ...recipe import Recipe
 from .dtypes import dtype_suspicions
-from .groups import Places, groups_of
+from .groups import Everywhere, Places, groups_of, groups_of_part
 from .heads import head_suspicions
-from .influence import influence_suspicions
+from .influence import influence_suspicions, parameter_suspicions
 from .models import model_suspicions
 from .slices import slice_suspicions
-from .suspicion import Severity, Suspicion
+from .suspicion import Severity, Suspicion, short
 from .tokenizers import tokenizer_suspicions
 from .weights import weight_suspicions
 
@@ -34,6 +38,7 @@ def suspicions(plan: Plan) -> tuple[Suspicion, ...]:
     found = [
         *influence_suspicions(plan, groups),
         *weight_suspicions(groups, Places(plan)),
+        *_of_parts(plan.recipe),
         *slice_suspicions(plan),
         *model_suspicions(plan),
         *tokenizer_suspicions(plan),
@@ -41,3 +46,11 @@ def suspicions(plan: Plan) -> tuple[Suspicion, ...]:
         *dtype_suspicions(plan),
     ]
     return tuple(sorted(found, key=lambda suspicion: suspicion.severity != "mistake"))
+
+
+def _of_parts(recipe: Recipe) -> Iterator[Suspicion]:
+    """What is odd about the parameters of merges whose results the recipe uses as models."""
+    for merge in recipe.merges:
+        groups = groups_of_part(merge)
+        for each in (*parameter_suspicions(groups), *weight_suspicions(groups, Everywhere())):
+            yield replace(each, message=f"{short(str(merge.name))}: {each.message}")

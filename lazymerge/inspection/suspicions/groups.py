@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 from ...architecture.layers import LayerPlace
 from ...engine.plan import Plan
 from ...methods import METHODS
+from ...recipe.model import Conditions, Gradient, Recipe
 from ...recipe.signature import BaseModel, Scalar, Scope
 from .suspicion import short
 
@@ -98,8 +100,54 @@ def _base(plan: Plan, method: str, by_model: Mapping[str, Values]) -> str | None
     return first if first == plan.recipe.base_model else None
 
 
-class Places:
+def groups_of_part(merge: Recipe) -> tuple[Group, ...]:
+    """The group of a merge whose result is another's input, as far as the recipe says it: none
+    where its parameters differ from tensor to tensor."""
+    signature = METHODS[merge.merge_method].signature
+    models = {entry.model: entry.parameters for entry in merge.models}
+    base = None if signature.base is BaseModel.UNUSED else merge.base_model
+    if base is not None:
+        models = {base: models.pop(base, {}), **models}
+    values: dict[str, dict[str, Scalar | None]] = {model: {} for model in models}
+    shared: dict[str, Scalar | None] = {}
+    for parameter in signature.parameters:
+        default = merge.parameters.get(parameter.name, parameter.default)
+        if parameter.scope is Scope.GLOBAL:
+            if not isinstance(default, _Varying):
+                shared[parameter.name] = default
+            continue
+        for model, own in models.items():
+            value = own.get(parameter.name, default)
+            if isinstance(value, _Varying):
+                return ()
+            if parameter.scope is Scope.MODEL or model != base:
+                values[model][parameter.name] = value
+    if not models or shared.keys() != {
+        p.name for p in signature.parameters if p.scope is Scope.GLOBAL
+    }:
+        return ()
+    return (Group(merge.merge_method, base, shared, values, [str(merge.name)]),)
+
+
+_Varying = (Gradient, Conditions)
+
+
+class Where(Protocol):
     """Says where tensors are."""
+
+    def where(self, names: Sequence[str]) -> str:
+        """Where some tensors are, as the end of a sentence."""
+
+
+class Everywhere:
+    """Of a merge that is looked at as one."""
+
+    def where(self, names: Sequence[str]) -> str:
+        return "in all tensors"
+
+
+class Places:
+    """Says where a plan's tensors are."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan

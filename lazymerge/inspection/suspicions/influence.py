@@ -23,13 +23,7 @@ CANCELS = 1e-6
 def influence_suspicions(plan: Plan, groups: Sequence[Group]) -> Iterator[Suspicion]:
     """Models without influence, models that are one, adapters that change nothing."""
     without = _without_influence(groups)
-    for model, reason in without.items():
-        yield Suspicion(
-            "no-influence",
-            f"{short(model)} has no influence on the output: {reason}; correct that, or take the "
-            "model out of the recipe",
-            "mistake",
-        )
+    yield from parameter_suspicions(groups)
     read = {node.folder for node in plan.graph if isinstance(node, Read)}
     part_in = {model for group in groups for model in group.by_model}
     for model, checkpoint in plan.checkpoints.items():
@@ -43,8 +37,19 @@ def influence_suspicions(plan: Plan, groups: Sequence[Group]) -> Iterator[Suspic
                 "the output; name the model without it, or check that it was made for this model",
                 "mistake",
             )
-    yield from _base_cancels(groups)
     yield from _same_models(plan, groups)
+
+
+def parameter_suspicions(groups: Sequence[Group]) -> Iterator[Suspicion]:
+    """Models that their parameters silence."""
+    for model, reason in _without_influence(groups).items():
+        yield Suspicion(
+            "no-influence",
+            f"{short(model)} has no influence on the output: {reason}; correct that, or take the "
+            "model out of the recipe",
+            "mistake",
+        )
+    yield from _base_cancels(groups)
 
 
 def _not_read(
@@ -167,6 +172,9 @@ def _base_cancels(groups: Sequence[Group]) -> Iterator[Suspicion]:
         )
 
 
+LEAST_COPY_BYTES = 1 << 26
+"""Smaller models may be written within one tick of the clock that files get their times from."""
+
 FileIdentities = frozenset[tuple[object, ...]]
 
 
@@ -219,6 +227,8 @@ def _stamps(checkpoint: Checkpoint) -> FileIdentities:
     if checkpoint.hub is not None or checkpoint.adapter is not None:
         return frozenset()
     times = [file.modified_ns for file in checkpoint.files]
-    if any(time is None or time % 1_000_000_000 == 0 for time in times):
+    if checkpoint.size_bytes < LEAST_COPY_BYTES or any(
+        time is None or time % 1_000_000_000 == 0 for time in times
+    ):
         return frozenset()
     return frozenset((f.size_bytes, f.modified_ns, f.header_digest) for f in checkpoint.files)

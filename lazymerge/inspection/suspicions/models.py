@@ -26,8 +26,8 @@ UNRELATED = frozenset(
     }
 )
 """Keys in which no fine-tune differs from its base: with another value, equal weights compute
-something else. (Norm epsilons, lengths of text, scaled positions and names of architectures do differ
-between files of one family.)"""
+something else. (Norm epsilons, lengths of text, scaled positions and names of architectures do
+differ between files of one family.)"""
 
 ACTIVATIONS = ({"silu", "swish"},)
 """Names of one function."""

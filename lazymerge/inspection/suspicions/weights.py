@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...methods.linear import SMALLEST_DIVISOR
-from .groups import Group, Places
-from .suspicion import Severity, Suspicion, number, short, spread
+from .groups import Group, Where
+from .suspicion import Severity, Suspicion, listed, number, short, spread
 
 ROUNDED = 0.001
 """Sums of weights differ from 1 by as much where they were rounded to three digits."""
@@ -39,7 +39,7 @@ class Finding:
         self.values += values
 
 
-def weight_suspicions(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def weight_suspicions(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     """What is odd about the parameters of the methods."""
     for look in (
         _sums,
@@ -56,10 +56,10 @@ def weight_suspicions(groups: Sequence[Group], places: Places) -> Iterator[Suspi
         yield from look(groups, places)
 
 
-Look = Callable[[Sequence[Group], Places], Iterator[Suspicion]]
+Look = Callable[[Sequence[Group], Where], Iterator[Suspicion]]
 
 
-def _sums(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def _sums(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     """Weights that are not divided by their sum, and do not sum to 1."""
     found: dict[str, Finding] = {}
     for group in groups:
@@ -80,34 +80,38 @@ def _sums(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
         )
 
 
-def _extrapolations(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def _extrapolations(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     """Averages that lie outside of what they are made of."""
-    found: dict[tuple[str, Severity], Finding] = {}
+    found: dict[Severity, dict[str, Finding]] = {}
     for group in groups:
         if group.method != "linear":
             continue
         weights = {model: group.value(model, "weight", 0.0) for model in group.by_model}
         divisor = sum(weights.values()) if group.flag("normalize") else 1.0
-        if abs(divisor) < SMALLEST_DIVISOR:
+        if abs(divisor) < SMALLEST_DIVISOR or min(weights.values()) >= 0:
             continue
-        for model, weight in weights.items():
-            share = weight / divisor
-            if abs(share) > LARGE_FACTOR:
-                found.setdefault((model, "mistake"), Finding()).add(group, share)
-            elif share < 0:
-                found.setdefault((model, "note"), Finding()).add(group, share)
-    for (model, severity), finding in found.items():
-        what = "is subtracted" if severity == "note" else "is multiplied"
+        shares = {model: weight / divisor for model, weight in weights.items()}
+        is_far = max(map(abs, shares.values())) > LARGE_FACTOR
+        of_severity = found.setdefault("mistake" if is_far else "note", {})
+        for model, share in shares.items():
+            if share < 0 or is_far:
+                of_severity.setdefault(model, Finding()).add(group, share)
+    for severity, models in found.items():
+        names = list(dict.fromkeys(name for each in models.values() for name in each.names))
+        verb = "has the coefficient" if len(models) == 1 else "have the coefficients"
         yield Suspicion(
             "weights-extrapolate",
-            f"{short(model)} {what} with a coefficient of {spread(finding.values)} "
-            f"{places.where(finding.names)}: the output lies outside of the models, not between "
-            "them; weights of one sign give an average",
+            f"{listed(list(models))} {verb} {_values(models)} {places.where(names)}: the output "
+            "lies outside of the models, not between them; weights of one sign give an average",
             severity,
         )
 
 
-def _outside_of_range(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def _values(models: Mapping[str, Finding]) -> str:
+    return listed([spread(finding.values) for finding in models.values()])
+
+
+def _outside_of_range(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     """Interpolation beyond its ends."""
     beyond, shares = Finding(), Finding()
     for group in groups:
@@ -136,7 +140,7 @@ def _outside_of_range(groups: Sequence[Group], places: Places) -> Iterator[Suspi
         )
 
 
-def _scales(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def _scales(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     """A model that is scaled as a whole. One part of its layers is scaled on purpose."""
     scaled = Finding()
     for group in groups:
@@ -170,9 +174,9 @@ def factors_of(group: Group) -> dict[str, float]:
     return {model: strength * weight for model, weight in weights.items()}
 
 
-def _factors(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def _factors(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     """Task vectors that are added several times over, or subtracted."""
-    large: dict[tuple[str, str], Finding] = {}
+    large: dict[str, dict[str, Finding]] = {}
     sums: dict[tuple[str, Severity], Finding] = {}
     negative: dict[str, Finding] = {}
     for group in groups:
@@ -181,7 +185,7 @@ def _factors(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
         factors = factors_of(group)
         too_large = {m: f for m, f in factors.items() if abs(f) > LARGE_FACTOR}
         for model, factor in too_large.items():
-            large.setdefault((model, group.base), Finding()).add(group, factor)
+            large.setdefault(group.base, {}).setdefault(model, Finding()).add(group, factor)
         total, usual = sum(map(abs, factors.values())), max(LARGE_SUM, len(factors))
         if total > usual + ROUNDED and not too_large:
             severity: Severity = "mistake" if total > 2 * usual else "note"
@@ -189,12 +193,13 @@ def _factors(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
         for model, factor in factors.items():
             if -LARGE_FACTOR <= factor < 0:
                 negative.setdefault(model, Finding()).add(group, factor)
-    for (model, base), finding in large.items():
+    for base, models in large.items():
+        names = list(dict.fromkeys(name for each in models.values() for name in each.names))
         yield Suspicion(
             "weight-large",
-            f"what distinguishes {short(model)} from {short(base)} is multiplied by "
-            f"{spread(finding.values)} {places.where(finding.names)}; weight and lambda are "
-            "factors, 1 means once, and more than 2 is rarely meant",
+            f"what distinguishes {listed(list(models))} from {short(base)} is multiplied by "
+            f"{_values(models)} {places.where(names)}; weight and lambda are factors, 1 means "
+            "once, and more than 2 is rarely meant",
             "mistake",
         )
     for (base, severity), finding in sums.items():
@@ -215,7 +220,7 @@ def _factors(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
         )
 
 
-def _signs_lost(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def _signs_lost(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     """Negative weights that are divided by themselves."""
     found: dict[tuple[str, str], Finding] = {}
     for group in groups:
@@ -235,7 +240,7 @@ def _signs_lost(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
         )
 
 
-def _densities(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def _densities(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     """Methods that drop nothing."""
     thinning = [g for g in groups if g.method in SUMMED + BY_SIGN and g.method != "task_arithmetic"]
     densities = [g.value(m, "density", 1.0) for g in thinning for m in g.others]
@@ -264,7 +269,7 @@ LOW_PROBABILITY = 0.02
 """An element that survives with it is multiplied by 50."""
 
 
-def _rescaled(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def _rescaled(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     """Survivors that are scaled up a lot, and ranks that decide nothing."""
     found: dict[str, Finding] = {}
     lowest: dict[str, Finding] = {}
@@ -309,7 +314,7 @@ def _rescaled(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
         )
 
 
-def _outliers(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def _outliers(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     """Breadcrumbs whose gamma is more than there is to drop."""
     found: dict[str, Finding] = {}
     for group in groups:
@@ -336,7 +341,7 @@ COARSE_EPSILON = 0.01
 """Fine-tuning changes most weights by less."""
 
 
-def _settings_of_methods(groups: Sequence[Group], places: Places) -> Iterator[Suspicion]:
+def _settings_of_methods(groups: Sequence[Group], places: Where) -> Iterator[Suspicion]:
     near, coarse, still = Finding(), Finding(), Finding()
     for group in groups:
         if group.method == "nearswap" and group.shared("t", 0.0) >= FAR_FOR_NEARSWAP:
