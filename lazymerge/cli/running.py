@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..engine.intermediates import Output
     from ..engine.plan import Plan
     from ..engine.report import RunReport
+    from ..inspection.suspicions import Suspicion
     from .log_json import JsonLog
 
 MOST_SHOWN = 3
-"""Tensors with inf or nan that a run names on the terminal."""
+"""Tensors with inf or nan that a run names on the terminal, and notes that it shows."""
 
 advice: list[str] = []
 """What main says last, after what went wrong."""
@@ -108,6 +111,7 @@ def _run_and_report(
 
         for notice in notices_of(outputs[-1].plan, outputs[:-1]):
             console.print(Text.assemble(("notice", "yellow"), f" {notice}"), soft_wrap=True)
+        _show_suspicions(suspicions_of(outputs), console)
     if not is_one:
         check_outputs(outputs, overwrite=overwrite)
     same = "the same command, without --overwrite" if overwrite else "the same command"
@@ -161,7 +165,39 @@ def _document(output: Output, report: RunReport) -> dict[str, object]:
     from dataclasses import asdict
 
     plan = output.plan
-    return {**asdict(report), "memory": plan.memory.as_dict(), "notices": list(plan.notices)}
+    return {
+        **asdict(report),
+        "memory": plan.memory.as_dict(),
+        "notices": list(plan.notices),
+        "suspicions": [asdict(each) for each in suspicions_of([output])],
+    }
+
+
+def suspicions_of(outputs: Sequence[Output]) -> list[Suspicion]:
+    """What looks wrong about some merges: each sentence once, mistakes first."""
+    from ..inspection.suspicions import suspicions
+
+    found = {each: None for output in outputs for each in suspicions(output.plan)}
+    return sorted(found, key=lambda each: each.severity != "mistake")
+
+
+def _show_suspicions(found: Sequence[Suspicion], console: Console) -> None:
+    """Every mistake, and so many of the notes that they do not hide them."""
+    from rich.text import Text
+
+    notes = 0
+    for each in found:
+        is_mistake = each.severity == "mistake"
+        notes += not is_mistake
+        if is_mistake or notes <= MOST_SHOWN:
+            label = ("warning", "bold red") if is_mistake else ("note", "cyan")
+            console.print(Text.assemble(label, f" {each.message}"), soft_wrap=True)
+    if notes > MOST_SHOWN:
+        more = notes - MOST_SHOWN
+        console.print(
+            Text.assemble(("note", "cyan"), f" and {more} more: lazymerge plan shows them"),
+            soft_wrap=True,
+        )
 
 
 def notices_of(plan: Plan, before: Sequence[Output]) -> list[str]:

@@ -10,9 +10,9 @@ import pytest
 from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
 from lazymerge.inspection.suspicions import suspicions
 from lazymerge.recipe import parse_recipe
+from small_models import CONFIG, model_tensors, write_tokenizer
 
 from conftest import write_checkpoint
-from small_models import CONFIG, model_tensors, write_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 PLANS = sorted((ROOT / "plans").glob("*.yml"))
@@ -142,9 +142,16 @@ parameters: {normalize: false}
     "a task for each of eight": """
 merge_method: task_arithmetic
 base_model: base
-models: [%s]
-"""
-    % ", ".join(f"{{model: m{n}, parameters: {{weight: 0.4}}}}" for n in range(8)),
+models:
+  - {model: m0, parameters: {weight: 0.4}}
+  - {model: m1, parameters: {weight: 0.4}}
+  - {model: m2, parameters: {weight: 0.4}}
+  - {model: m3, parameters: {weight: 0.4}}
+  - {model: m4, parameters: {weight: 0.4}}
+  - {model: m5, parameters: {weight: 0.4}}
+  - {model: m6, parameters: {weight: 0.4}}
+  - {model: m7, parameters: {weight: 0.4}}
+""",
     "extrapolation of one": """
 merge_method: task_arithmetic
 base_model: base

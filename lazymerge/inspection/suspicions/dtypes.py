@@ -47,22 +47,25 @@ def dtype_suspicions(plan: Plan) -> Iterator[Suspicion]:
     changes: dict[tuple[str, str], _Change] = {}
     narrow: dict[str, int] = {}
     written: dict[str, int] = {}
+    tensors_of = {model: checkpoint.tensors for model, checkpoint in plan.checkpoints.items()}
     for tensor, write in zip(plan.tensors, plan.graph.writes, strict=True):
-        if not DTYPES[write.dtype].is_float:
+        name, after = tensor.name, write.dtype
+        if after not in _HOLDS:
             continue
-        written[write.dtype] = written.get(write.dtype, 0) + 1
+        written[after] = written.get(after, 0) + 1
         for model in tensor.by_model:
-            checkpoint = plan.checkpoints.get(model)
-            info = None if checkpoint is None else checkpoint.tensors.get(tensor.name)
-            if info is None or not DTYPES[info.dtype].is_float:
+            info = tensors_of[model].get(name) if model in tensors_of else None
+            if info is None or info.dtype not in _HOLDS:
+                continue
+            if info.dtype == after and after not in _FLOAT8:
                 continue
             if info.dtype in _FLOAT8 and info.scale is None:
                 narrow[model] = narrow.get(model, 0) + 1
             before = info.value_dtype
-            if before != write.dtype:
-                change = changes.setdefault((before, write.dtype), _Change({}, {}))
+            if before != after:
+                change = changes.setdefault((before, after), _Change({}, {}))
                 change.models[model] = None
-                change.names[tensor.name] = None
+                change.names[name] = None
     total = len(plan.tensors)
     for (before, after), change in changes.items():
         yield from _loss(before, after, change, total)

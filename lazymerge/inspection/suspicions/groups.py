@@ -154,10 +154,15 @@ class Places:
         self._merged = [tensor.name for tensor in plan.tensors if tensor.method != COPY]
 
     @cached_property
+    def _places(self) -> dict[str, LayerPlace]:
+        """Of all tensors within layers."""
+        located = ((name, self._plan.stacks.locate(name)) for name in self._merged)
+        return {name: place for name, place in located if place is not None}
+
+    @cached_property
     def _by_layer(self) -> Counter[tuple[str, int]]:
         """How many tensors are merged in every layer."""
-        located = (self._plan.stacks.locate(name) for name in self._merged)
-        return Counter((p.stack.prefix, p.index) for p in located if p is not None)
+        return Counter((place.stack.prefix, place.index) for place in self._places.values())
 
     def where(self, names: Sequence[str]) -> str:
         """`in all tensors`, `in layers 0–3 of 40`, `in mlp of layers 2–5 of 40 and in lm_head`."""
@@ -166,7 +171,7 @@ class Places:
         outside: list[str] = []
         inside: dict[str, list[LayerPlace]] = {}
         for name in names:
-            place = self._plan.stacks.locate(name)
+            place = self._places.get(name)
             if place is None:
                 outside.append(name)
             else:
