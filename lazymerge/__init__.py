@@ -18,6 +18,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .api import (
+        inspect,
         plan,
         plan_intermediate,
         plan_of_unfinished,
@@ -39,6 +40,7 @@ __all__ = [
     "RecipeError",
     "RunReport",
     "__version__",
+    "inspect",
     "load_plugin",
     "plan",
     "plan_intermediate",
@@ -54,6 +56,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Loads the rest of the interface when it is first used."""
     if name in (
+        "inspect",
         "plan",
         "plan_intermediate",
         "plan_of_unfinished",

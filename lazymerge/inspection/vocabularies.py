@@ -77,6 +77,16 @@ def compare_vocabularies(folder: str, other: str) -> Comparison | None:
     return Comparison(shared, differing, lowest, (sizes[0], sizes[1]))
 
 
+def count_tokens(folder: str) -> int | None:
+    """How many tokens the tokenizer in a model's folder has; None where there is none that can be
+    looked into."""
+    try:
+        found = _hashes(folder) if has_file(folder, TOKENIZER_NAME) else array("q")
+    except (InputError, OSError):
+        return None
+    return len(found) - found.count(0) if found else None
+
+
 def _hashes(folder: str) -> array[int]:
     """A number for the token of every number, 0 where there is none."""
     data = read_file(folder, TOKENIZER_NAME, MOST_BYTES)
