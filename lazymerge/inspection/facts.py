@@ -103,11 +103,20 @@ def _rope(config: Mapping[str, object]) -> str | None:
             continue
         words = [] if theta is None else [f"theta {_number(theta)}"]
         if isinstance(scaling, dict):
-            kind = shown(scaling.get("rope_type")).strip('"')
-            factor = scaling.get("factor")
-            words.append(kind if factor is None else f"{kind} × {_number(factor)}")
+            words += _scaling(scaling)
         return ", ".join(words)
     return None
+
+
+def _scaling(scaling: Mapping[str, object]) -> list[str]:
+    """How rotary positions are scaled, in a word."""
+    kind, factor = scaling.get("rope_type"), scaling.get("factor")
+    if kind is None:
+        return ["several kinds" if any(isinstance(v, dict) for v in scaling.values()) else "scaled"]
+    if kind == "default":
+        return []
+    name = shown(kind).strip('"')
+    return [name if factor is None else f"{name} × {_number(factor)}"]
 
 
 def _number(value: object) -> str:
