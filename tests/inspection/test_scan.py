@@ -75,7 +75,7 @@ def check(scan: TensorScan, tensor: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@hypothesis_settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.sampled_from([0, 1, 2, 7, 1000, READ_BYTES // 2, READ_BYTES + 3]),
