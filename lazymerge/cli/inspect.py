@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ..inspection.checkpoint import Inspection, Shard
     from ..inspection.facts import Facts
     from ..inspection.suspicions import Suspicion
+
+_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 
 MOST_FILES_SHOWN = 3
 """Files of a tokenizer that are named before they are only counted."""
@@ -165,7 +168,7 @@ def _scan_text(found: Inspection, seconds: float | None) -> str:
         rate = format_bytes(found.checkpoint.size_bytes / max(seconds, 1e-3))
         took = f" in {format_seconds(seconds)} ({rate}/s)"
     nonfinite = sum(bool(scan.nan or scan.inf) for scan in found.scans)
-    finite = "no inf or nan" if not nonfinite else f"inf or nan in {nonfinite}"
+    finite = "no inf or nan" if not nonfinite else f"inf or nan in {nonfinite} of them"
     return f"{len(found.scans)} tensors read{took}: {finite}"
 
 
@@ -234,7 +237,8 @@ def _parts(found: Inspection) -> Table:
 
 
 def _tensors(found: Inspection, *, with_tensors: bool) -> Table:
-    """A row for the tensors of one stack with one suffix, dtype and shape; or for one tensor."""
+    """A row for the tensors of one stack with one suffix, dtype and shape, all experts' among them;
+    or for one tensor."""
     from rich.text import Text
 
     from ..graph.targets import natural_order
@@ -246,7 +250,7 @@ def _tensors(found: Inspection, *, with_tensors: bool) -> Table:
         info = tensors[name]
         place = None if with_tensors else found.stacks.locate(name)
         stack = "" if place is None else f"{place.stack.prefix}.*"
-        label = name if place is None else place.suffix
+        label = name if place is None else _EXPERT.sub(".experts.*.", place.suffix)
         groups.setdefault((stack, label, info.dtype, str(list(info.shape))), []).append(name)
     table = _table()
     table.add_column("tensor", style="bold", overflow="fold", ratio=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -106,12 +106,13 @@ def _run_and_report(
     from .progress import progress_display
 
     console = messages()
+    found = [[] if quiet and not as_json else suspicions_of(each.plan) for each in outputs]
     if not quiet:
         from rich.text import Text
 
         for notice in notices_of(outputs[-1].plan, outputs[:-1]):
             console.print(Text.assemble(("notice", "yellow"), f" {notice}"), soft_wrap=True)
-        _show_suspicions(suspicions_of(outputs), console)
+        _show_suspicions(dict.fromkeys(each for of_one in found for each in of_one), console)
     if not is_one:
         check_outputs(outputs, overwrite=overwrite)
     same = "the same command, without --overwrite" if overwrite else "the same command"
@@ -155,12 +156,12 @@ def _run_and_report(
     if as_json:
         from .console import print_json
 
-        *others, last = map(_document, outputs, reports)
+        *others, last = map(_document, outputs, reports, found)
         named = [{"name": o.name, **d} for o, d in zip(outputs, others, strict=False)]
         print_json({**last, **({} if is_one else {"intermediates": named})})
 
 
-def _document(output: Output, report: RunReport) -> dict[str, object]:
+def _document(output: Output, report: RunReport, found: Sequence[Suspicion]) -> dict[str, object]:
     """What came of one output, for JSON."""
     from dataclasses import asdict
 
@@ -169,24 +170,23 @@ def _document(output: Output, report: RunReport) -> dict[str, object]:
         **asdict(report),
         "memory": plan.memory.as_dict(),
         "notices": list(plan.notices),
-        "suspicions": [asdict(each) for each in suspicions_of([output])],
+        "suspicions": [asdict(each) for each in found],
     }
 
 
-def suspicions_of(outputs: Sequence[Output]) -> list[Suspicion]:
-    """What looks wrong about some merges: each sentence once, mistakes first."""
+def suspicions_of(plan: Plan) -> list[Suspicion]:
+    """What looks wrong about a merge, mistakes first."""
     from ..inspection.suspicions import suspicions
 
-    found = {each: None for output in outputs for each in suspicions(output.plan)}
-    return sorted(found, key=lambda each: each.severity != "mistake")
+    return list(suspicions(plan))
 
 
-def _show_suspicions(found: Sequence[Suspicion], console: Console) -> None:
+def _show_suspicions(found: Iterable[Suspicion], console: Console) -> None:
     """Every mistake, and so many of the notes that they do not hide them."""
     from rich.text import Text
 
     notes = 0
-    for each in found:
+    for each in sorted(found, key=lambda each: each.severity != "mistake"):
         is_mistake = each.severity == "mistake"
         notes += not is_mistake
         if is_mistake or notes <= MOST_SHOWN:

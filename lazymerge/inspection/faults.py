@@ -13,7 +13,7 @@ from ..graph.targets import LAYER_COUNT_KEYS
 from .facts import Facts
 from .parts import whole_number
 from .suspicions import Suspicion
-from .suspicions.groups import runs
+from .suspicions.groups import layers_text, runs
 from .suspicions.heads import GENERATING
 from .suspicions.suspicion import short
 
@@ -109,10 +109,9 @@ def _lacking(layers: Layers) -> Iterator[Suspicion]:
         for missing, where in lacking.items():
             first = min(missing)
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            noun = "layer" if len(where) == 1 else "layers"
             yield Suspicion(
                 "tensors-missing",
-                f"{noun} {runs(sorted(where))} of {short(prefix)} "
+                f"{layers_text(where)} of {short(prefix)} "
                 f"lack{'s' * (len(where) == 1)} {short(first)}{more}, which {count} of "
                 f"{len(by_number)} layers have; download the model again",
                 "mistake",
@@ -155,14 +154,14 @@ def _mixed_dtypes(checkpoint: Checkpoint, stacks: LayerStacks) -> Iterator[Suspi
         ranked = sorted(by_dtype.items(), key=lambda item: -len(item[1]))
         usual = ranked[0][0]
         for dtype, layers in ranked[1:]:
-            key = (prefix, usual, dtype, runs(sorted(set(layers))))
+            key = (prefix, usual, dtype, layers_text(layers))
             odd.setdefault(key, []).append(suffix)
     for (prefix, usual, dtype, where), suffixes in odd.items():
         more = f" and {len(suffixes) - 1} more" if len(suffixes) > 1 else ""
         yield Suspicion(
             "mixed-dtypes",
             f"{short(suffixes[0])}{more} of {short(prefix)} {'is' if not more else 'are'} {dtype} "
-            f"in layers {where} and {usual} in the others; convert them to one dtype "
+            f"in {where} and {usual} in the others; convert them to one dtype "
             "(passthrough with dtype)",
             "note",
         )

@@ -13,7 +13,7 @@ from ..checkpoint.tensor import Checkpoint
 from ..sizes import format_bytes
 from .scan import TensorScan
 from .suspicions import Severity, Suspicion
-from .suspicions.groups import runs
+from .suspicions.groups import layers_text, runs
 from .suspicions.suspicion import number, short
 
 EXTREME = 1_000.0
@@ -61,13 +61,18 @@ def _total(found: Sequence[TensorScan], what: str) -> int:
     return sum(getattr(scan, what) for scan in found)
 
 
+def _elements(found: Sequence[TensorScan], what: str) -> str:
+    count = _total(found, what)
+    return "1 element is" if count == 1 else f"{count:,} elements are"
+
+
 _LOOKS: tuple[tuple[str, Severity, Callable[[TensorScan, int], bool], Sentence], ...] = (
     (
         "nan",
         "mistake",
         lambda scan, _: scan.nan > 0,
         lambda found: (
-            f"{_total(found, 'nan'):,} elements are nan: {{where}}; the model computes "
+            f"{_elements(found, 'nan')} nan: {{where}}; the model computes "
             "nan, and so does every merge of it; download it again, or train it anew"
         ),
     ),
@@ -76,7 +81,7 @@ _LOOKS: tuple[tuple[str, Severity, Callable[[TensorScan, int], bool], Sentence],
         "mistake",
         lambda scan, _: scan.inf > 0,
         lambda found: (
-            f"{_total(found, 'inf'):,} elements are inf: {{where}}; numbers have left "
+            f"{_elements(found, 'inf')} inf: {{where}}; numbers have left "
             "the range of the dtype; save the original as bfloat16"
         ),
     ),
@@ -136,7 +141,7 @@ _LOOKS: tuple[tuple[str, Severity, Callable[[TensorScan, int], bool], Sentence],
         "note",
         lambda scan, _: scan.subnormals > MANY_SUBNORMALS * scan.elements,
         lambda found: (
-            f"{_total(found, 'subnormals'):,} elements are subnormal: {{where}}; they "
+            f"{_elements(found, 'subnormals')} subnormal: {{where}}; they "
             "are imprecise, and some processors take them for 0"
         ),
     ),
@@ -169,8 +174,7 @@ def _where(found: Sequence[TensorScan], places: Places, most: int = 3) -> str:
             kinds.setdefault((place.suffix, place.stack.prefix), []).append(place.index)
     shown = []
     for (name, prefix), layers in list(kinds.items())[:most]:
-        noun = "layer" if len(layers) == 1 else "layers"
-        where = f" in {noun} {runs(sorted(layers))} of {short(prefix)}" if prefix else ""
+        where = f" in {layers_text(layers)} of {short(prefix)}" if prefix else ""
         shown.append(short(name) + where)
     more = f" and {len(kinds) - most} more" if len(kinds) > most else ""
     return ", ".join(shown) + more
@@ -198,11 +202,11 @@ def _outliers(
             if not usual / far <= scan.rms <= usual * far
         ]
         if found:
-            layers = runs(sorted(layer for layer, _ in found))
+            layers = layers_text([layer for layer, _ in found])
             times = max(found, key=lambda item: max(item[1] / usual, usual / item[1]))[1] / usual
             yield Suspicion(
                 "outlier",
-                f"{short(suffix)} in layer{'s' * (len(found) > 1)} {layers} of {short(prefix)} is "
+                f"{short(suffix)} in {layers} of {short(prefix)} is "
                 f"{number(times)} times as large as in the other layers (root mean square); "
                 "compare it with the original's",
                 "note",
@@ -226,10 +230,9 @@ def _equal_layers(
         repeated = {numbers[0]: numbers[1:] for numbers in alike.values() if len(numbers) > 1}
         if repeated:
             copies = sorted(layer for numbers in repeated.values() for layer in numbers)
-            noun = "layer" if len(copies) == 1 else "layers"
             yield Suspicion(
                 "layers-repeated",
-                f"{noun} {runs(copies)} of {short(prefix)} "
+                f"{layers_text(copies)} of {short(prefix)} "
                 f"{'is a copy' if len(copies) == 1 else 'are copies'} of {runs(sorted(repeated))}: "
                 "the model was put together from slices of itself",
                 "note",

@@ -199,7 +199,7 @@ def untouched(tensors: Tensors) -> None:
     ("broken", "expected", "part"),
     [
         (with_nan, "nan mistake", "mlp.up_proj.weight in layer 2 of model.layers"),
-        (with_nan, "inf mistake", "1 elements are inf: lm_head.weight"),
+        (with_nan, "inf mistake", "1 element is inf: lm_head.weight"),
         (with_zeros, "all-zero mistake", "self_attn.o_proj.weight in layers 1–2"),
         (with_ones, "constant mistake", "self_attn.o_proj.weight in layer 1"),
         (with_untrained_norms, "constant-vectors note", "5 tensors"),

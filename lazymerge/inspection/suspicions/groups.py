@@ -190,8 +190,7 @@ class Places:
         found = Counter(place.index for place in places)
         is_whole = all(found[i] == self._by_layer[stack.prefix, i] for i in indices)
         of = "" if is_one else f" {short(stack.prefix)}"
-        noun = "layer" if len(indices) == 1 else "layers"
-        layers = f"{noun} {runs(indices)} of {stack.layer_count}{of}"
+        layers = f"{layers_text(indices)} of {stack.layer_count}{of}"
         if is_whole:
             return f"in {layers}"
         return f"in {_parts(places)} of {layers}"
@@ -204,6 +203,12 @@ def _parts(places: Iterable[LayerPlace]) -> str:
     shown = suffixes if len(suffixes) <= MOST_PARTS else heads
     more = f" and {len(shown) - MOST_PARTS} more parts" if len(shown) > MOST_PARTS else ""
     return ", ".join(short(part) for part in shown[:MOST_PARTS]) + more
+
+
+def layers_text(numbers: Sequence[int]) -> str:
+    """`layer 3`, or `layers 0–3, 8`."""
+    ordered = sorted(set(numbers))
+    return f"{'layer' if len(ordered) == 1 else 'layers'} {runs(ordered)}"
 
 
 def runs(numbers: Sequence[int], most: int = 4) -> str:
