@@ -362,6 +362,18 @@ def test_every_model_is_said_once(tmp_path: Path) -> None:
         assert part in found_.message
 
 
+def test_models_that_differ_where_the_base_says_nothing(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", rope_theta=None)
+    for seed, theta in enumerate((1e4, 1e4, 5e5), 1):
+        write_model(tmp_path / f"m{seed}", seed, rope_theta=theta)
+    entries = [(name, {"weight": 1}) for name in ("base", "m1", "m2", "m3")]
+    shown = found(merge("linear", *entries), tmp_path)["unrelated-model"]
+    assert shown.severity == "mistake"
+    assert shown.message.startswith(
+        "m3 looks unrelated to base: rope_theta is 500000.0 and not 10000.0 as in m1;"
+    )
+
+
 def test_an_output_without_config(tmp_path: Path) -> None:
     write_model(tmp_path / "a", config=None)
     write_model(tmp_path / "b", 1, config=None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import combinations
 
 from ...checkpoint.tensor import Checkpoint
 from ...engine.plan import Plan
@@ -13,7 +12,7 @@ from ...graph.node import Read
 from ...methods import METHODS
 from ...recipe.signature import BaseModel
 from .groups import COPY, Group
-from .suspicion import Suspicion, short
+from .suspicion import Suspicion, listed, short
 from .weights import BY_SIGN, SUMMED, factors_of
 
 CANCELS = 1e-6
@@ -180,29 +179,43 @@ FileIdentities = frozenset[tuple[object, ...]]
 
 def _same_models(plan: Plan, groups: Sequence[Group]) -> Iterator[Suspicion]:
     """Models that are one under two names, and merged with each other."""
-    together = {
-        pair for group in groups if group.method != COPY for pair in combinations(group.by_model, 2)
-    }
-    kinds = {model: _identity(checkpoint) for model, checkpoint in plan.checkpoints.items()}
+    merged = [group.by_model for group in groups if group.method != COPY]
+    identities = {model: _identity(checkpoint) for model, checkpoint in plan.checkpoints.items()}
     stamps = {model: _stamps(checkpoint) for model, checkpoint in plan.checkpoints.items()}
-    for first, second in sorted(together):
-        if first not in kinds or second not in kinds:
-            continue  # another merge's result
-        if kinds[first] and kinds[first] == kinds[second]:
+    same = _alike(identities, merged)
+    for models in same:
+        yield Suspicion(
+            "same-model",
+            f"{listed(models)} are the same files, so that one model is merged with itself; name "
+            "another model, or only one of them",
+            "mistake",
+        )
+    for models in _alike(stamps, merged):
+        if models not in same:
             yield Suspicion(
                 "same-model",
-                f"{short(first)} and {short(second)} are the same files, so that one model is "
-                "merged with itself; name another model, or only one of them",
-                "mistake",
-            )
-        elif stamps[first] and stamps[first] == stamps[second]:
-            yield Suspicion(
-                "same-model",
-                f"{short(first)} and {short(second)} look like copies: their files have the same "
-                "sizes and headers, and the same times to the nanosecond; compare them "
-                "(lazymerge inspect --scan), and name another model if they are one",
+                f"{listed(models)} look like copies: their files have the same sizes and headers, "
+                "and the same times to the nanosecond; compare them, and name another model if "
+                "they are one",
                 "note",
             )
+
+
+def _alike(
+    known: Mapping[str, FileIdentities], merged: Sequence[Mapping[str, object]]
+) -> list[list[str]]:
+    """Models of which the same is known, where they are merged with each other.
+
+    merged: the models of every group of tensors.
+    """
+    found: dict[tuple[str, ...], None] = {}
+    for models in {tuple(by_model): None for by_model in merged}:
+        alike: dict[FileIdentities, list[str]] = {}
+        for model in models:
+            if known.get(model):  # another merge's result has no files
+                alike.setdefault(known[model], []).append(model)
+        found |= {tuple(each): None for each in alike.values() if len(each) > 1}
+    return [list(each) for each in found]
 
 
 def _identity(checkpoint: Checkpoint) -> FileIdentities:

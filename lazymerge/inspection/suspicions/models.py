@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 
 from ...architecture.config import Conflict, config_conflicts
 from ...engine.plan import Plan
-from .suspicion import MOST_NAME, Severity, Suspicion, listed, short
+from .suspicion import MOST_NAME, Suspicion, listed, short
 
 UNRELATED = frozenset(
     {
@@ -55,49 +55,62 @@ def model_suspicions(plan: Plan) -> Iterator[Suspicion]:
         )
     if main not in configs:
         return
-    alike: dict[tuple[str, Severity], list[str]] = {}
-    for model, config in configs.items():
-        if model != main:
-            found = _differences(plan, main, model, {main: configs[main], model: config})
-            if found is not None:
-                alike.setdefault(found, []).append(model)
-    for (differences, severity), models in alike.items():
-        is_unrelated = severity == "mistake"
-        verb = "looks" if len(models) == 1 else "look"
-        differ = "differs" if len(models) == 1 else "differ"
-        yield Suspicion(
-            "unrelated-model",
-            f"{listed(models)} {verb} unrelated to {short(main)}: {differences}; equal weights "
-            "compute different things in them, so merge models of one family, or correct the "
-            "config.json that is wrong"
-            if is_unrelated
-            else f"{listed(models)} {differ} from {short(main)} in config.json: {differences}; "
-            f"the output has what {short(main)} says",
-            severity,
-        )
-
-
-def _differences(
-    plan: Plan, main: str, model: str, configs: Mapping[str, Mapping[str, object]]
-) -> tuple[str, Severity] | None:
-    """How a model's config differs from the main model's, and how bad that is."""
-    is_matched = plan.tokenizer is not None and plan.tokenizer.is_matched
-    conflicts = [
-        conflict
-        for conflict in config_conflicts(configs)
-        if not (is_matched and conflict.key.endswith("vocab_size"))
-        and not _is_one_function(conflict)
-    ]
-    if not conflicts:
-        return None
+    conflicts = [each for each in config_conflicts(configs) if not _is_meant(plan, each)]
     conflicts.sort(key=lambda conflict: not _is_unrelated(conflict))
-    shown = [
-        f"{short(c.key)} is {_shown(c.values[model])} and not {_shown(c.values[main])}"
-        for c in conflicts[:MOST_DIFFERENCES]
-    ]
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for model in configs:
+        differing = [n for n, each in enumerate(conflicts) if _differs(each, main, model)]
+        if differing:
+            alike.setdefault(tuple(differing), []).append(model)
+    for numbers, models in alike.items():
+        yield _unrelated(main, models, [conflicts[number] for number in numbers])
+
+
+def _reference(conflict: Conflict, main: str) -> str:
+    """The model that others are compared with: where the main one says nothing of the key, the
+    first that does."""
+    return main if main in conflict.values else next(iter(conflict.values))
+
+
+def _differs(conflict: Conflict, main: str, model: str) -> bool:
+    values = conflict.values
+    return model in values and values[model] != values[_reference(conflict, main)]
+
+
+def _unrelated(main: str, models: list[str], conflicts: Sequence[Conflict]) -> Suspicion:
+    """What is to be said of models that differ in the same keys."""
+    told = []
+    for conflict in conflicts[:MOST_DIFFERENCES]:
+        reference = _reference(conflict, main)
+        as_in = "" if reference == main else f" as in {short(reference)}"
+        values = dict.fromkeys(_shown(conflict.values[model]) for model in models)
+        told.append(
+            f"{short(conflict.key)} is {listed(list(values))} and not "
+            f"{_shown(conflict.values[reference])}{as_in}"
+        )
     if len(conflicts) > MOST_DIFFERENCES:
-        shown.append(f"{len(conflicts) - MOST_DIFFERENCES} more keys differ")
-    return ", ".join(shown), "mistake" if _is_unrelated(conflicts[0]) else "note"
+        told.append(f"{len(conflicts) - MOST_DIFFERENCES} more keys differ")
+    is_one = len(models) == 1
+    if any(map(_is_unrelated, conflicts)):
+        return Suspicion(
+            "unrelated-model",
+            f"{listed(models)} look{'s' * is_one} unrelated to {short(main)}: {', '.join(told)}; "
+            "equal weights compute different things in them, so merge models of one family, or "
+            "correct the config.json that is wrong",
+            "mistake",
+        )
+    return Suspicion(
+        "unrelated-model",
+        f"{listed(models)} differ{'s' * is_one} from {short(main)} in config.json: "
+        f"{', '.join(told)}; the output has what {short(main)} says",
+        "note",
+    )
+
+
+def _is_meant(plan: Plan, conflict: Conflict) -> bool:
+    """Whether a difference is none, or is what the recipe's tokenizer takes care of."""
+    is_matched = plan.tokenizer is not None and plan.tokenizer.is_matched
+    return (is_matched and conflict.key.endswith("vocab_size")) or _is_one_function(conflict)
 
 
 def _is_unrelated(conflict: Conflict) -> bool:

@@ -41,9 +41,15 @@ def spread(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+MOST_LISTED = 4
+"""Names that a sentence lists before it says how many more there are."""
+
+
 def listed(names: list[str]) -> str:
-    """`A`, `A and B`, `A, B and C`."""
-    names = [short(name) for name in names]
-    if len(names) == 1:
-        return names[0]
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    """`A`, `A and B`, `A, B and C`, `A, B, C and 5 more`."""
+    shown = [short(name) for name in names]
+    if len(shown) == 1:
+        return shown[0]
+    if len(shown) > MOST_LISTED:
+        shown = [*shown[: MOST_LISTED - 1], f"{len(shown) - MOST_LISTED + 1} more"]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"
