@@ -92,24 +92,22 @@ def dtype_suspicions(plan: Plan) -> Iterator[Suspicion]:
 def _loss(before: str, after: str, change: _Change, total: int) -> Iterator[Suspicion]:
     """What is lost between two dtypes, if anything."""
     old, new = _HOLDS[before], _HOLDS[after]
-    models, names = listed(list(change.models)), list(change.names)
-    count = (
-        "all tensors" if len(names) == total
-        else f"{len(names)} of {total} tensors ({short(names[0])}{', …' * (len(names) > 1)})"
-    )  # fmt: skip
+    names = list(change.names)
+    what = f"{listed(list(change.models))}: {before} becomes {after}"
+    if len(names) < total:
+        what += f" in {len(names)} of {total} tensors ({short(names[0])}{', …' * (len(names) > 1)})"
+    bits = f"{new.bits} of {old.bits} significant bits are kept"
     if new.largest < old.largest:
-        keeps = f" and keep {new.bits} of {old.bits} significant bits" * (new.bits < old.bits)
+        kept = f", and {bits}" * (new.bits < old.bits)
         yield Suspicion(
             "dtype-range",
-            f"{count} of {models} are {before} and become {after}{keeps}, whose largest number is "
-            f"{new.largest:g} and whose smallest above 0 is {new.smallest}: what lies beyond turns "
-            "into inf and 0 (the run says so); dtype: bfloat16 keeps the range",
+            f"{what}: above {new.largest:g} is inf, below {new.smallest} is 0{kept}; "
+            "dtype: bfloat16 keeps the range",
             "note",
         )
     elif new.bits < old.bits:
         yield Suspicion(
             "dtype-precision",
-            f"{count} of {models} are {before} and become {after}, which keeps {new.bits} of "
-            f"{old.bits} significant bits; out_dtype: {DTYPES[before].torch_name} keeps all",
+            f"{what}: {bits}; out_dtype: {DTYPES[before].torch_name} keeps all",
             "note",
         )
