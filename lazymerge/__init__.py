@@ -17,7 +17,17 @@ from .errors import DoesNotFitError, InputError, LazymergeError, RecipeError
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import plan, plan_intermediate, plan_of_unfinished, resume, run, status, verify
+    from .api import (
+        inspect,
+        plan,
+        plan_intermediate,
+        plan_of_unfinished,
+        resume,
+        run,
+        status,
+        suspicions,
+        verify,
+    )
     from .engine.plan import Plan
     from .engine.report import RunReport
     from .methods.plugins import load_plugin
@@ -30,6 +40,7 @@ __all__ = [
     "RecipeError",
     "RunReport",
     "__version__",
+    "inspect",
     "load_plugin",
     "plan",
     "plan_intermediate",
@@ -37,6 +48,7 @@ __all__ = [
     "resume",
     "run",
     "status",
+    "suspicions",
     "verify",
 ]
 
@@ -44,12 +56,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Loads the rest of the interface when it is first used."""
     if name in (
+        "inspect",
         "plan",
         "plan_intermediate",
         "plan_of_unfinished",
         "resume",
         "run",
         "status",
+        "suspicions",
         "verify",
     ):
         from . import api

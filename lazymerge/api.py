@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from .adapters import open_model
+from .checkpoint import Checkpoint
 from .engine import intermediates as parts
 from .engine import unfinished
 from .engine.blocks import DeviceClass
+from .engine.download import missing_files
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
 from .engine.plan import (
     DEFAULT_MAX_SHARD_BYTES,
@@ -20,8 +23,12 @@ from .engine.report import Observer, RunReport
 from .engine.run import run_plan
 from .engine.verification import Checked, Verification, verify_output
 from .errors import InputError
+from .inspection.checkpoint import Inspection, inspect_checkpoint
+from .inspection.scan import Scanned, scan_checkpoint
+from .inspection.suspicions import Suspicion
+from .inspection.suspicions import suspicions as find_suspicions
 from .output.status import OutputStatus, output_status
-from .sizes import parse_size
+from .sizes import format_bytes, parse_size
 
 
 def plan(
@@ -78,6 +85,15 @@ def plan(
         truncate_embeddings=truncate_embeddings,
         seed=seed,
     )
+
+
+def suspicions(plan: Plan) -> tuple[Suspicion, ...]:
+    """What looks wrong about a merge, mistakes first; no tensor data is read.
+
+    Every one has a `kind` (a short slug), a `message` (one sentence that names what to do) and a
+    `severity`: "mistake" where it is very likely wrong, "note" where it is worth knowing.
+    """
+    return find_suspicions(plan)
 
 
 def run(
@@ -183,6 +199,44 @@ def status(output: Path | str) -> OutputStatus:
         InputError: it is no output of lazymerge.
     """
     return output_status(output)
+
+
+def inspect(
+    model: str | Checkpoint,
+    *,
+    scan: bool = False,
+    memory: int | str | None = None,
+    workers: int | None = None,
+    scanned: Scanned | None = None,
+) -> Inspection:
+    """What is in a model, and what looks wrong about it: from its headers and small files, or from
+    all of its data.
+
+    model: as recipes name one (a folder, a file, an id on the Hub, with an adapter or without), or
+        one that is open.
+    scan: read all tensors once, for nan, inf, zeros, outliers and layers that are equal.
+    memory: bound of the process's peak resident set while it does, in bytes or as "512MiB".
+    workers: threads that read; by default one per processor.
+    scanned: is told after every tensor: its bytes, its name. From these threads.
+
+    Raises:
+        InputError: it cannot be opened, or is not on this machine and is to be scanned.
+        DoesNotFitError: the memory does not suffice.
+    """
+    checkpoint = open_model(model) if isinstance(model, str) else model
+    if not scan:
+        return inspect_checkpoint(checkpoint)
+    missing = missing_files([checkpoint], checkpoint.folder, ())
+    if missing:
+        size = format_bytes(sum(file.size_bytes for file in missing))
+        raise InputError(
+            f"{checkpoint.reference}: {size} in {len(missing)} files are not on this machine yet "
+            f"({missing[0].name}); download them first: hf download "
+            f"{missing[0].source.repository}"
+        )
+    limit = parse_size(memory) if isinstance(memory, str) else memory
+    scans = scan_checkpoint(checkpoint, memory=limit, workers=workers, scanned=scanned)
+    return inspect_checkpoint(checkpoint, scans)
 
 
 def verify(

@@ -70,6 +70,9 @@ def test_a_merge_of_whole_models(family: Family, tmp_path: Path) -> None:
     base, fine_tunes = models_of(family)
     plan = lazymerge.plan(write_merge(base, fine_tunes, tmp_path))
     assert plan.notices == ()
+    inspected = lazymerge.inspect(str(tmp_path / "base"), scan=True)
+    for each in (*lazymerge.suspicions(plan), *inspected.suspicions):
+        assert each.severity == "note", each
     lazymerge.run(plan, tmp_path / "out", fsync=False)
     loaded, said = family.load(tmp_path / "out")
     assert not said["missing_keys"], said

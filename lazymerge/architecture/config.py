@@ -198,6 +198,13 @@ def configs_within(
             yield from configs_within(value, f"{path}.{key}" if path else key)
 
 
+def rotary_positions(config: Mapping[str, object]) -> tuple[object, object]:
+    """A config's theta and scaling of rotary positions, as transformers 4 writes them; None where
+    it says nothing of one."""
+    theta, scaling = _rope(config)
+    return None if theta is _ABSENT else theta, None if scaling is _ABSENT else scaling
+
+
 def _replace(config: dict[str, object], keys: tuple[str, ...], value: object) -> bool:
     """Give the keys that the config has a new value; whether there was one."""
     present = [key for key in keys if key in config]

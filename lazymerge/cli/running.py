@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..engine.intermediates import Output
     from ..engine.plan import Plan
     from ..engine.report import RunReport
+    from ..inspection.suspicions import Suspicion
     from .log_json import JsonLog
 
 MOST_SHOWN = 3
-"""Tensors with inf or nan that a run names on the terminal."""
+"""Tensors with inf or nan that a run names on the terminal, and notes that it shows."""
 
 advice: list[str] = []
 """What main says last, after what went wrong."""
@@ -103,11 +106,13 @@ def _run_and_report(
     from .progress import progress_display
 
     console = messages()
+    found = [[] if quiet and not as_json else suspicions_of(each.plan) for each in outputs]
     if not quiet:
         from rich.text import Text
 
         for notice in notices_of(outputs[-1].plan, outputs[:-1]):
             console.print(Text.assemble(("notice", "yellow"), f" {notice}"), soft_wrap=True)
+        _show_suspicions(dict.fromkeys(each for of_one in found for each in of_one), console)
     if not is_one:
         check_outputs(outputs, overwrite=overwrite)
     same = "the same command, without --overwrite" if overwrite else "the same command"
@@ -151,17 +156,48 @@ def _run_and_report(
     if as_json:
         from .console import print_json
 
-        *others, last = map(_document, outputs, reports)
+        *others, last = map(_document, outputs, reports, found)
         named = [{"name": o.name, **d} for o, d in zip(outputs, others, strict=False)]
         print_json({**last, **({} if is_one else {"intermediates": named})})
 
 
-def _document(output: Output, report: RunReport) -> dict[str, object]:
+def _document(output: Output, report: RunReport, found: Sequence[Suspicion]) -> dict[str, object]:
     """What came of one output, for JSON."""
     from dataclasses import asdict
 
     plan = output.plan
-    return {**asdict(report), "memory": plan.memory.as_dict(), "notices": list(plan.notices)}
+    return {
+        **asdict(report),
+        "memory": plan.memory.as_dict(),
+        "notices": list(plan.notices),
+        "suspicions": [asdict(each) for each in found],
+    }
+
+
+def suspicions_of(plan: Plan) -> list[Suspicion]:
+    """What looks wrong about a merge, mistakes first."""
+    from ..inspection.suspicions import suspicions
+
+    return list(suspicions(plan))
+
+
+def _show_suspicions(found: Iterable[Suspicion], console: Console) -> None:
+    """Every mistake, and so many of the notes that they do not hide them."""
+    from rich.text import Text
+
+    notes = 0
+    for each in sorted(found, key=lambda each: each.severity != "mistake"):
+        is_mistake = each.severity == "mistake"
+        notes += not is_mistake
+        if is_mistake or notes <= MOST_SHOWN:
+            label = ("warning", "bold red") if is_mistake else ("note", "cyan")
+            console.print(Text.assemble(label, f" {each.message}"), soft_wrap=True)
+    if notes > MOST_SHOWN:
+        more = notes - MOST_SHOWN
+        console.print(
+            Text.assemble(("note", "cyan"), f" and {more} more: lazymerge plan shows them"),
+            soft_wrap=True,
+        )
 
 
 def notices_of(plan: Plan, before: Sequence[Output]) -> list[str]:

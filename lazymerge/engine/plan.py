@@ -18,7 +18,6 @@ from typing import Any, get_args
 
 from ..adapters import open_model, split_reference
 from ..architecture import LayerStacks, find_layer_stacks
-from ..architecture.config import config_conflicts
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint
 from ..checkpoint.fused import is_rows_of, taken_apart
@@ -491,9 +490,6 @@ def make_plan(
             *compiled.notices,
             *(tokenizer.notices if tokenizer else ()),
             *config_notices,
-            *_config_notices(
-                checkpoints, is_vocabulary_matched=tokenizer is not None and tokenizer.is_matched
-            ),
         ),
         shards=lay_out(
             [OutputTensor(w.name, w.dtype, w.shape) for w in compiled.graph.writes],
@@ -886,21 +882,6 @@ def _recipe_notices(recipe: Recipe) -> list[str]:
         if warning.position
         else warning.message
         for warning in recipe.warnings
-    ]
-
-
-def _config_notices(
-    checkpoints: Mapping[str, Checkpoint], *, is_vocabulary_matched: bool
-) -> list[str]:
-    configs = {
-        reference: checkpoint.config
-        for reference, checkpoint in checkpoints.items()
-        if checkpoint.config is not None
-    }
-    return [
-        f"configs disagree on {conflict}"
-        for conflict in config_conflicts(configs)
-        if not (is_vocabulary_matched and conflict.key.endswith("vocab_size"))
     ]
 
 

@@ -20,8 +20,9 @@ from lazymerge.adapters import config as config_module
 from lazymerge.adapters import open_model, split_reference
 from lazymerge.adapters.config import AdapterConfig, _is_simple, read_adapter_config
 from lazymerge.adapters.names import Part, part_of
+from lazymerge.api import inspect
 from lazymerge.checkpoint.tensor import LowRank
-from lazymerge.cli.inspect import _view, checkpoint_document
+from lazymerge.cli.inspect import inspection_view
 from lazymerge.cli.plan_view import plan_view
 from lazymerge.engine.plan import Resources
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
@@ -547,10 +548,10 @@ def test_what_people_are_shown(models: Path) -> None:
     plan = plan_of(models, recipe, {})
     console = Console(file=StringIO(), width=200)
     console.print(plan_view(plan, models, is_given=False))
-    console.print(_view(open_model("base+tuned"), with_tensors=False))
+    console.print(inspection_view(inspect("base+tuned", scan=True), with_tensors=False))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert printed.count("tuned, LoRA, rank 2, 40 parameters, changes 1 tensor") == 2
-    assert checkpoint_document(open_model("base+tuned"))["adapter"]["ranks"] == (2,)
+    assert inspect("base+tuned").as_dict()["adapter"]["ranks"] == (2,)
     assert plan.as_dict()["models"][0]["adapter"]["changed"] == 1
 
 
