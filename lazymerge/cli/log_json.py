@@ -10,7 +10,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -58,8 +58,8 @@ class JsonLog:
             except (OSError, ValueError):
                 self._stream = None
 
-    def planned(self, output: Output) -> None:
-        """What is going to be made."""
+    def planned(self, output: Output, suspicions: Sequence[Mapping[str, Any]]) -> None:
+        """What is going to be made. suspicions: what looks wrong about it."""
         plan = output.plan
         self.event(
             "plan",
@@ -74,6 +74,7 @@ class JsonLog:
             projected_bytes=plan.memory.projected_bytes,
             limit_bytes=plan.memory.limit_bytes,
             notices=list(plan.notices),
+            suspicions=list(suspicions),
         )
 
     def done(self, report: RunReport) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,7 +107,8 @@ def _run_and_report(
     from .progress import progress_display
 
     console = messages()
-    found = [[] if quiet and not as_json else suspicions_of(each.plan) for each in outputs]
+    is_heard = not quiet or as_json or log is not None
+    found = [suspicions_of(each.plan) if is_heard else [] for each in outputs]
     if not quiet:
         from rich.text import Text
 
@@ -126,18 +128,18 @@ def _run_and_report(
     if not is_one and overwrite:
         clear_earlier(outputs, fsync=not no_fsync)
     reports: list[RunReport] = []
-    for each, command in zip(outputs, again, strict=True):
+    for each, command, its in zip(outputs, again, found, strict=True):
         if not is_one and not quiet and not as_json:
             which = "what they lead to" if each.name is None else f"the merge {each.name}"
             console.print(f"writing {which} into {each.folder}", soft_wrap=True)
+        if log is not None:
+            log.planned(each, [asdict(one) for one in its])
         complete = [report.output for report in reports]
         with (
             says_how_to_resume(each.folder, command, quiet=quiet),
             says_what_is_complete(complete, each.folder, same, quiet=quiet),
             progress_display(each.plan, console, quiet=quiet or as_json, log=log) as observer,
         ):
-            if log is not None:
-                log.planned(each)
             report = run_plan(
                 each.plan,
                 each.folder,
@@ -163,7 +165,6 @@ def _run_and_report(
 
 def _document(output: Output, report: RunReport, found: Sequence[Suspicion]) -> dict[str, object]:
     """What came of one output, for JSON."""
-    from dataclasses import asdict
 
     plan = output.plan
     return {

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 from ..engine.plan import Plan
-
-SUSPICIONS = "lazymerge.inspection.suspicions"
+from .suspicions import suspicions
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +27,8 @@ class Finding:
 
 
 def suspicions_of(plan: Plan) -> tuple[Finding, ...]:
-    """What the module of suspicions says of a plan, mistakes first."""
-    if find_spec(SUSPICIONS) is None:
-        return ()
-    found: Sequence[Any] = import_module(SUSPICIONS).suspicions(plan)
-    findings = [Finding(each.kind, each.message, each.severity) for each in found]
+    """The suspicions of a plan, mistakes first."""
+    findings = [Finding(each.kind, each.message, each.severity) for each in suspicions(plan)]
     return tuple(sorted(findings, key=lambda finding: finding.severity != "mistake"))
 
 
@@ -43,9 +37,9 @@ def findings_of(plan: Plan, notices: Sequence[str]) -> tuple[Finding, ...]:
 
     notices: the plan's, and those of what is written before it.
     """
-    suspicions = suspicions_of(plan)
+    found = suspicions_of(plan)
     noticed = [Finding("notice", notice, "note") for notice in notices]
-    mistakes = [finding for finding in suspicions if finding.severity == "mistake"]
-    notes = [finding for finding in suspicions if finding.severity != "mistake"]
+    mistakes = [finding for finding in found if finding.severity == "mistake"]
+    notes = [finding for finding in found if finding.severity != "mistake"]
     ordered = {finding.message: finding for finding in [*mistakes, *noticed, *notes]}
     return tuple(ordered.values())

@@ -17,14 +17,13 @@ from .suspicions.groups import layers_text, runs
 from .suspicions.suspicion import number, short
 
 EXTREME = 1_000.0
-"""Trained weights are below 100, and norms' seldom above it."""
+"""By judgement, not measured: trained weights hardly ever come near it."""
 
 BROKEN = 1e6
 """No layer computes with numbers like this; bits have been flipped, or bytes read as others."""
 
 FAR = 10.0
-"""Times the root mean square of the same matrix in the other layers. Layers of one model differ by
-up to 4."""
+"""Times the root mean square of the same matrix in the other layers; by judgement, not measured."""
 
 FAR_VECTORS = 50.0
 """The same of norms and biases, of which the first layers' differ more."""

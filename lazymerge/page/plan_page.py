@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.plan import Plan
+from ..inspection.findings import suspicions_of
 from ..output.manifest import write_text
 from .html import D3, assemble
 from .plan_document import plan_documents
-from .suspicions import suspicions_of
 
 LIBRARIES = ("uPlot", "dagre", *(f"d3-{part}" for part in D3))
 SCRIPTS = (
@@ -38,7 +38,10 @@ def plan_page(
         drawn beside what the plan predicts.
     """
     document, packed = plan_documents(
-        plan, suspicions=suspicions_of(plan), facts=facts, manifest=manifest
+        plan,
+        suspicions=[(each.severity, each.message) for each in suspicions_of(plan)],
+        facts=facts,
+        manifest=manifest,
     )
     title = f"{plan.recipe.merge_method} {Path(plan.recipe.path).name}: lazymerge plan"
     return assemble(title, document, packed, libraries=LIBRARIES, scripts=SCRIPTS)

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from command_line import (
@@ -145,10 +145,7 @@ def test_mistakes_stand_first_and_what_is_left_out_is_counted(
         found = [*notes, *(("mistake", f"mistake number {n}") for n in range(12))]
         return tuple(SimpleNamespace(kind="k", severity=s, message=m) for s, m in found)
 
-    module = ModuleType(findings.SUSPICIONS)
-    module.__spec__ = SimpleNamespace(name=findings.SUSPICIONS)  # type: ignore[assignment]
-    module.suspicions = suspicions  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, findings.SUSPICIONS, module)
+    monkeypatch.setattr(findings, "suspicions", suspicions)
     shown = lazymerge(*PLAN).out
     found = re.findall(r"mistake number (\d+)", shown)
     assert 6 <= len(found) < 12
