@@ -107,6 +107,7 @@ def run(
     strict: bool = False,
     recheck: bool = False,
     hash_inputs: bool = False,
+    statistics: bool = False,
 ) -> RunReport:
     """Runs a plan into a folder, or goes on with what an earlier run of it has left there.
 
@@ -118,6 +119,7 @@ def run(
     strict: inf or nan in the output is an error; without it the report names the tensors.
     recheck: read what an earlier run has finished before believing it.
     hash_inputs: read all inputs once before, so that any change of them is noticed.
+    statistics: gather on the way what the merge did to every tensor, for `report`.
 
     Raises:
         InputError: the folder cannot be used, or integer tensors differ between models.
@@ -127,6 +129,7 @@ def run(
     Whatever it raises, tensors that are complete stay, for another run to go on with; if there are
     none, the files it has made are removed.
     """
+    plan = plan.with_statistics() if statistics else plan
     outputs = parts.outputs_of(plan, output, intermediates or {})
     is_one = len(outputs) == 1
     if not is_one:

@@ -24,7 +24,14 @@ from .options import (
     WorkersOption,
     plan_of,
 )
-from .running import NoSyncOption, QuietOption, RecheckOption, StrictOption, run_and_report
+from .running import (
+    NoSyncOption,
+    QuietOption,
+    RecheckOption,
+    StatsOption,
+    StrictOption,
+    run_and_report,
+)
 
 
 def run(
@@ -53,6 +60,7 @@ def run(
             "--hash-inputs", help="Read all inputs once before, so that any change is noticed."
         ),
     ] = False,
+    stats: StatsOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     log_json: LogJsonOption = None,
@@ -71,7 +79,7 @@ def run(
         plugin,
     )
     run_and_report(
-        made,
+        made.with_statistics() if stats else made,
         output,
         intermediates=folders_asked(write_intermediate, made.recipe, output),
         overwrite=overwrite,

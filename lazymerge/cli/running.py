@@ -35,6 +35,12 @@ RecheckOption = Annotated[
     bool,
     typer.Option("--recheck", help="Read what an earlier run has finished before believing it."),
 ]
+StatsOption = Annotated[
+    bool,
+    typer.Option(
+        "--stats", help="Gather statistics of every tensor on the way, for lazymerge report."
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")]
 
 

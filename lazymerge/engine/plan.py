@@ -307,10 +307,38 @@ class Plan:
         Raises:
             DoesNotFitError: the memory does not suffice.
         """
-        return replace(
+        made = replace(
             self,
             memory=_memory(self.graph, self.kinds, resources, self.tokenizer),
             execution=resources.execution,
+        )
+        return made.with_statistics() if self.execution.gathers else made
+
+    def with_statistics(self) -> Plan:
+        """The same merge; statistics of what is written are gathered on the way.
+
+        Raises:
+            DoesNotFitError: the memory does not suffice for that.
+        """
+        if self.execution.gathers:
+            return self
+        reference = self.checkpoints[self.recipe.main_model]
+        files = frozenset(f"{reference.folder}/{file.path}" for file in reference.files)
+        execution, memory = replace(self.execution, reference_files=files), self.memory
+        held = 0 if self.tokenizer is None else self.tokenizer.held_bytes
+        planning = 0 if self.tokenizer is None else self.tokenizer.planning_bytes
+        return replace(
+            self,
+            execution=execution,
+            memory=plan_memory(
+                self.graph,
+                self.kinds,
+                memory.limit_bytes,
+                memory.workers,
+                execution,
+                beside_bytes=held,
+                planning_bytes=planning,
+            ),
         )
 
     def in_this_process(self, held_bytes: int) -> Plan:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,9 +22,10 @@ from ..checkpoint.folder import SUFFIX
 from ..checkpoint.hub import Moved
 from ..errors import InputError, LazymergeError
 from ..graph.node import Read, Write
+from ..graph.operations.statistics import added
 from ..output.folder import clear_output_folder
 from ..output.lock import OutputLock
-from ..output.manifest import MANIFEST_NAME, write_document
+from ..output.manifest import MANIFEST_NAME, STATISTICS_NAME, write_document
 from ..output.writer import sync_folder, write_error
 from . import torch_loading
 from .baseline import peak_resident_bytes, resident_bytes, store_baseline
@@ -52,8 +54,10 @@ from .readahead import ReadAhead
 from .recent import Recent
 from .report import Observer, RunReport, Silent
 from .scheduler import Scheduler
+from .statistics_file import write_statistics
 from .timeline import Timeline
-from .worker import Worker
+from .unfinished import was_begun_with_statistics
+from .worker import Worker, Written
 
 WAKE_SECONDS = 0.1
 """How often the waiting main thread looks up, so that Ctrl-C is answered."""
@@ -139,6 +143,8 @@ def run_plan(
             remove_beginnings(folder)
             return _nothing_to_do(plan, folder, observer)
         resumes = check_output(plan, folder, overwrite=overwrite)
+        if resumes and was_begun_with_statistics(folder):
+            plan = plan.with_statistics().in_this_process(resident_bytes())
         prepared = prepare(
             plan,
             folder,
@@ -234,6 +240,8 @@ def _nothing_to_do(plan: Plan, folder: Path, observer: Observer) -> RunReport:
         f"{folder} holds this merge, complete; lazymerge verify reads it again, --overwrite makes "
         "it again"
     )
+    if plan.execution.gathers and not (folder / STATISTICS_NAME).is_file():
+        observer.noted("it was made without --stats; --overwrite makes it again with statistics")
     return RunReport(
         output=str(folder.absolute()),
         seconds=0.0,
@@ -374,8 +382,11 @@ def _run(
     timeline.note(0, 0)
     lock = threading.Lock()
 
-    def finished(write: Write, digests: Sequence[bytes]) -> None:
-        checksum = xxh3_128_hexdigest(b"".join(digest for digest in digests if digest))
+    def finished(write: Write, blocks: Sequence[Written | None]) -> None:
+        spans = [span for span in blocks if span is not None]
+        checksum = xxh3_128_hexdigest(b"".join(span.digest for span in spans))
+        gathered = [numbers for span in spans for numbers in span.statistics]
+        statistics = array("d", added(gathered) if gathered else ())
         file, place = places[write.name]
         prepared.journal.finished(
             write.name,
@@ -384,9 +395,12 @@ def _run(
             checksum,
             is_nonfinite=write.name in nonfinite,
             identity=writer.identity(write.name),
+            statistics=statistics,
         )
         with lock:
             prepared.checksums[write.name] = checksum
+            if statistics:
+                prepared.statistics[write.name] = statistics
         writer.finish_tensor(write.name)
         observer.finished(write.name)
 
@@ -481,6 +495,9 @@ def _run(
         checksums = {name: record.checksum for name, record in before.items()}
         checksums |= prepared.checksums
         document = manifest(plan, prepared.beginning, checksums, beside, folder, report, timeline)
+        if plan.execution.gathers:
+            gathered = {name: record.statistics for name, record in before.items()}
+            write_statistics(plan, folder, {**gathered, **prepared.statistics}, fsync=fsync)
         write_document(folder / MANIFEST_NAME, document, fsync=fsync)
         if fsync:
             sync_folder(folder)

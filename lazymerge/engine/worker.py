@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import starmap
 from typing import Any
 
@@ -27,6 +28,18 @@ from .readahead import ReadAhead
 from .recent import Recent
 from .scheduler import Job, Scheduler
 from .stages import bytes_between, bytes_per_element, stage_layout
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is known of a span of blocks when it has been written.
+
+    digest: its checksum. statistics: what was gathered of each block; empty: nothing.
+    """
+
+    digest: bytes
+    statistics: Sequence[tuple[float, ...]] = ()
+
 
 Nonfinite = Callable[[str], None]
 """Told of a tensor that inf or nan was written of."""
@@ -125,7 +138,7 @@ class Worker:
         return partials if pairs is None else [pairs.result]
 
     def _write(self, frame: Frame, job: Job, stage: Write) -> list[Any] | None:
-        """The checksum of all blocks, as what the first of them gives."""
+        """The checksum of all blocks and their statistics, as what the first of them gives."""
         checksum = xxh3_128()
         offset = self._bytes_of(stage, 0, job.pieces[0][0][0])
         start = job.pieces[0][0][0]
@@ -141,7 +154,8 @@ class Worker:
             self._moved(self._bytes_read(start, stop), len(data), stage.name)
             start = stop
             del data  # it may be part of a mapped window
-        return [checksum.digest(), *[None] * (len(job.pieces) - 1)]
+        written = Written(checksum.digest(), frame.take_statistics())
+        return [written, *[None] * (len(job.pieces) - 1)]
 
     def _write_at_once(
         self, frame: NativeFrame, job: Job, stage: Write, start: int, stop: int
@@ -155,9 +169,10 @@ class Worker:
             raise self._writer.failure(stage.name, error, sink.unwritten) from error
         if sink.is_nonfinite:
             self._nonfinite(stage.name)
-        written = self._bytes_of(stage, start, stop)
-        self._moved(self._bytes_read(start, stop), written, stage.name)
-        return [sink.digest(), *[None] * (len(job.pieces) - 1)]
+        bytes_written = self._bytes_of(stage, start, stop)
+        self._moved(self._bytes_read(start, stop), bytes_written, stage.name)
+        written = Written(sink.digest(), frame.take_statistics())
+        return [written, *[None] * (len(job.pieces) - 1)]
 
     def _bytes_read(self, start: int, stop: int) -> int:
         return bytes_between(self._bytes_per_element, start, stop)

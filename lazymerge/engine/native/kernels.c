@@ -78,6 +78,11 @@ enum operation {
     LOAD_STORED,  /* dst = memory b                                 */
     LOAD_PRODUCT, /* dst = table c @ table b, of the working type;  */
                   /* d rows of b; memory a holds some chunks of it  */
+    DOT_SIGNS,    /* lanes k += a * b; k + 1: how many are above 0  */
+    MAGNITUDE,    /* lanes k += a * a; k + 1: how many are above 0; */
+                  /* k + 2: largest |a|                             */
+    MIXED,        /* of b registers from a on, lanes k: elements    */
+                  /* where one is not 0; k + 1: with both signs     */
     /* whole blocks: what follows sees what all of the block has left */
     WAIT,
     RANK_ROWS     /* memory b: rank of each |element| in its row    */
@@ -462,6 +467,9 @@ struct stream {
     int64_t lane_count;         /* of each block; so for counters */
     int64_t counter_count;
     int64_t output_item_bytes;
+    const struct call *after;   /* run on every block when it is done, its output as the last input;
+                                 * NULL: nothing */
+    int64_t after_lane_count;
 };
 
 /* Whether all bytes of a block of an input are there; `size` bytes from `offset` of the file. */
@@ -507,7 +515,9 @@ static int write_block(struct sink *sink, const char *data, int64_t count, int64
  * written. */
 int32_t lm_stream(const struct stream *stream)
 {
-    struct call call = *stream->call;
+    struct call call = *stream->call, after;
+    if (stream->after)
+        after = *stream->after;
     struct sink *const sink = stream->sink;
     if (sink && sink->begins) {
         sink->begins = sink->is_nonfinite = sink->error = 0;
@@ -531,6 +541,15 @@ int32_t lm_stream(const struct stream *stream)
         run_block(&call);
         call.lanes += stream->lane_count * LANES;
         call.counters += stream->counter_count * 3;
+        if (stream->after) {
+            for (int64_t i = 0; i < stream->input_count; i++)
+                after.inputs[i] = call.inputs[i];
+            after.inputs[stream->input_count] = call.output;
+            after.start = call.start;
+            after.count = call.count;
+            run_block(&after);
+            after.lanes += stream->after_lane_count * LANES;
+        }
         if (sink) {
             if (!write_block(sink, call.output, call.count, stream->output_item_bytes))
                 return -1;
@@ -556,5 +575,5 @@ int32_t lm_chunk(void)
 
 int32_t lm_version(void)
 {
-    return 7; /* of this interface; library.py refuses another */
+    return 8; /* of this interface; library.py refuses another */
 }

@@ -411,6 +411,77 @@ TARGET static void RUN(const struct call *call)
                 memcpy(lanes, sums, sizeof sums);
                 break;
             }
+            case DOT_SIGNS: {
+                double *lanes = call->lanes + now->k * LANES;
+                double sums[LANES], counts[LANES];
+                memcpy(sums, lanes, sizeof sums);
+                memcpy(counts, lanes + LANES, sizeof counts);
+                const ptrdiff_t whole = n / LANES * LANES;
+                for (ptrdiff_t i = 0; i < whole; i += LANES)
+                    for (int lane = 0; lane < LANES; lane++) {
+                        const double product = (double)a[i + lane] * (double)b[i + lane];
+                        sums[lane] += product;
+                        counts[lane] += product > 0 ? 1.0 : 0.0;
+                    }
+                for (ptrdiff_t i = whole; i < n; i++) {
+                    const double product = (double)a[i] * (double)b[i];
+                    sums[i - whole] += product;
+                    counts[i - whole] += product > 0 ? 1.0 : 0.0;
+                }
+                memcpy(lanes, sums, sizeof sums);
+                memcpy(lanes + LANES, counts, sizeof counts);
+                break;
+            }
+            case MAGNITUDE: {
+                double *lanes = call->lanes + now->k * LANES;
+                double sums[LANES], counts[LANES], largest[LANES];
+                memcpy(sums, lanes, sizeof sums);
+                memcpy(counts, lanes + LANES, sizeof counts);
+                memcpy(largest, lanes + 2 * LANES, sizeof largest);
+                const ptrdiff_t whole = n / LANES * LANES;
+                for (ptrdiff_t i = 0; i < n; i += LANES) {
+                    const int width = i < whole ? LANES : (int)(n - whole);
+                    if (width == LANES) {
+                        for (int lane = 0; lane < LANES; lane++) {
+                            const double value = (double)a[i + lane];
+                            const double size = fabs(value), square = value * value;
+                            sums[lane] += square;
+                            counts[lane] += square > 0 ? 1.0 : 0.0;
+                            largest[lane] = size > largest[lane] ? size : largest[lane];
+                        }
+                        continue;
+                    }
+                    for (int lane = 0; lane < width; lane++) {
+                        const double value = (double)a[i + lane];
+                        const double size = fabs(value), square = value * value;
+                        sums[lane] += square;
+                        counts[lane] += square > 0 ? 1.0 : 0.0;
+                        largest[lane] = size > largest[lane] ? size : largest[lane];
+                    }
+                }
+                memcpy(lanes, sums, sizeof sums);
+                memcpy(lanes + LANES, counts, sizeof counts);
+                memcpy(lanes + 2 * LANES, largest, sizeof largest);
+                break;
+            }
+            case MIXED: {
+                double *lanes = call->lanes + now->k * LANES;
+                uint8_t signs[CHUNK]; /* 1: one is above 0, 2: one is below */
+                int32_t any = 0, both = 0;
+                memset(signs, 0, sizeof signs);
+                for (int32_t r = 0; r < now->b; r++, a += CHUNK) {
+                    PORTABLE_LOOP
+                    for (ptrdiff_t i = 0; i < n; i++)
+                        signs[i] |= (uint8_t)((a[i] > 0) | (a[i] < 0) << 1);
+                }
+                for (ptrdiff_t i = 0; i < n; i++) {
+                    any += signs[i] != 0;
+                    both += signs[i] == 3;
+                }
+                lanes[0] += any;
+                lanes[LANES] += both;
+                break;
+            }
             case COUNT: {
                 int64_t *counters = call->counters + now->k * 3;
                 int32_t above = 0, reaching = 0;

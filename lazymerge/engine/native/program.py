@@ -73,8 +73,11 @@ class Code(IntEnum):
     DIV_ROWS = 39
     LOAD_STORED = 40
     LOAD_PRODUCT = 41
-    WAIT = 42
-    RANK_ROWS = 43
+    DOT_SIGNS = 42
+    MAGNITUDE = 43
+    MIXED = 44
+    WAIT = 45
+    RANK_ROWS = 46
 
 
 BARRIERS = frozenset({Code.WAIT, Code.RANK_ROWS})
@@ -97,6 +100,7 @@ READS_B = frozenset(
         Code.MUL,
         Code.DIV,
         Code.DOT,
+        Code.DOT_SIGNS,
         Code.MUL_ADD,
         Code.LOAD_MUL_ADD,
         Code.LOAD_SUB_MUL_ADD,
@@ -117,6 +121,9 @@ WRITES = frozenset(Code) - {
     Code.DOT_ROWS,
     Code.SUM_ROWS,
     Code.MAX_ROWS,
+    Code.DOT_SIGNS,
+    Code.MAGNITUDE,
+    Code.MIXED,
     *BARRIERS,
 }
 
@@ -141,6 +148,8 @@ class Instruction:
     @property
     def operands(self) -> tuple[int, ...]:
         """The registers it reads."""
+        if self.code is Code.MIXED:
+            return tuple(range(self.a, self.a + self.b))
         first = (self.a,) if self.code in READS_A else ()
         second = (self.b,) if self.code in READS_B else ()
         return (*first, *second, *((self.c,) if self.code is Code.ZERO_FROM else ()))
@@ -153,8 +162,8 @@ class Instruction:
 class Outcome:
     """Where a program leaves something that a reduction returned.
 
-    kind: "sum" (a lane), "counts" (counter and store), "index" (counter), "copy" (store), "rows"
-        or "columns" (list).
+    kind: "sum" or "largest" (a lane), "counts" (counter and store), "index" (counter), "copy"
+        (store), "rows" or "columns" (list).
     lane, counter, store, list: which one.
     quota, collects: the most values to take of a store, and whether it holds any (counts).
     row_elements: how long rows are (rows, columns).
@@ -349,6 +358,29 @@ class Register:
         self._recorder.lanes += 1
         self._recorder.add(Code.DOT, a=self.number, b=other.number, k=lane)
         return Outcome("sum", lane=lane)
+
+    def record_dot_and_agreements(self, other: Register) -> Any:
+        first = self._lanes(2)
+        self._recorder.add(Code.DOT_SIGNS, a=self.number, b=other.number, k=first)
+        return Outcome("sum", lane=first), Outcome("sum", lane=first + 1)
+
+    def record_magnitude(self) -> Any:
+        first = self._lanes(3)
+        self._recorder.add(Code.MAGNITUDE, a=self.number, k=first)
+        sums = Outcome("sum", lane=first), Outcome("sum", lane=first + 1)
+        return *sums, Outcome("largest", lane=first + 2)
+
+    def record_mixed_signs(self, others: Sequence[Register]) -> Any:
+        numbers = [self.number, *(other.number for other in others)]
+        assert numbers == list(range(self.number, self.number + len(numbers)))
+        first = self._lanes(2)
+        self._recorder.add(Code.MIXED, a=self.number, b=len(numbers), k=first)
+        return Outcome("sum", lane=first), Outcome("sum", lane=first + 1)
+
+    def _lanes(self, count: int) -> int:
+        """The first of some groups of lanes to be filled."""
+        first, *_ = (self._recorder.lane() for _ in range(count))
+        return first
 
     def record_total(self) -> Any:
         lane = self._recorder.lanes
