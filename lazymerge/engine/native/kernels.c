@@ -30,6 +30,9 @@
 #define TILE 256
 #define TERMS 16
 
+#define MOST_SIGNS 32 /* registers of SIGNS; gathering.py asks for fewer */
+#define STRIDE 32     /* CHUNK / STRIDE is less than 256 */
+
 enum dtype { F64, F32, F16, BF16, F8_E4M3, F8_E5M2 };
 
 enum operation {
@@ -78,11 +81,11 @@ enum operation {
     LOAD_STORED,  /* dst = memory b                                 */
     LOAD_PRODUCT, /* dst = table c @ table b, of the working type;  */
                   /* d rows of b; memory a holds some chunks of it  */
-    DOT_SIGNS,    /* lanes k += a * b; k + 1: how many are above 0  */
-    MAGNITUDE,    /* lanes k += a * a; k + 1: how many are above 0; */
-                  /* k + 2: largest |a|                             */
-    MIXED,        /* of b registers from a on, lanes k: elements    */
-                  /* where one is not 0; k + 1: with both signs     */
+    LARGEST,      /* lanes k: largest |a|                           */
+    SIGNS,        /* of b registers from a on, for each pair, each  */
+                  /* with itself included, lanes k, k + 1, …:       */
+                  /* elements of one sign, not 0; then, of the      */
+                  /* first c, where one is not 0; where both signs  */
     /* whole blocks: what follows sees what all of the block has left */
     WAIT,
     RANK_ROWS     /* memory b: rank of each |element| in its row    */
@@ -336,12 +339,14 @@ static void floats_to_halves(const float *from, uint16_t *to, ptrdiff_t n)
 #define RUN run_float
 #define PRODUCT product_float
 #define ADD_TERMS add_terms_float
+#define COUNT_COMMON count_common_float
 #include "loops.h"
 #define REAL double
 #define ABSOLUTE fabs
 #define RUN run_double
 #define PRODUCT product_double
 #define ADD_TERMS add_terms_double
+#define COUNT_COMMON count_common_double
 #define TO_ODD to_odd_float
 #include "loops.h"
 #undef TARGET
@@ -381,12 +386,14 @@ TARGET static void floats_to_halves_avx2(const float *from, uint16_t *to, ptrdif
 #define RUN run_float_avx2
 #define PRODUCT product_float_avx2
 #define ADD_TERMS add_terms_float_avx2
+#define COUNT_COMMON count_common_float_avx2
 #include "loops.h"
 #define REAL double
 #define ABSOLUTE fabs
 #define RUN run_double_avx2
 #define PRODUCT product_double_avx2
 #define ADD_TERMS add_terms_double_avx2
+#define COUNT_COMMON count_common_double_avx2
 #define TO_ODD to_odd_float
 #include "loops.h"
 #endif

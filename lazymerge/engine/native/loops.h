@@ -168,6 +168,22 @@ TARGET static void PRODUCT(REAL *to, const REAL *left, const REAL *right, int64_
     }
 }
 
+/* In how many places of a chunk two bytes of two bits have one in common. Sums of so few fit
+ * bytes. */
+TARGET static int32_t COUNT_COMMON(const uint8_t *one, const uint8_t *other)
+{
+    uint8_t sums[STRIDE] = {0};
+    int32_t count = 0;
+    for (ptrdiff_t i = 0; i < CHUNK; i += STRIDE)
+        for (int j = 0; j < STRIDE; j++) {
+            const uint8_t common = one[i + j] & other[i + j];
+            sums[j] = (uint8_t)(sums[j] + ((common | common >> 1) & 1));
+        }
+    for (int j = 0; j < STRIDE; j++)
+        count += sums[j];
+    return count;
+}
+
 TARGET static void RUN(const struct call *call)
 {
     REAL *registers = call->registers;
@@ -411,75 +427,47 @@ TARGET static void RUN(const struct call *call)
                 memcpy(lanes, sums, sizeof sums);
                 break;
             }
-            case DOT_SIGNS: {
+            case LARGEST: {
+                REAL sizes[CHUNK];
                 double *lanes = call->lanes + now->k * LANES;
-                double sums[LANES], counts[LANES];
-                memcpy(sums, lanes, sizeof sums);
-                memcpy(counts, lanes + LANES, sizeof counts);
-                const ptrdiff_t whole = n / LANES * LANES;
-                for (ptrdiff_t i = 0; i < whole; i += LANES)
-                    for (int lane = 0; lane < LANES; lane++) {
-                        const double product = (double)a[i + lane] * (double)b[i + lane];
-                        sums[lane] += product;
-                        counts[lane] += product > 0 ? 1.0 : 0.0;
-                    }
-                for (ptrdiff_t i = whole; i < n; i++) {
-                    const double product = (double)a[i] * (double)b[i];
-                    sums[i - whole] += product;
-                    counts[i - whole] += product > 0 ? 1.0 : 0.0;
+                PORTABLE_LOOP
+                for (ptrdiff_t i = 0; i < n; i++) {
+                    const REAL size = ABSOLUTE(a[i]);
+                    sizes[i] = size >= 0 ? size : 0; /* nan does not count */
                 }
-                memcpy(lanes, sums, sizeof sums);
-                memcpy(lanes + LANES, counts, sizeof counts);
+                memset(sizes + n, 0, (size_t)(CHUNK - n) * sizeof *sizes);
+                for (ptrdiff_t half = CHUNK / 2; half; half /= 2) {
+                    PORTABLE_LOOP
+                    for (ptrdiff_t i = 0; i < half; i++)
+                        sizes[i] = sizes[i] > sizes[i + half] ? sizes[i] : sizes[i + half];
+                }
+                lanes[0] = sizes[0] > lanes[0] ? sizes[0] : lanes[0];
                 break;
             }
-            case MAGNITUDE: {
+            case SIGNS: {
+                uint8_t signs[MOST_SIGNS][CHUNK]; /* 1: above 0, 2: below */
                 double *lanes = call->lanes + now->k * LANES;
-                double sums[LANES], counts[LANES], largest[LANES];
-                memcpy(sums, lanes, sizeof sums);
-                memcpy(counts, lanes + LANES, sizeof counts);
-                memcpy(largest, lanes + 2 * LANES, sizeof largest);
-                const ptrdiff_t whole = n / LANES * LANES;
-                for (ptrdiff_t i = 0; i < n; i += LANES) {
-                    const int width = i < whole ? LANES : (int)(n - whole);
-                    if (width == LANES) {
-                        for (int lane = 0; lane < LANES; lane++) {
-                            const double value = (double)a[i + lane];
-                            const double size = fabs(value), square = value * value;
-                            sums[lane] += square;
-                            counts[lane] += square > 0 ? 1.0 : 0.0;
-                            largest[lane] = size > largest[lane] ? size : largest[lane];
-                        }
-                        continue;
-                    }
-                    for (int lane = 0; lane < width; lane++) {
-                        const double value = (double)a[i + lane];
-                        const double size = fabs(value), square = value * value;
-                        sums[lane] += square;
-                        counts[lane] += square > 0 ? 1.0 : 0.0;
-                        largest[lane] = size > largest[lane] ? size : largest[lane];
-                    }
-                }
-                memcpy(lanes, sums, sizeof sums);
-                memcpy(lanes + LANES, counts, sizeof counts);
-                memcpy(lanes + 2 * LANES, largest, sizeof largest);
-                break;
-            }
-            case MIXED: {
-                double *lanes = call->lanes + now->k * LANES;
-                uint8_t signs[CHUNK]; /* 1: one is above 0, 2: one is below */
-                int32_t any = 0, both = 0;
-                memset(signs, 0, sizeof signs);
                 for (int32_t r = 0; r < now->b; r++, a += CHUNK) {
+                    int32_t wide[CHUNK];
                     PORTABLE_LOOP
                     for (ptrdiff_t i = 0; i < n; i++)
-                        signs[i] |= (uint8_t)((a[i] > 0) | (a[i] < 0) << 1);
+                        wide[i] = (a[i] > 0 ? 1 : 0) + (a[i] < 0 ? 2 : 0);
+                    PORTABLE_LOOP
+                    for (ptrdiff_t i = 0; i < n; i++)
+                        signs[r][i] = (uint8_t)wide[i];
+                    memset(signs[r] + n, 0, (size_t)(CHUNK - n));
                 }
-                for (ptrdiff_t i = 0; i < n; i++) {
-                    any += signs[i] != 0;
-                    both += signs[i] == 3;
-                }
-                lanes[0] += any;
-                lanes[LANES] += both;
+                for (int32_t r = 0; r < now->b; r++)
+                    for (int32_t q = 0; q <= r; q++, lanes += LANES)
+                        *lanes += COUNT_COMMON(signs[r], signs[q]);
+                uint8_t both[CHUNK];
+                for (int32_t r = 1; r < now->c; r++)
+                    for (ptrdiff_t i = 0; i < CHUNK; i++)
+                        signs[0][i] |= signs[r][i];
+                for (ptrdiff_t i = 0; i < CHUNK; i++)
+                    both[i] = signs[0][i] == 3;
+                lanes[0] += COUNT_COMMON(signs[0], signs[0]);
+                lanes[LANES] += COUNT_COMMON(both, both);
                 break;
             }
             case COUNT: {
@@ -573,4 +561,5 @@ TARGET static void RUN(const struct call *call)
 #undef RUN
 #undef PRODUCT
 #undef ADD_TERMS
+#undef COUNT_COMMON
 #undef TO_ODD

@@ -73,11 +73,10 @@ class Code(IntEnum):
     DIV_ROWS = 39
     LOAD_STORED = 40
     LOAD_PRODUCT = 41
-    DOT_SIGNS = 42
-    MAGNITUDE = 43
-    MIXED = 44
-    WAIT = 45
-    RANK_ROWS = 46
+    LARGEST = 42
+    SIGNS = 43
+    WAIT = 44
+    RANK_ROWS = 45
 
 
 BARRIERS = frozenset({Code.WAIT, Code.RANK_ROWS})
@@ -100,7 +99,6 @@ READS_B = frozenset(
         Code.MUL,
         Code.DIV,
         Code.DOT,
-        Code.DOT_SIGNS,
         Code.MUL_ADD,
         Code.LOAD_MUL_ADD,
         Code.LOAD_SUB_MUL_ADD,
@@ -121,9 +119,8 @@ WRITES = frozenset(Code) - {
     Code.DOT_ROWS,
     Code.SUM_ROWS,
     Code.MAX_ROWS,
-    Code.DOT_SIGNS,
-    Code.MAGNITUDE,
-    Code.MIXED,
+    Code.LARGEST,
+    Code.SIGNS,
     *BARRIERS,
 }
 
@@ -148,7 +145,7 @@ class Instruction:
     @property
     def operands(self) -> tuple[int, ...]:
         """The registers it reads."""
-        if self.code is Code.MIXED:
+        if self.code is Code.SIGNS:
             return tuple(range(self.a, self.a + self.b))
         first = (self.a,) if self.code in READS_A else ()
         second = (self.b,) if self.code in READS_B else ()
@@ -359,28 +356,18 @@ class Register:
         self._recorder.add(Code.DOT, a=self.number, b=other.number, k=lane)
         return Outcome("sum", lane=lane)
 
-    def record_dot_and_agreements(self, other: Register) -> Any:
-        first = self._lanes(2)
-        self._recorder.add(Code.DOT_SIGNS, a=self.number, b=other.number, k=first)
-        return Outcome("sum", lane=first), Outcome("sum", lane=first + 1)
+    def record_largest(self) -> Any:
+        lane = self._recorder.lane()
+        self._recorder.add(Code.LARGEST, a=self.number, k=lane)
+        return Outcome("largest", lane=lane)
 
-    def record_magnitude(self) -> Any:
-        first = self._lanes(3)
-        self._recorder.add(Code.MAGNITUDE, a=self.number, k=first)
-        sums = Outcome("sum", lane=first), Outcome("sum", lane=first + 1)
-        return *sums, Outcome("largest", lane=first + 2)
-
-    def record_mixed_signs(self, others: Sequence[Register]) -> Any:
+    def record_signs(self, others: Sequence[Register], models: int) -> Any:
         numbers = [self.number, *(other.number for other in others)]
         assert numbers == list(range(self.number, self.number + len(numbers)))
-        first = self._lanes(2)
-        self._recorder.add(Code.MIXED, a=self.number, b=len(numbers), k=first)
-        return Outcome("sum", lane=first), Outcome("sum", lane=first + 1)
-
-    def _lanes(self, count: int) -> int:
-        """The first of some groups of lanes to be filled."""
-        first, *_ = (self._recorder.lane() for _ in range(count))
-        return first
+        count = len(numbers)
+        lanes = [self._recorder.lane() for _ in range(count * (count + 1) // 2 + 2)]
+        self._recorder.add(Code.SIGNS, a=self.number, b=count, c=models, k=lanes[0])
+        return tuple(Outcome("sum", lane=lane) for lane in lanes)
 
     def record_total(self) -> Any:
         lane = self._recorder.lanes

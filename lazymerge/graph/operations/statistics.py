@@ -8,18 +8,17 @@ Of these it gathers ⟨x₀, x₀⟩, ⟨δᵢ, x₀⟩ and ⟨δᵢ, δⱼ⟩; 
 largest |δᵢ|. Norms, cosines and shares follow from these, of a tensor or of many: all but the
 largest are sums, and add up.
 
-A product of two float32 numbers is exact in float64. Between float64 numbers smaller than 1e-162
-one may become 0, and is then counted as if it were.
+A product of two float32 numbers is exact in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..operation import BlockInput, Cost, Done, Parameters, Pass, ReduceOperation, register
-from ..vector import dot_and_agreements, dot_of_changes, magnitude, mixed_signs
+from ..vector import largest, product, signs
 from .gram import exact_sum
 
 if TYPE_CHECKING:
@@ -37,7 +36,8 @@ class Moments:
     reference_square: ⟨x₀, x₀⟩.
     reference_products: n numbers, ⟨δᵢ, x₀⟩.
     products: n × n, ⟨δᵢ, δⱼ⟩.
-    agreements: n × n, in how many places δᵢ δⱼ > 0; on the diagonal, where δᵢ is not 0.
+    agreements: n × n, in how many places δᵢ and δⱼ are both above 0 or both below; on the
+        diagonal, where δᵢ is not 0.
     largest: n numbers, the largest |δᵢ|.
     changed: in how many places a model's change is not 0.
     mixed: in how many of them two models' changes have opposite signs.
@@ -54,7 +54,8 @@ class Moments:
 
 def number_count(change_count: int) -> int:
     """How many numbers are gathered for so many changes."""
-    return 3 + sum(1 + 2 * other + 3 for other in range(change_count))
+    pairs = change_count * (change_count + 1) // 2
+    return 1 + 2 * change_count + 2 * pairs + 2
 
 
 def moments_of(numbers: Sequence[float]) -> Moments:
@@ -63,30 +64,44 @@ def moments_of(numbers: Sequence[float]) -> Moments:
     Raises:
         ValueError: there are too few or too many.
     """
-    count = 0
-    while number_count(count) < len(numbers):
-        count += 1
-    if number_count(count) != len(numbers) or not count:
-        raise ValueError(f"{len(numbers)} numbers")
-    following: Iterator[float] = iter(numbers)
-    square = next(following)
-    references, largest = [], []
-    products = [[0.0] * count for _ in range(count)]
-    agreements = [[0.0] * count for _ in range(count)]
-    for row in range(count):
-        references.append(next(following))
-        for column in range(row + 1):
-            products[row][column] = products[column][row] = next(following)
-            agreements[row][column] = agreements[column][row] = next(following)
-        largest.append(next(following))
+    count = _change_count(len(numbers))
+    pairs = count * (count + 1) // 2
+    square, *rest = numbers
+    references, rest = rest[:count], rest[count:]
+    products, rest = rest[:pairs], rest[pairs:]
+    sizes, rest = rest[:count], rest[count:]
+    agreements, (changed, mixed) = rest[:pairs], rest[pairs:]
     return Moments(
         reference_square=square,
         reference_products=tuple(references),
-        products=tuple(map(tuple, products)),
-        agreements=tuple(map(tuple, agreements)),
-        largest=tuple(largest),
-        changed=next(following),
-        mixed=next(following),
+        products=symmetric(products, count),
+        agreements=symmetric(agreements, count),
+        largest=tuple(sizes),
+        changed=changed,
+        mixed=mixed,
+    )
+
+
+def _change_count(numbers: int) -> int:
+    """Of how many changes there are so many numbers.
+
+    Raises:
+        ValueError: of none.
+    """
+    count = 1
+    while number_count(count) < numbers:
+        count += 1
+    if number_count(count) != numbers:
+        raise ValueError(f"{numbers} numbers")
+    return count
+
+
+def symmetric(lower: Sequence[float], size: int) -> tuple[tuple[float, ...], ...]:
+    """The matrix whose lower triangle this is, row by row."""
+    first = [row * (row + 1) // 2 for row in range(size)]
+    return tuple(
+        tuple(lower[first[max(row, column)] + min(row, column)] for column in range(size))
+        for row in range(size)
     )
 
 
@@ -96,21 +111,18 @@ def added(rows: Sequence[Sequence[float]]) -> Numbers:
     Sums are exact until they are rounded once (math.fsum), whatever the order.
     """
     columns = list(zip(*rows, strict=True))
-    largest = _largest_columns(len(columns))
+    sizes = _largest_columns(len(columns))
     return tuple(
-        max(column) if number in largest else exact_sum(column)
+        max(column) if number in sizes else exact_sum(column)
         for number, column in enumerate(columns)
     )
 
 
-def _largest_columns(numbers: int) -> frozenset[int]:
+def _largest_columns(numbers: int) -> range:
     """Places of the largest magnitudes among the numbers."""
-    places, place, row = [], 1, 0
-    while place < numbers - 2:
-        place += 4 + 2 * row
-        row += 1
-        places.append(place - 1)
-    return frozenset(places)
+    count = _change_count(numbers)
+    first = 1 + count + count * (count + 1) // 2
+    return range(first, first + count)
 
 
 @register
@@ -179,11 +191,11 @@ class MergeStatistics(ReduceOperation[Numbers, Numbers]):
 
 def gathered(reference: Vector, changes: Sequence[Vector], *, is_merge: bool) -> Numbers:
     """The numbers of one block. is_merge: the last change is that of the merge's result."""
-    numbers = [dot_of_changes(reference, reference)]
-    for row, change in enumerate(changes):
-        numbers.append(dot_of_changes(change, reference))
-        for other in changes[:row]:
-            numbers += dot_and_agreements(change, other)
-        numbers += magnitude(change)
-    models = changes[:-1] if is_merge else changes
-    return (*numbers, *(mixed_signs(models) if models else (0.0, 0.0)))
+    pairs = [(row, column) for row in range(len(changes)) for column in range(row + 1)]
+    return (
+        product(reference, reference),
+        *(product(change, reference) for change in changes),
+        *(product(changes[row], changes[column]) for row, column in pairs),
+        *map(largest, changes),
+        *signs(changes, len(changes) - is_merge),
+    )
