@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Hashable, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from hashlib import blake2b
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from ..adapters import open_model, split_reference
 from ..architecture import LayerStacks, find_layer_stacks
@@ -861,9 +861,24 @@ def _aligned(
 ) -> tuple[dict[str, Checkpoint], list[str]]:
     """The checkpoints, with names as the base writes them, or the first model where there is no
     base; and a sentence for each whose names are others."""
-    reference = checkpoints[recipe.main_model]
-    aligned, sentences = {}, []
-    for name, checkpoint in checkpoints.items():
+    names = {reference: reference for reference in checkpoints}
+    return aligned(checkpoints[recipe.main_model], checkpoints, names)
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def aligned(
+    reference: Checkpoint, checkpoints: Mapping[Key, Checkpoint], called: Mapping[Key, str]
+) -> tuple[dict[Key, Checkpoint], list[str]]:
+    """Checkpoints with names as the reference writes them, and a sentence for each whose names are
+    others.
+
+    called: what they are called in it.
+    """
+    found, sentences = {}, []
+    for key, checkpoint in checkpoints.items():
+        name = called[key]
         names = renamed(checkpoint.tensors, reference.tensors)
         if names:
             tensors = {names[old]: tensor for old, tensor in checkpoint.tensors.items()}
@@ -876,8 +891,8 @@ def _aligned(
             sentences.append(
                 f"{name} holds projections as one that {reference.reference} has apart"
             )
-        aligned[name] = checkpoint
-    return aligned, sentences
+        found[key] = checkpoint
+    return found, sentences
 
 
 def _memory(

@@ -12,12 +12,13 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from xxhash import xxh3_128_hexdigest
 
+from ..checkpoint import Checkpoint
 from ..checkpoint.folder import SUFFIX
 from ..checkpoint.hub import Moved
 from ..errors import InputError, LazymergeError
@@ -306,8 +307,17 @@ def stamps_of(plan: Plan) -> Stamps:
     Raises:
         LazymergeError: one is not there any more.
     """
+    return stamps_of_models(plan.checkpoints.values())
+
+
+def stamps_of_models(checkpoints: Iterable[Checkpoint]) -> Stamps:
+    """Those of all files of some models now.
+
+    Raises:
+        LazymergeError: one is not there any more.
+    """
     stamps = {}
-    for checkpoint in plan.checkpoints.values():
+    for checkpoint in checkpoints:
         for folder, files in checkpoint.files_by_folder:
             for file in files:
                 path = os.path.join(folder, file.path)
@@ -325,7 +335,16 @@ def check_unchanged(before: Stamps, plan: Plan) -> None:
     Raises:
         LazymergeError: one was.
     """
-    now = stamps_of(plan)
+    changed_since(before, plan.checkpoints.values())
+
+
+def changed_since(before: Stamps, checkpoints: Iterable[Checkpoint]) -> None:
+    """Checks that no file of some models was written to.
+
+    Raises:
+        LazymergeError: one was.
+    """
+    now = stamps_of_models(checkpoints)
     for path, stamp in before.items():
         if now[path] != stamp:
             raise changed_error(path)
@@ -437,7 +456,7 @@ def _run(
     observer.entered("merging")
     try:
         with (
-            _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext(),
+            one_torch_thread() if plan.memory.libraries == "torch" else nullcontext(),
             explained_bus_errors(folder) if is_mapped else nullcontext() as files.watch,
         ):
             workers = [
@@ -460,7 +479,7 @@ def _run(
             if device is not None:
                 for worker in workers:
                     device.pin(worker.arena)
-            _work(scheduler, workers, held.check)
+            work(scheduler, workers, held.check)
     except _AbandonedError as error:
         error.files = files  # a worker may be reading on
         raise
@@ -516,7 +535,7 @@ def _lanes(plan: Plan, device: Device | None) -> Sequence[Lane | None]:
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Parallelism is between workers, on different blocks."""
     import torch
 
@@ -542,7 +561,7 @@ class _AbandonedError(KeyboardInterrupt):
         self.files: InputFiles | None = None
 
 
-def _work(
+def work(
     scheduler: Scheduler, workers: Sequence[Worker], check: Callable[[], None] = lambda: None
 ) -> None:
     """Runs all workers to the end; an error or an interruption stops them first.
@@ -554,7 +573,7 @@ def _work(
     removed.
     """
 
-    def work(worker: Worker, ended: threading.Event) -> None:
+    def run_to_the_end(worker: Worker, ended: threading.Event) -> None:
         try:
             worker.run()
         finally:
@@ -562,7 +581,7 @@ def _work(
 
     ends = [threading.Event() for _ in workers]
     threads = [
-        threading.Thread(target=work, args=pair, name=f"worker-{number}", daemon=True)
+        threading.Thread(target=run_to_the_end, args=pair, name=f"worker-{number}", daemon=True)
         for number, pair in enumerate(zip(workers, ends, strict=True))
     ]
     try:

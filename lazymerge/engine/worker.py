@@ -55,7 +55,7 @@ class Worker:
         self,
         graph: Graph,
         scheduler: Scheduler,
-        writer: ShardWriter,
+        writer: ShardWriter | None,
         files: InputFiles,
         arena_bytes: int,
         execution: Execution,
@@ -66,7 +66,9 @@ class Worker:
         lane: Lane | None = None,
         forgets: bool = False,
     ) -> None:
-        """read_ahead: is told what is being read. recent: what all workers share.
+        """writer: None where nothing is written.
+
+        read_ahead: is told what is being read. recent: what all workers share.
 
         forgets: inputs that have been written of leave the page cache.
 
@@ -139,6 +141,8 @@ class Worker:
 
     def _write(self, frame: Frame, job: Job, stage: Write) -> list[Any] | None:
         """The checksum of all blocks and their statistics, as what the first of them gives."""
+        writer = self._writer
+        assert writer is not None
         checksum = xxh3_128()
         offset = self._bytes_of(stage, 0, job.pieces[0][0][0])
         start = job.pieces[0][0][0]
@@ -148,7 +152,7 @@ class Worker:
             checksum.update(data)
             if has_nonfinite(data, stage.dtype):
                 self._nonfinite(stage.name)
-            self._writer.write(stage.name, data, offset)
+            writer.write(stage.name, data, offset)
             offset += len(data)
             stop = start + len(data) // DTYPES[stage.dtype].item_bytes
             self._moved(self._bytes_read(start, stop), len(data), stage.name)
@@ -161,12 +165,13 @@ class Worker:
         self, frame: NativeFrame, job: Job, stage: Write, start: int, stop: int
     ) -> list[Any]:
         """The same in one call of the native kernels, without the interpreter lock."""
-        sink = self._sink
-        descriptor, first_byte = self._writer.place(stage.name)
+        sink, writer = self._sink, self._writer
+        assert writer is not None
+        descriptor, first_byte = writer.place(stage.name)
         sink.begin(descriptor, first_byte + self._bytes_of(stage, 0, start), MASKS[stage.dtype])
         if not frame.write(start, stop, sink):
             error = OSError(sink.error, os.strerror(sink.error))
-            raise self._writer.failure(stage.name, error, sink.unwritten) from error
+            raise writer.failure(stage.name, error, sink.unwritten) from error
         if sink.is_nonfinite:
             self._nonfinite(stage.name)
         bytes_written = self._bytes_of(stage, start, stop)
