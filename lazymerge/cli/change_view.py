@@ -19,7 +19,9 @@ MOST_LAYERS = 16
 MOST_TENSORS = 5
 """Named as most and as least changed."""
 
-BAR_WIDTH = 12
+NARROW = 100
+"""Columns of a terminal below which bars are short, and models have a line of their own alone."""
+
 BLOCKS = " ▏▎▍▌▋▊▉█"
 SPARKS = "▁▂▃▄▅▆▇█"
 NO_SPARK = "·"
@@ -40,6 +42,8 @@ def cosine(value: float) -> str:
     """Three decimals; more where it is all but 1."""
     if not math.isfinite(value):
         return "–"
+    if abs(value) < 0.0005:
+        return "0.000"
     return f"{value:.3f}" if abs(value) < 0.9995 else f"{value:.6f}"
 
 
@@ -48,7 +52,7 @@ def number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "–"
 
 
-def bar(value: float, largest: float, width: int = BAR_WIDTH) -> str:
+def bar(value: float, largest: float, width: int) -> str:
     """A horizontal bar; `width` characters for the largest."""
     if not (math.isfinite(value) and largest > 0):
         return ""
@@ -78,35 +82,73 @@ def _table(title: str) -> Table:
     )
 
 
-def changes_table(
-    title: str, first_column: str, groups: Sequence[Group], *, with_conflict: bool
-) -> RenderableType:
-    """A row for each group: a bar of the relative change, the share of elements that changed, the
-    share of them that the models disagree on, the cosine to the reference."""
-    from rich.text import Text
+class Changes:
+    """Tables of changes that share a scale, for one terminal.
 
-    table = _table(title)
-    table.add_column(first_column, overflow="fold", min_width=12)
-    table.add_column("change", no_wrap=True, justify="right")
-    table.add_column("", no_wrap=True, style="cyan", width=BAR_WIDTH)
-    table.add_column("changed", no_wrap=True, justify="right")
-    if with_conflict:
-        table.add_column("conflict", no_wrap=True, justify="right")
-    table.add_column("cosine", no_wrap=True, justify="right")
-    finite = [g.change.relative for g in groups if math.isfinite(g.change.relative)]
-    largest = max(finite, default=0.0)
-    for group in groups:
-        change = group.change
-        to_reference = next(iter(change.cosines.values()), math.nan)
-        table.add_row(
-            Text(group.label),
-            percent(change.relative),
-            bar(change.relative, largest),
-            percent(change.fraction),
-            *([percent(change.conflict)] if with_conflict else []),
-            cosine(to_reference),
+    groups: all that are shown of, for the scale. models: those with columns of their own, where
+        there is room. has_conflict: several models take part.
+    """
+
+    def __init__(self, groups: Sequence[Group], whole: Change, width: int) -> None:
+        self._largest = max(
+            (g.change.relative for g in groups if math.isfinite(g.change.relative)), default=0.0
         )
-    return table
+        self._has_conflict = len(whole.models) > 1
+        self._bar_width = 8 if width < NARROW else 16
+        room = (width - NARROW) // 20
+        self._models = list(whole.models) if len(whole.models) <= room else []
+
+    def table(self, title: str, first_column: str, groups: Sequence[Group]) -> RenderableType:
+        """A row for each group: the relative change and a bar of it, the share of elements that
+        changed, the share of them that models disagree on, the cosine to the reference; for every
+        model the cosine of its change to the result's and how often signs agree."""
+        from rich.text import Text
+
+        table = _table(title)
+        table.add_column(first_column, overflow="fold", min_width=12)
+        table.add_column("change", no_wrap=True, justify="right")
+        table.add_column("", no_wrap=True, style="cyan", width=self._bar_width)
+        table.add_column("changed", no_wrap=True, justify="right")
+        if self._has_conflict:
+            table.add_column("conflict", no_wrap=True, justify="right")
+        table.add_column("cosine", no_wrap=True, justify="right")
+        for model in self._models:
+            name = Text(model.rstrip("/").rsplit("/", 1)[-1][:12])
+            table.add_column(Text.assemble(name, " cosine"), justify="right", max_width=12)
+            table.add_column("agrees", no_wrap=True, justify="right")
+        for group in groups:
+            table.add_row(Text(short(group.label)), *self._row(group.change))
+        return table
+
+    def _row(self, change: Change) -> list[str]:
+        to_reference = next(iter(change.cosines.values()), math.nan)
+        cells = [
+            percent(change.relative),
+            bar(change.relative, self._largest, self._bar_width),
+            percent(change.fraction),
+            *([percent(change.conflict)] if self._has_conflict else []),
+            cosine(to_reference),
+        ]
+        for name in self._models:
+            model = change.models.get(name)
+            cells += (
+                ["–", "–"] if model is None else [cosine(model.cosine), percent(model.agreement)]
+            )
+        return cells
+
+    def extremes(self, groups: Sequence[Group]) -> list[RenderableType]:
+        """The most and the least changed tensors, of groups in that order."""
+        if len(groups) <= 2 * MOST_TENSORS:
+            return [self.table("tensors", "tensor", groups)]
+        return [
+            self.table("most changed", "tensor", groups[:MOST_TENSORS]),
+            self.table("least changed", "tensor", groups[-MOST_TENSORS:]),
+        ]
+
+
+def short(label: str) -> str:
+    """A name without what most names end with."""
+    return label.removesuffix(".weight")
 
 
 def models_table(whole: Change, layers: Sequence[Group], width: int) -> RenderableType:
@@ -118,13 +160,15 @@ def models_table(whole: Change, layers: Sequence[Group], width: int) -> Renderab
     table.add_column("model", overflow="fold", min_width=8)
     for name in ("change", "changed", "cosine", "kept", "agrees"):
         table.add_column(name, no_wrap=True, justify="right")
-    shown = max(8, min(len(layers), (width - 60)))
+    is_wide = width >= NARROW
+    shown = 40 if is_wide else 20
     table.add_column("cosine by layer", no_wrap=True, style="cyan")
+    if is_wide:
+        table.add_column("agrees by layer", no_wrap=True, style="cyan")
     for name, model in whole.models.items():
-        found = [
-            group.change.models[name].cosine if name in group.change.models else math.nan
-            for group in layers
-        ]
+        found = [group.change.models.get(name) for group in layers]
+        cosines = [math.nan if change is None else change.cosine for change in found]
+        agreements = [math.nan if change is None else change.agreement for change in found]
         table.add_row(
             Text(name),
             percent(model.relative),
@@ -132,7 +176,8 @@ def models_table(whole: Change, layers: Sequence[Group], width: int) -> Renderab
             cosine(model.cosine),
             percent(model.kept),
             percent(model.agreement),
-            spark(_thinned(found, shown), min(0.0, *_finite(found)), 1.0),
+            spark(_thinned(cosines, shown), min(0.0, *_finite(cosines)), 1.0),
+            *([spark(_thinned(agreements, shown), 0.0, 1.0)] if is_wide else []),
         )
     return table
 
@@ -153,19 +198,6 @@ def between_lines(whole: Change) -> list[str]:
     return [
         f"the changes of {one} and {other} have a cosine of {cosine(value)}"
         for (one, other), value in whole.between.items()
-    ]
-
-
-def extremes(groups: Sequence[Group], *, with_conflict: bool) -> list[RenderableType]:
-    """The most and the least changed tensors, of groups in that order."""
-    if len(groups) <= 2 * MOST_TENSORS:
-        return [changes_table("tensors", "tensor", groups, with_conflict=with_conflict)]
-    return [
-        changes_table(title, "tensor", part, with_conflict=with_conflict)
-        for title, part in (
-            ("most changed", groups[:MOST_TENSORS]),
-            ("least changed", groups[-MOST_TENSORS:]),
-        )
     ]
 
 

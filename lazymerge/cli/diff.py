@@ -62,7 +62,7 @@ def diff(
         print_json(diff_document(found))
     else:
         console = results()
-        for part in _view(found):
+        for part in _view(found, console.width):
             console.print(part)
     if exit_code and not found.is_same:
         raise typer.Exit(EXIT_DIFFERENT)
@@ -163,7 +163,7 @@ def diff_document(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _view(found: Comparison) -> list[RenderableType]:
+def _view(found: Comparison, width: int) -> list[RenderableType]:
     from rich.text import Text
 
     from ..engine.statistics import change_of
@@ -171,9 +171,8 @@ def _view(found: Comparison) -> list[RenderableType]:
     from .change_view import (
         LEGEND,
         MOST_LAYERS,
-        changes_table,
+        Changes,
         cosine,
-        extremes,
         number,
         percent,
     )
@@ -183,6 +182,8 @@ def _view(found: Comparison) -> list[RenderableType]:
     parts: list[RenderableType] = [_facts(found)]
     if whole is not None and whole.norm != 0:
         to_reference = next(iter(whole.cosines.values()))
+        singly = by_tensor(tensors)
+        changes = Changes(singly, whole, width)
         parts += [
             Text(),
             Text(
@@ -191,9 +192,9 @@ def _view(found: Comparison) -> list[RenderableType]:
             ),
             Text(f"{LEGEND}; the reference is MODEL_A, the result MODEL_B", style="dim"),
             Text(),
-            changes_table("layers", "layer", by_layer(tensors, MOST_LAYERS), with_conflict=False),
-            changes_table("parts of layers", "part", by_part(tensors), with_conflict=False),
-            *extremes(by_tensor(tensors), with_conflict=False),
+            changes.table("layers", "layer", by_layer(tensors, MOST_LAYERS)),
+            changes.table("parts of layers", "part", by_part(tensors)),
+            *changes.extremes(singly),
         ]
     return parts
 

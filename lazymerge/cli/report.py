@@ -140,9 +140,8 @@ def _changes(statistics: Statistics, console: Console) -> list[RenderableType]:
     from .change_view import (
         MERGE_LEGEND,
         MOST_LAYERS,
+        Changes,
         between_lines,
-        changes_table,
-        extremes,
         models_table,
     )
 
@@ -151,6 +150,8 @@ def _changes(statistics: Statistics, console: Console) -> list[RenderableType]:
     parts: list[RenderableType] = [Text()]
     if whole is not None:
         reference = next(iter(whole.cosines))
+        singly = by_tensor(tensors)
+        changes = Changes(singly, whole, console.width)
         parts += [
             Text.assemble("compared with ", (reference, "bold")),
             Text(MERGE_LEGEND, style="dim"),
@@ -158,9 +159,9 @@ def _changes(statistics: Statistics, console: Console) -> list[RenderableType]:
             models_table(whole, by_layer(tensors), console.width),
             *map(Text, between_lines(whole)),
             Text(),
-            changes_table("layers", "layer", by_layer(tensors, MOST_LAYERS), with_conflict=True),
-            changes_table("parts of layers", "part", by_part(tensors), with_conflict=True),
-            *extremes(by_tensor(tensors), with_conflict=True),
+            changes.table("layers", "layer", by_layer(tensors, MOST_LAYERS)),
+            changes.table("parts of layers", "part", by_part(tensors)),
+            *changes.extremes(singly),
         ]
     for reason, names in left_out(tensors).items():
         count = f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'}"

@@ -20,8 +20,8 @@ class OutputReport:
     output: the folder. recipe: path of its recipe. method: of the merge.
     models: as the recipe writes them. tensors: how many were written.
     seconds, bytes_read, bytes_written, resumed_tensors: of the last run.
-    measured_bytes: its peak resident set; projected_bytes: what the plan said; limit_bytes: what was
-        allowed.
+    measured_bytes: its peak resident set; projected_bytes: what the plan said; limit_bytes: what it
+        might be.
     statistics: of every tensor; None where the merge was made without --stats.
     """
 

@@ -1,4 +1,4 @@
-"""Statistics of tensors taken together: by layer, by part of a layer, or all that lie in no layer."""
+"""Statistics of tensors taken together: by layer, by part of layers, or one by one."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ class Group:
 
 
 def by_layer(tensors: Iterable[TensorStatistics], most: int | None = None) -> tuple[Group, ...]:
-    """The layers, in order; tensors that lie in none one by one, where they come.
+    """The layers, in order; then tensors that lie in none, one by one.
 
     most: layers of a stack that are told apart; more are taken together in even runs.
     """
     known = [tensor for tensor in tensors if tensor.moments is not None]
     stacks = find_layer_stacks(tensor.name for tensor in known)
     found: dict[str, list[TensorStatistics]] = defaultdict(list)
+    alone: dict[str, list[TensorStatistics]] = {}
     for tensor in known:
         place = stacks.locate(tensor.name)
         if place is None:
-            found[tensor.name].append(tensor)
+            alone[tensor.name] = [tensor]
             continue
         count = place.stack.layer_count
         run = 1 if most is None else math.ceil(count / most)
@@ -42,7 +43,7 @@ def by_layer(tensors: Iterable[TensorStatistics], most: int | None = None) -> tu
         last = min(first + run, count) - 1
         numbers = str(first) if first == last else f"{first}-{last}"
         found[f"{place.stack.prefix}.{numbers}"].append(tensor)
-    return _groups(found)
+    return _groups({**found, **alone})
 
 
 def by_part(tensors: Iterable[TensorStatistics]) -> tuple[Group, ...]:
