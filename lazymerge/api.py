@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from .adapters import open_model
 from .checkpoint import Checkpoint
+from .engine import comparison, unfinished
 from .engine import intermediates as parts
-from .engine import unfinished
 from .engine.blocks import DeviceClass
 from .engine.download import missing_files
+from .engine.comparison import Comparison
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
+from .engine.output_report import OutputReport, report_of
 from .engine.plan import (
     DEFAULT_MAX_SHARD_BYTES,
     Plan,
@@ -265,3 +268,47 @@ def verify(
     return verify_output(
         output, recompute=recompute, seed=seed, resources=resources, checked=checked
     )
+
+
+def report(output: Path | str) -> OutputReport:
+    """What a merge that is complete took, and what it did to its models.
+
+    Its `statistics` hold every tensor's moments; `engine.statistics.change_of` gives norms, cosines
+    and shares of one tensor or of several. None where the merge was made without statistics.
+
+    Raises:
+        InputError: it is no complete output, or its documents are damaged.
+    """
+    return report_of(output)
+
+
+def diff(
+    first: str | Path,
+    second: str | Path,
+    *,
+    memory: int | str | None = None,
+    workers: int | None = None,
+    tensors: str | None = None,
+) -> Comparison:
+    """How two models differ, tensor by tensor, in one pass over both; nothing is written.
+
+    first, second: folders, files, ids on the Hub, model+adapter; the first is the reference.
+    memory, workers: as of `plan`.
+    tensors: a regular expression; tensors with such names alone.
+
+    Raises:
+        InputError: a model cannot be opened.
+        DoesNotFitError: the memory does not suffice.
+        LazymergeError: reading fails.
+        re.error: `tensors` is no regular expression.
+    """
+    pattern = None if tensors is None else re.compile(tensors)
+    plan = comparison.plan_comparison(
+        str(first),
+        str(second),
+        Resources(
+            limit_bytes=parse_size(memory) if isinstance(memory, str) else memory, workers=workers
+        ),
+        lambda name: pattern is None or pattern.search(name) is not None,
+    )
+    return comparison.run_comparison(plan)
