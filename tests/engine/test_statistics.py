@@ -22,7 +22,13 @@ from hypothesis import strategies as st
 from lazymerge.engine.plan import Plan, Resources
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
-from lazymerge.engine.statistics import Statistics, TensorStatistics, change_of, load_statistics
+from lazymerge.engine.statistics import (
+    Statistics,
+    TensorStatistics,
+    change_of,
+    load_statistics,
+    tensor_document,
+)
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.errors import InputError
 from lazymerge.graph.operations.combination import LinearCombination
@@ -89,10 +95,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    write_models(folder)
+    return folder
+
+
 @pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def models(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the models base, a and b in it; it is the working directory."""
     monkeypatch.chdir(tmp_path)
-    write_models(tmp_path)
+    for model in ("base", "a", "b"):
+        (tmp_path / model).symlink_to(written / model)
     return tmp_path
 
 
@@ -391,6 +406,7 @@ def test_a_complete_output_says_how_to_have_them(models: Path) -> None:
 def test_numbers_that_are_none_are_written_as_null(models: Path) -> None:
     tensors = weights(models / "a")
     tensors["model.norm.weight"][3] = float("inf")
+    (models / "a").unlink()
     write_checkpoint(models / "a", tensors, {"model_type": "llama"})
     found = merge(models, RECIPES["task_arithmetic"], "out")
     document = json.loads((models / "out" / STATISTICS_NAME).read_text(), parse_constant=refuse)
@@ -470,26 +486,37 @@ DAMAGES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("key", "value"), DAMAGES)
-def test_a_damaged_file_is_refused(models: Path, key: str, value: Any) -> None:
-    merge(models, RECIPES["linear"], "out")
-    path = models / "out" / STATISTICS_NAME
-    document = json.loads(path.read_text())
-    document[key] = value
-    path.write_text(json.dumps(document))
+def test_a_damaged_file_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    (tmp_path / STATISTICS_NAME).write_text(json.dumps({**whole_document(), key: value}))
     with pytest.raises(InputError, match=STATISTICS_NAME):
-        load_statistics(models / "out")
+        load_statistics(tmp_path)
+
+
+def whole_document() -> dict[str, Any]:
+    """What a run may write, of one tensor."""
+    generator = torch.Generator().manual_seed(11)
+    tensors = [torch.randn(10, generator=generator) for _ in range(4)]
+    moments = moments_of(gathered(tensors[0], tensors[1:], is_merge=True))
+    models = ["base", "a", "b"]
+    tensor = tensor_document(TensorStatistics("w", 10, tuple(models), moments), models)
+    return {"format": 1, "fingerprint": "f", "models": models, "tensors": {"w": tensor}}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    document = whole_document()
+    (tmp_path / STATISTICS_NAME).write_text(json.dumps(document))
+    (tensor,) = load_statistics(tmp_path).tensors.values()
+    assert tensor_document(tensor, document["models"]) == document["tensors"]["w"]
 
 
 @pytest.mark.parametrize("field", ["products", "agreements", "largest", "reference_products"])
 @pytest.mark.parametrize("value", [None, [], [[1]], [1], ["x"] * 3, [[1], [1, 2], [1, "x", 3]]])
-def test_a_damaged_tensor_is_refused(models: Path, field: str, value: Any) -> None:
-    merge(models, RECIPES["linear"], "out")
-    path = models / "out" / STATISTICS_NAME
-    document = json.loads(path.read_text())
-    document["tensors"]["model.norm.weight"][field] = value
-    path.write_text(json.dumps(document))
+def test_a_damaged_tensor_is_refused(tmp_path: Path, field: str, value: Any) -> None:
+    document = whole_document()
+    document["tensors"]["w"][field] = value
+    (tmp_path / STATISTICS_NAME).write_text(json.dumps(document))
     with pytest.raises(InputError, match="damaged"):
-        load_statistics(models / "out")
+        load_statistics(tmp_path)
 
 
 def test_the_reference_comes_first_whatever_the_order(models: Path) -> None:

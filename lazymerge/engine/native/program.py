@@ -363,7 +363,8 @@ class Register:
 
     def record_signs(self, others: Sequence[Register], models: int) -> Any:
         numbers = [self.number, *(other.number for other in others)]
-        assert numbers == list(range(self.number, self.number + len(numbers))) and models
+        assert models
+        assert numbers == list(range(self.number, self.number + len(numbers)))
         count = len(numbers)
         lanes = [self._recorder.lane() for _ in range(count * (count + 1) // 2 + 2)]
         self._recorder.add(Code.SIGNS, a=self.number, b=count, c=models, k=lanes[0])
