@@ -41,7 +41,7 @@ from .readahead import ReadAhead
 from .recent import Recent
 from .run import changed_since, one_torch_thread, stamps_of_models, work
 from .scheduler import Scheduler
-from .stages import TensorTask, bytes_read
+from .stages import TensorTask
 from .statistics import TensorStatistics
 from .worker import Worker
 
@@ -98,7 +98,13 @@ class ComparisonPlan:
             for checkpoint in self.checkpoints
             for name in self.integers
         )
-        return integers + sum(bytes_read(self.graph, task) for task in self.tasks)
+        reads = (
+            read
+            for task in self.tasks
+            for reduce in task.reductions
+            for read in self.graph.reads_of(reduce.id)
+        )
+        return integers + sum(read.size_bytes for read in reads)
 
 
 @dataclass(frozen=True, slots=True)
