@@ -17,7 +17,20 @@ import typer
 from ..engine import torch_loading
 from ..errors import LazymergeError, printable
 from ..version import __version__
-from . import diff, inspect, join, methods, plan, report, resume, run, running, schema, status, verify
+from . import (
+    diff,
+    inspect,
+    join,
+    methods,
+    plan,
+    report,
+    resume,
+    run,
+    running,
+    schema,
+    status,
+    verify,
+)
 
 EXIT_INTERRUPTED = 130
 
