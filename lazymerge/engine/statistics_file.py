@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..version import __version__
 from .gathering import Gathering, NotGathered, gathering_of
 from .plan import Plan
 from .stages import NativeLayout, TorchLayout, stage_layout
-from .statistics import STATISTICS_FORMAT, TensorStatistics, tensor_document
+from .statistics import STATISTICS_FORMAT, TensorStatistics, load_statistics, tensor_document
 
 
 class Labels:
@@ -135,6 +135,35 @@ def write_statistics(
     Raises:
         OSError: it cannot be written.
     """
+    _write(folder, plan.fingerprint, tensor_statistics(plan, gathered), fsync=fsync)
+
+
+def join_statistics(plan: Plan, folder: Path, parts: Iterable[Path], *, fsync: bool) -> None:
+    """Writes the statistics of an output that is put together from parts, if they have some.
+
+    plan: of the whole. parts: their folders.
+
+    Raises:
+        InputError: what a part has left is damaged.
+        OSError: they cannot be written.
+    """
+    found: dict[str, TensorStatistics] = {}
+    for part in parts:
+        if (part / STATISTICS_NAME).is_file():
+            found |= load_statistics(part).tensors
+    if not found:
+        return
+    tensors = (
+        found.get(write.name)
+        or TensorStatistics(write.name, write.element_count, reason="its part has no statistics")
+        for write in plan.graph.writes
+    )
+    _write(folder, plan.fingerprint, tensors, fsync=fsync)
+
+
+def _write(
+    folder: Path, fingerprint: str, tensors: Iterable[TensorStatistics], *, fsync: bool
+) -> None:
     path = folder / STATISTICS_NAME
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
@@ -143,10 +172,10 @@ def write_statistics(
         head = {
             "format": STATISTICS_FORMAT,
             "lazymerge": __version__,
-            "fingerprint": plan.fingerprint,
+            "fingerprint": fingerprint,
         }
         stream.write(json.dumps(head)[:-1] + ', "tensors": {')
-        for number, tensor in enumerate(tensor_statistics(plan, gathered)):
+        for number, tensor in enumerate(tensors):
             models += [name for name in tensor.models if name not in models]
             document = json.dumps(
                 tensor_document(tensor, models), ensure_ascii=False, allow_nan=False
