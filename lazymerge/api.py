@@ -45,6 +45,7 @@ def plan(
     max_shard_size: int | str = DEFAULT_MAX_SHARD_BYTES,
     truncate_embeddings: bool = False,
     seed: int | None = None,
+    statistics: bool = False,
 ) -> Plan:
     """Plans a merge from headers alone; reads no tensor data and writes nothing.
 
@@ -59,6 +60,7 @@ def plan(
     max_shard_size: largest output file, in bytes or as "5GB".
     truncate_embeddings: merge the common leading rows where vocabularies differ in size.
     seed: of random methods, in place of the recipe's.
+    statistics: the run is to gather what the merge does to every tensor, for `report`.
 
     Raises:
         RecipeError: the recipe is wrong; all its problems are named with their lines.
@@ -71,6 +73,7 @@ def plan(
         vram_limit_bytes=parse_size(vram) if isinstance(vram, str) else vram,
         workers=workers,
         read_mode=read_mode,
+        gathers=statistics,
     )
     if Path(recipe).suffix == ".json":
         if seed is not None:

@@ -77,9 +77,10 @@ def run(
         unsafe_truncate_embeddings,
         seed,
         plugin,
+        statistics=stats,
     )
     run_and_report(
-        made.with_statistics() if stats else made,
+        made,
         output,
         intermediates=folders_asked(write_intermediate, made.recipe, output),
         overwrite=overwrite,

@@ -77,7 +77,7 @@ def plan_intermediate(plan: Plan, name: str) -> Plan:
                     f"is read with the names that tensors have in {whole.main_model}, which is "
                     "none of its models; merge in two steps"
                 )
-    return made.with_statistics() if plan.execution.gathers else made
+    return made
 
 
 def outputs_of(

@@ -134,8 +134,9 @@ def plan_of_unfinished(output: Path | str, resources: Resources | None = None) -
     document: Mapping[str, Any] = {}
     try:
         document = read_document(folder / MERGE_PATH)
-        plan = plan_again(document, folder / MERGE_PATH, resources or Resources())
-        return plan.with_statistics() if document.get("statistics") is True else plan
+        gathers = document.get("statistics") is True
+        wanted = replace(resources or Resources(), gathers=gathers)
+        return plan_again(document, folder / MERGE_PATH, wanted)
     except InputError as error:
         own = (
             "\na method of your own needs --plugin again" if isinstance(error, RecipeError) else ""
