@@ -246,6 +246,9 @@ def _report(made: Plan, report: RunReport) -> None:
             f"(projected {format_memory(made.memory.vram.projected_bytes)})",
             soft_wrap=True,
         )
+    if made.execution.gathers and report.seconds:
+        command = f"lazymerge report {shlex.quote(report.output)}"
+        console.print(f"what it did to the models: {command}", soft_wrap=True)
     console.print(report.output, soft_wrap=True)
 
 

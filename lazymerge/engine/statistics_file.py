@@ -99,8 +99,8 @@ def _tensor(
     labels: Labels,
     numbers: Sequence[float] | None,
 ) -> TensorStatistics:
-    reason = _reason(plan, write)
-    if numbers is not None and not reason:
+    reason = ""
+    if numbers is not None:
         models = labels.all_of(gathering.inputs)
         try:
             moments = moments_of(numbers)
@@ -113,7 +113,7 @@ def _tensor(
             reason = f"what the journal says of it is damaged ({brief(error)})"
         else:
             return TensorStatistics(write.name, write.element_count, models, moments)
-    reason = reason or "written before statistics were asked for"
+    reason = reason or _reason(plan, write) or "written before statistics were asked for"
     return TensorStatistics(write.name, write.element_count, reason=reason)
 
 

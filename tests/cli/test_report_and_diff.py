@@ -21,6 +21,7 @@ def merged(lazymerge: Command, place: Path) -> Path:
     write_recipe(place, TASK_ARITHMETIC)
     answer = lazymerge("run", "recipe.yml", "-o", "out", "--stats", "--no-fsync")
     assert answer.code == 0
+    assert f"lazymerge report {place / 'out'}" in answer.err
     return place / "out"
 
 
