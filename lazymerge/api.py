@@ -11,8 +11,8 @@ from .checkpoint import Checkpoint
 from .engine import comparison, unfinished
 from .engine import intermediates as parts
 from .engine.blocks import DeviceClass
-from .engine.download import missing_files
 from .engine.comparison import Comparison
+from .engine.download import missing_files
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
 from .engine.output_report import OutputReport, report_of
 from .engine.plan import (
