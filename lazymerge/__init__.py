@@ -18,33 +18,41 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .api import (
+        diff,
         inspect,
         plan,
         plan_intermediate,
         plan_of_unfinished,
+        report,
         resume,
         run,
         status,
         suspicions,
         verify,
     )
+    from .engine.comparison import Comparison
+    from .engine.output_report import OutputReport
     from .engine.plan import Plan
     from .engine.report import RunReport
     from .methods.plugins import load_plugin
 
 __all__ = [
+    "Comparison",
     "DoesNotFitError",
     "InputError",
     "LazymergeError",
+    "OutputReport",
     "Plan",
     "RecipeError",
     "RunReport",
     "__version__",
+    "diff",
     "inspect",
     "load_plugin",
     "plan",
     "plan_intermediate",
     "plan_of_unfinished",
+    "report",
     "resume",
     "run",
     "status",
@@ -57,9 +65,11 @@ def __getattr__(name: str) -> Any:
     """Loads the rest of the interface when it is first used."""
     if name in (
         "inspect",
+        "diff",
         "plan",
         "plan_intermediate",
         "plan_of_unfinished",
+        "report",
         "resume",
         "run",
         "status",
@@ -73,6 +83,14 @@ def __getattr__(name: str) -> Any:
         from .engine.plan import Plan
 
         return Plan
+    if name == "Comparison":
+        from .engine.comparison import Comparison
+
+        return Comparison
+    if name == "OutputReport":
+        from .engine.output_report import OutputReport
+
+        return OutputReport
     if name == "load_plugin":
         from .methods.plugins import load_plugin
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from .adapters import open_model
 from .checkpoint import Checkpoint
+from .engine import comparison, unfinished
 from .engine import intermediates as parts
-from .engine import unfinished
 from .engine.blocks import DeviceClass
+from .engine.comparison import Comparison
 from .engine.download import missing_files
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
+from .engine.output_report import OutputReport, report_of
 from .engine.plan import (
     DEFAULT_MAX_SHARD_BYTES,
     Plan,
@@ -42,6 +45,7 @@ def plan(
     max_shard_size: int | str = DEFAULT_MAX_SHARD_BYTES,
     truncate_embeddings: bool = False,
     seed: int | None = None,
+    statistics: bool = False,
 ) -> Plan:
     """Plans a merge from headers alone; reads no tensor data and writes nothing.
 
@@ -56,6 +60,7 @@ def plan(
     max_shard_size: largest output file, in bytes or as "5GB".
     truncate_embeddings: merge the common leading rows where vocabularies differ in size.
     seed: of random methods, in place of the recipe's.
+    statistics: the run is to gather what the merge does to every tensor, for `report`.
 
     Raises:
         RecipeError: the recipe is wrong; all its problems are named with their lines.
@@ -68,6 +73,7 @@ def plan(
         vram_limit_bytes=parse_size(vram) if isinstance(vram, str) else vram,
         workers=workers,
         read_mode=read_mode,
+        gathers=statistics,
     )
     if Path(recipe).suffix == ".json":
         if seed is not None:
@@ -107,6 +113,7 @@ def run(
     strict: bool = False,
     recheck: bool = False,
     hash_inputs: bool = False,
+    statistics: bool = False,
 ) -> RunReport:
     """Runs a plan into a folder, or goes on with what an earlier run of it has left there.
 
@@ -118,6 +125,7 @@ def run(
     strict: inf or nan in the output is an error; without it the report names the tensors.
     recheck: read what an earlier run has finished before believing it.
     hash_inputs: read all inputs once before, so that any change of them is noticed.
+    statistics: gather on the way what the merge did to every tensor, for `report`.
 
     Raises:
         InputError: the folder cannot be used, or integer tensors differ between models.
@@ -127,6 +135,7 @@ def run(
     Whatever it raises, tensors that are complete stay, for another run to go on with; if there are
     none, the files it has made are removed.
     """
+    plan = plan.with_statistics() if statistics else plan
     outputs = parts.outputs_of(plan, output, intermediates or {})
     is_one = len(outputs) == 1
     if not is_one:
@@ -262,3 +271,47 @@ def verify(
     return verify_output(
         output, recompute=recompute, seed=seed, resources=resources, checked=checked
     )
+
+
+def report(output: Path | str) -> OutputReport:
+    """What a merge that is complete took, and what it did to its models.
+
+    Its `statistics` hold every tensor's moments; `engine.statistics.change_of` gives norms, cosines
+    and shares of one tensor or of several. None where the merge was made without statistics.
+
+    Raises:
+        InputError: it is no complete output, or its documents are damaged.
+    """
+    return report_of(output)
+
+
+def diff(
+    first: str | Path,
+    second: str | Path,
+    *,
+    memory: int | str | None = None,
+    workers: int | None = None,
+    tensors: str | None = None,
+) -> Comparison:
+    """How two models differ, tensor by tensor, in one pass over both; nothing is written.
+
+    first, second: folders, files, ids on the Hub, model+adapter; the first is the reference.
+    memory, workers: as of `plan`.
+    tensors: a regular expression; tensors with such names alone.
+
+    Raises:
+        InputError: a model cannot be opened.
+        DoesNotFitError: the memory does not suffice.
+        LazymergeError: reading fails.
+        re.error: `tensors` is no regular expression.
+    """
+    pattern = None if tensors is None else re.compile(tensors)
+    plan = comparison.plan_comparison(
+        str(first),
+        str(second),
+        Resources(
+            limit_bytes=parse_size(memory) if isinstance(memory, str) else memory, workers=workers
+        ),
+        lambda name: pattern is None or pattern.search(name) is not None,
+    )
+    return comparison.run_comparison(plan)

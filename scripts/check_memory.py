@@ -198,9 +198,13 @@ def cases_of(
 class Bench:
     """Runs cases in a folder: checkpoints are made when first needed, and kept for the next."""
 
-    def __init__(self, folder: Path, seed: int, shape: LlamaShape = FEW_TENSORS) -> None:
-        """seed: of the recipes' values. shape: of checkpoints of few tensors."""
+    def __init__(
+        self, folder: Path, seed: int, shape: LlamaShape = FEW_TENSORS, *, gathers: bool = False
+    ) -> None:
+        """seed: of the recipes' values. shape: of checkpoints of few tensors. gathers: run with
+        --stats."""
         self.folder = folder
+        self._gathers = gathers
         self._seed = seed
         self._shape = shape
 
@@ -225,6 +229,7 @@ class Bench:
         output = self.folder / "merged"
         call = partial(lazymerge, kernels=case.kernels)
         run = ["run", str(recipe), "-o", str(output), "--json", "--no-fsync", *options]
+        run += ["--stats"] * self._gathers
         problems: list[str] = []
         commands: list[str] = []
         asked = "1MiB" if limit == SMALLEST else limit
@@ -239,9 +244,8 @@ class Bench:
                 smallest = int(named[1])
                 if smallest * MIB <= parse_size(asked):
                     problems.append(f"refused although it names {smallest}MiB as enough")
-                below = call(
-                    ["plan", str(recipe), "--dry-run", *options, "--memory", f"{smallest - 1}MiB"]
-                )
+                plan = run if self._gathers else ["plan", str(recipe), "--dry-run", *options]
+                below = call([*plan, "--memory", f"{smallest - 1}MiB"])
                 commands.append(below.command)
                 if below.code != 3:
                     problems.append(f"1 MiB less than the smallest limit gives exit {below.code}")
@@ -478,7 +482,7 @@ def check_projections(arguments: argparse.Namespace) -> bool:
     print(f"seed {arguments.seed}, {len(cases)} cases", file=sys.stderr)
     keep = arguments.keep or bool(arguments.only)
     with work_folder(arguments.work, keep) as folder:
-        bench = Bench(folder, arguments.seed, arguments.shape)
+        bench = Bench(folder, arguments.seed, arguments.shape, gathers=arguments.stats)
         for number in numbers:
             outcome = bench.run(cases[number - 1], number)
             outcomes.append(outcome)
@@ -509,7 +513,7 @@ def check_large(arguments: argparse.Namespace) -> bool:
     outcomes = []
     rows, columns = arguments.large_shape
     with work_folder(arguments.work, arguments.keep) as folder:
-        bench = Bench(folder, arguments.seed)
+        bench = Bench(folder, arguments.seed, gathers=arguments.stats)
         for method in arguments.methods:
             outcomes.append(bench.large(method, (rows, columns)))
             print(f"{method}: {'; '.join(outcomes[-1].problems) or 'ok'}", file=sys.stderr)
@@ -557,6 +561,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     select("--contents", "content", choices=FACTORS["content"])
     parser.add_argument("--seed", type=int, help="default: a new one")
     parser.add_argument("--only", nargs="+", type=int, metavar="NUMBER", help="these cases")
+    parser.add_argument("--stats", action="store_true", help="gather statistics in every run")
     parser.add_argument("--large", action="store_true", help="merge one huge tensor instead")
     parser.add_argument("--large-shape", type=_shape, default=LARGE_SHAPE, metavar="ROWSxCOLUMNS")
     parser.add_argument("--vocabulary", type=int, default=FEW_TENSORS.vocabulary, metavar="ROWS")

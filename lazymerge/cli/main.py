@@ -17,7 +17,20 @@ import typer
 from ..engine import torch_loading
 from ..errors import LazymergeError, printable
 from ..version import __version__
-from . import inspect, join, methods, plan, resume, run, running, schema, status, verify
+from . import (
+    diff,
+    inspect,
+    join,
+    methods,
+    plan,
+    report,
+    resume,
+    run,
+    running,
+    schema,
+    status,
+    verify,
+)
 
 EXIT_INTERRUPTED = 130
 
@@ -38,6 +51,8 @@ app.command()(run.run)
 app.command()(resume.resume)
 app.command()(join.join)
 app.command()(status.status)
+app.command()(report.report)
+app.command()(diff.diff)
 app.command()(verify.verify)
 app.command()(inspect.inspect)
 app.command()(methods.methods)

@@ -94,6 +94,8 @@ def plan_of(
     truncate_embeddings: bool,
     seed: int | None,
     plugins: list[Path] | None,
+    *,
+    statistics: bool = False,
 ) -> Plan:
     """The plan of a recipe, or a saved plan, under the options that plan and run share."""
     from .. import api
@@ -109,6 +111,7 @@ def plan_of(
         max_shard_size=max_shard_size,
         truncate_embeddings=truncate_embeddings,
         seed=seed,
+        statistics=statistics,
     )
     gc.freeze()  # a plan of 90,000 tensors has half a million nodes, and stays to the end
     return plan

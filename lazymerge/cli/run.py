@@ -24,7 +24,14 @@ from .options import (
     WorkersOption,
     plan_of,
 )
-from .running import NoSyncOption, QuietOption, RecheckOption, StrictOption, run_and_report
+from .running import (
+    NoSyncOption,
+    QuietOption,
+    RecheckOption,
+    StatsOption,
+    StrictOption,
+    run_and_report,
+)
 
 
 def run(
@@ -53,6 +60,7 @@ def run(
             "--hash-inputs", help="Read all inputs once before, so that any change is noticed."
         ),
     ] = False,
+    stats: StatsOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     log_json: LogJsonOption = None,
@@ -69,6 +77,7 @@ def run(
         unsafe_truncate_embeddings,
         seed,
         plugin,
+        statistics=stats,
     )
     run_and_report(
         made,

@@ -36,6 +36,12 @@ RecheckOption = Annotated[
     bool,
     typer.Option("--recheck", help="Read what an earlier run has finished before believing it."),
 ]
+StatsOption = Annotated[
+    bool,
+    typer.Option(
+        "--stats", help="Gather statistics of every tensor on the way, for lazymerge report."
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")]
 
 
@@ -241,6 +247,9 @@ def _report(made: Plan, report: RunReport) -> None:
             f"(projected {format_memory(made.memory.vram.projected_bytes)})",
             soft_wrap=True,
         )
+    if made.execution.gathers and report.seconds:
+        command = f"lazymerge report {shlex.quote(report.output)}"
+        console.print(f"what it did to the models: {command}", soft_wrap=True)
     console.print(report.output, soft_wrap=True)
 
 

@@ -52,6 +52,10 @@ class Arena:
         """Where the slot lies in the process's memory."""
         return self._address + slot.offset
 
+    def doubles(self, slot: Slot) -> ctypes.Array[ctypes.c_double]:
+        """The slot's memory as an array of C; its dtype is F64."""
+        return (ctypes.c_double * slot.elements).from_buffer(self.memory, slot.offset)
+
     def place(self) -> tuple[int, int]:
         """Address and size of all of it, in bytes."""
         return self._address, len(self.memory)

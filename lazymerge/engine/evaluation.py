@@ -65,8 +65,11 @@ class Evaluation:
         prepared: Mapping[str, Any],
         buffer: Callable[[Slot], Any],
         open_read: Callable[[Read], BlockInput],
+        also: Sequence[str] = (),
     ) -> None:
-        """prepared: what ApplyOperation.prepare returned, by node id.
+        """also: ids of block nodes of the stage that are looked at by themselves.
+
+        prepared: what ApplyOperation.prepare returned, by node id.
 
         buffer: the vector that lies in a slot. open_read: an input tensor; called once for each.
         """
@@ -88,6 +91,7 @@ class Evaluation:
             self._inputs = [self._input(node) for node in stage.inputs]
         else:
             self._inputs = [self._input(stage.source)]
+        self._also = [self._input(node) for node in also]
         # a method of the frame that holds this: a cycle, and what has been prepared would stay
         # until the garbage collector comes
         del self._open_read
@@ -133,6 +137,11 @@ class Evaluation:
             self._inputs, self._parameters, state, self._scratch.current, start
         )
         return self._operation.summary(partial, self._parameters)
+
+    def read_others(self, vectors: Sequence[Any]) -> None:
+        """Fills a vector with the current block of each node that is looked at by itself."""
+        for source, vector in zip(self._also, vectors, strict=True):
+            source.read_into(vector)
 
     def read_into(self, out: Any) -> None:
         """Fills a vector with the current block of what is written (Write stages)."""

@@ -23,12 +23,20 @@ class Execution:
     device: who computes.
     vram_limit_bytes: what may be allocated on an accelerator; None: a share of what is free when
         the run starts.
+    reference_files: paths of the files of the model that statistics, gathered on the way, compare
+        with; None: none are gathered. Bytes do not depend on it.
     """
 
     read_mode: ReadMode = DEFAULT_READ_MODE
     kernels: Kernels = "native"
     device: DeviceClass = "cpu"
     vram_limit_bytes: int | None = None
+    reference_files: frozenset[str] | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether statistics of what is written are gathered."""
+        return self.reference_files is not None
 
 
 def default_kernels() -> Kernels:

@@ -15,6 +15,7 @@ from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
 from ..graph.node import Read, Reduce, Write
 from ..graph.operation import apply_operation
+from ..graph.operations.statistics import gathered
 from .arena import Arena
 from .device.frame import DeviceFrame, Lane
 from .evaluation import Evaluation
@@ -98,6 +99,10 @@ class Frame(Protocol):
         or several, in order, valid until the next are asked for.
         """
 
+    def take_statistics(self) -> Sequence[tuple[float, ...]]:
+        """What has been gathered of the blocks written since the last call, one after the other;
+        nothing, where nothing is gathered."""
+
     def release(self) -> None:
         """Gives back what reading has left in memory."""
 
@@ -169,6 +174,9 @@ class RawFrame:
         operation = apply_operation(self._source.operation)
         return operation.run_raw(self._inputs, self._prepared[self._source.id], start)
 
+    def take_statistics(self) -> Sequence[tuple[float, ...]]:
+        return ()
+
     def release(self) -> None:
         for source in self._inputs:
             source.release()
@@ -198,9 +206,18 @@ class TorchFrame:
         self._read_mode = read_mode
         self._window_elements = stage_window(graph, stage, "cpu")
         self._reads: list[_TensorInput] = []
+        statistics = layout.statistics
         self._evaluation = Evaluation(
-            graph, stage, layout.nodes, prepared, arena.tensor, self._open_read
+            graph,
+            stage,
+            layout.nodes,
+            prepared,
+            arena.tensor,
+            self._open_read,
+            () if statistics is None else statistics.gathering.inputs,
         )
+        self._changes = self._evaluation.buffers(() if statistics is None else statistics.vectors)
+        self._gathered: list[tuple[float, ...]] = []
         self._result = self._evaluation.buffers((layout.result,))
         self._encoded = self._evaluation.buffers((layout.encoded,))
         self._rounding = self._evaluation.buffers(layout.rounding)
@@ -244,8 +261,23 @@ class TorchFrame:
         self._evaluation.read_into(vectors[0])
         if len(vectors) > 1:
             self._round(*vectors)
+        if self._changes.current:
+            self._gather(vectors[-1])
         assert self._output is not None
         return self._arena.bytes(self._output)[: elements * DTYPES[self._output.dtype].item_bytes]
+
+    def _gather(self, written: Tensor) -> None:
+        """Statistics of the block that is about to be written."""
+        *inputs, output = self._changes.current
+        self._evaluation.read_others(inputs)
+        output.copy_(written)
+        for change in (*inputs[1:], output):
+            change.sub_(inputs[0])
+        self._gathered.append(gathered(inputs[0], [*inputs[1:], output], is_merge=True))
+
+    def take_statistics(self) -> Sequence[tuple[float, ...]]:
+        taken, self._gathered = self._gathered, []
+        return taken
 
     def _round(self, result: Tensor, encoded: Tensor) -> None:
         if self._rounding.current:

@@ -24,6 +24,7 @@ from .execution import Execution
 from .likeness import Kind
 from .stages import (
     TorchLayout,
+    gathered_bytes,
     joined_statistics_bytes,
     mapped_bytes,
     stage_layout,
@@ -192,9 +193,13 @@ def plan_memory(
     statistics: list[int] = [0]
     window_bytes = joined_bytes = temporary = 0
     libraries: Libraries = "numpy"
+    kept = 0
     for kind in kinds:
         task = kind.first
-        statistics += [statistics_bytes(graph, task)] * min(kind.count, MOST_WORKERS)
+        gathered = gathered_bytes(graph, task) if execution.gathers else (0, 0)
+        of_one = statistics_bytes(graph, task) + gathered[0]
+        statistics += [of_one] * min(kind.count, MOST_WORKERS)
+        kept += kind.count * gathered[1]
         for stage in task.stages:
             if not stage.element_count:
                 continue
@@ -207,7 +212,7 @@ def plan_memory(
             joined_bytes = max(joined_bytes, joined_statistics_bytes(graph, stage))
             temporary = max(temporary, temporary_bytes(graph, stage))
     statistics.sort(reverse=True)
-    beside_bytes += table_bytes(graph)
+    beside_bytes += table_bytes(graph) + kept
     reserved = max(reserved_bytes(libraries) + beside_bytes, held_bytes) + len(graph) * NODE_BYTES
     is_mapped = execution.read_mode == "mmap"
 

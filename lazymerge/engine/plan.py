@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Hashable, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from hashlib import blake2b
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from ..adapters import open_model, split_reference
 from ..architecture import LayerStacks, find_layer_stacks
@@ -64,6 +64,7 @@ class Resources:
     device: the class of device that computes; None: the one that a saved plan was made for, else
         the processor. The output depends on it, within an ulp.
     vram_limit_bytes: bound of what is allocated on an accelerator.
+    gathers: whether statistics of what is written are gathered; nor does it depend on this.
     """
 
     limit_bytes: int | None = None
@@ -72,6 +73,7 @@ class Resources:
     kernels: Kernels | None = None
     device: DeviceClass | None = None
     vram_limit_bytes: int | None = None
+    gathers: bool = False
 
     @property
     def execution(self) -> Execution:
@@ -153,6 +155,7 @@ class Plan:
             kernels=self.execution.kernels,
             device=self.execution.device,
             vram_limit_bytes=self.execution.vram_limit_bytes,
+            gathers=self.execution.gathers,
         )
 
     @property
@@ -307,11 +310,23 @@ class Plan:
         Raises:
             DoesNotFitError: the memory does not suffice.
         """
+        resources = replace(resources, gathers=resources.gathers or self.execution.gathers)
+        execution = _execution(resources, self.recipe, self.checkpoints)
         return replace(
             self,
-            memory=_memory(self.graph, self.kinds, resources, self.tokenizer),
-            execution=resources.execution,
+            memory=_memory(self.graph, self.kinds, resources, execution, self.tokenizer),
+            execution=execution,
         )
+
+    def with_statistics(self) -> Plan:
+        """The same merge; statistics of what is written are gathered on the way.
+
+        Raises:
+            DoesNotFitError: the memory does not suffice for that.
+        """
+        if self.execution.gathers:
+            return self
+        return self.with_resources(replace(self.resources, gathers=True))
 
     def in_this_process(self, held_bytes: int) -> Plan:
         """The same merge, run by a process that occupies so much already.
@@ -471,6 +486,7 @@ def make_plan(
     verify_graph(compiled.graph)
     tasks = tensor_tasks(compiled.graph)
     kinds = kinds_of(compiled.graph, tasks)
+    execution = _execution(resources, recipe, checkpoints)
     source = checkpoints[recipe.main_model]
     config, config_notices = config_of(
         compiled.models[recipe.references[0]],
@@ -496,13 +512,13 @@ def make_plan(
             max_shard_bytes,
         ),
         max_shard_bytes=max_shard_bytes,
-        memory=_memory(compiled.graph, kinds, resources, tokenizer),
+        memory=_memory(compiled.graph, kinds, resources, execution, tokenizer),
         config=config,
         sidecar_folder=source.folder,
         sidecars=_sidecars(
             source, (paths or {}).get(source.reference, source.reference), tokenizer
         ),
-        execution=resources.execution,
+        execution=execution,
         tokenizer=tokenizer,
     )
     plan.__dict__.update(tasks=tasks, kinds=kinds)  # cached properties that are known already
@@ -618,6 +634,7 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     max_shard_bytes = _of_kind(output["max_shard_bytes"], int)
     tasks = tensor_tasks(graph)
     kinds = kinds_of(graph, tasks)
+    execution = _execution(resources, recipe, checkpoints)
     shards = lay_out(
         [OutputTensor(w.name, w.dtype, w.shape) for w in graph.writes], max_shard_bytes
     )
@@ -631,11 +648,11 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         notices=tuple(_of_kind(notice, str) for notice in document["notices"]),
         shards=shards,
         max_shard_bytes=max_shard_bytes,
-        memory=_memory(graph, kinds, resources, tokenizer),
+        memory=_memory(graph, kinds, resources, execution, tokenizer),
         config=_of_kind(output["config"], dict, type(None)),
         sidecar_folder=output["sidecar_folder"],
         sidecars=tuple(output["sidecars"]),
-        execution=resources.execution,
+        execution=execution,
         tokenizer=tokenizer,
     )
     plan.__dict__.update(tasks=tasks, kinds=kinds)
@@ -833,9 +850,24 @@ def _aligned(
 ) -> tuple[dict[str, Checkpoint], list[str]]:
     """The checkpoints, with names as the base writes them, or the first model where there is no
     base; and a sentence for each whose names are others."""
-    reference = checkpoints[recipe.main_model]
-    aligned, sentences = {}, []
-    for name, checkpoint in checkpoints.items():
+    names = {reference: reference for reference in checkpoints}
+    return aligned(checkpoints[recipe.main_model], checkpoints, names)
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def aligned(
+    reference: Checkpoint, checkpoints: Mapping[Key, Checkpoint], called: Mapping[Key, str]
+) -> tuple[dict[Key, Checkpoint], list[str]]:
+    """Checkpoints with names as the reference writes them, and a sentence for each whose names are
+    others.
+
+    called: what they are called in it.
+    """
+    found, sentences = {}, []
+    for key, checkpoint in checkpoints.items():
+        name = called[key]
         names = renamed(checkpoint.tensors, reference.tensors)
         if names:
             tensors = {names[old]: tensor for old, tensor in checkpoint.tensors.items()}
@@ -848,18 +880,29 @@ def _aligned(
             sentences.append(
                 f"{name} holds projections as one that {reference.reference} has apart"
             )
-        aligned[name] = checkpoint
-    return aligned, sentences
+        found[key] = checkpoint
+    return found, sentences
+
+
+def _execution(
+    resources: Resources, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]
+) -> Execution:
+    if not resources.gathers:
+        return resources.execution
+    reference = checkpoints[recipe.main_model]
+    files = frozenset(f"{reference.folder}/{file.path}" for file in reference.files)
+    return replace(resources.execution, reference_files=files)
 
 
 def _memory(
     graph: Graph,
     kinds: tuple[Kind, ...],
     resources: Resources,
+    execution: Execution,
     tokenizer: TokenizerPlan | None,
 ) -> MemoryPlan:
     limit, workers = resources.limit_bytes, resources.workers
-    on_device = resources.execution.device != "cpu"
+    on_device = execution.device != "cpu"
     if limit is None:
         limit = default_device_limit_bytes() if on_device else default_limit_bytes()
     if workers is None:
@@ -870,7 +913,7 @@ def _memory(
         kinds,
         limit,
         workers,
-        resources.execution,
+        execution,
         beside_bytes=0 if tokenizer is None else tokenizer.held_bytes,
         planning_bytes=0 if tokenizer is None else tokenizer.planning_bytes,
     )

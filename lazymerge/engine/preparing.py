@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Prepared:
     """An output that is ready to be written.
 
     checksums: of the tensors that this run has finished.
+    statistics: gathered of them, by name.
     beginning: the first half of the manifest.
     """
 
@@ -61,6 +63,7 @@ class Prepared:
     journal: Journal
     beginning: dict[str, Any]
     checksums: dict[str, str] = field(default_factory=dict)
+    statistics: dict[str, array[float]] = field(default_factory=dict)
 
 
 def prepare(
@@ -102,6 +105,8 @@ def prepare(
         if hash_inputs:
             observer.entered("hashing")
             beginning["input_checksums"] = content_hashes(plan.checkpoints)
+        if plan.execution.gathers:
+            beginning["statistics"] = True
         try:
             clear_output_folder(folder, fsync=fsync)
         except OSError as error:
@@ -167,6 +172,8 @@ def _beginning_to_go_on_with(
         )
         beginning["input_checksums"] = content_hashes(plan.checkpoints)
     document.pop("format")
+    if plan.execution.gathers:
+        beginning["statistics"] = True
     if json.dumps(document, sort_keys=True) != json.dumps(beginning, sort_keys=True):
         _write_beginning(folder, beginning, fsync=True)
     return beginning

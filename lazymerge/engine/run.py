@@ -11,19 +11,22 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from xxhash import xxh3_128_hexdigest
 
+from ..checkpoint import Checkpoint
 from ..checkpoint.folder import SUFFIX
 from ..checkpoint.hub import Moved
 from ..errors import InputError, LazymergeError
 from ..graph.node import Read, Write
+from ..graph.operations.statistics import added
 from ..output.folder import clear_output_folder
 from ..output.lock import OutputLock
-from ..output.manifest import MANIFEST_NAME, write_document
+from ..output.manifest import MANIFEST_NAME, STATISTICS_NAME, write_document
 from ..output.writer import sync_folder, write_error
 from . import torch_loading
 from .baseline import peak_resident_bytes, resident_bytes, store_baseline
@@ -52,8 +55,10 @@ from .readahead import ReadAhead
 from .recent import Recent
 from .report import Observer, RunReport, Silent
 from .scheduler import Scheduler
+from .statistics_file import write_statistics
 from .timeline import Timeline
-from .worker import Worker
+from .unfinished import was_begun_with_statistics
+from .worker import Worker, Written
 
 WAKE_SECONDS = 0.1
 """How often the waiting main thread looks up, so that Ctrl-C is answered."""
@@ -139,6 +144,8 @@ def run_plan(
             remove_beginnings(folder)
             return _nothing_to_do(plan, folder, observer)
         resumes = check_output(plan, folder, overwrite=overwrite)
+        if resumes and was_begun_with_statistics(folder):
+            plan = plan.with_statistics().in_this_process(resident_bytes())
         prepared = prepare(
             plan,
             folder,
@@ -234,6 +241,8 @@ def _nothing_to_do(plan: Plan, folder: Path, observer: Observer) -> RunReport:
         f"{folder} holds this merge, complete; lazymerge verify reads it again, --overwrite makes "
         "it again"
     )
+    if plan.execution.gathers and not (folder / STATISTICS_NAME).is_file():
+        observer.noted("it was made without --stats; --overwrite makes it again with statistics")
     return RunReport(
         output=str(folder.absolute()),
         seconds=0.0,
@@ -298,8 +307,17 @@ def stamps_of(plan: Plan) -> Stamps:
     Raises:
         LazymergeError: one is not there any more.
     """
+    return stamps_of_models(plan.checkpoints.values())
+
+
+def stamps_of_models(checkpoints: Iterable[Checkpoint]) -> Stamps:
+    """Those of all files of some models now.
+
+    Raises:
+        LazymergeError: one is not there any more.
+    """
     stamps = {}
-    for checkpoint in plan.checkpoints.values():
+    for checkpoint in checkpoints:
         for folder, files in checkpoint.files_by_folder:
             for file in files:
                 path = os.path.join(folder, file.path)
@@ -317,7 +335,16 @@ def check_unchanged(before: Stamps, plan: Plan) -> None:
     Raises:
         LazymergeError: one was.
     """
-    now = stamps_of(plan)
+    changed_since(before, plan.checkpoints.values())
+
+
+def changed_since(before: Stamps, checkpoints: Iterable[Checkpoint]) -> None:
+    """Checks that no file of some models was written to.
+
+    Raises:
+        LazymergeError: one was.
+    """
+    now = stamps_of_models(checkpoints)
     for path, stamp in before.items():
         if now[path] != stamp:
             raise changed_error(path)
@@ -374,8 +401,11 @@ def _run(
     timeline.note(0, 0)
     lock = threading.Lock()
 
-    def finished(write: Write, digests: Sequence[bytes]) -> None:
-        checksum = xxh3_128_hexdigest(b"".join(digest for digest in digests if digest))
+    def finished(write: Write, blocks: Sequence[Written | None]) -> None:
+        spans = [span for span in blocks if span is not None]
+        checksum = xxh3_128_hexdigest(b"".join(span.digest for span in spans))
+        gathered = [numbers for span in spans for numbers in span.statistics]
+        statistics = array("d", added(gathered) if gathered else ())
         file, place = places[write.name]
         prepared.journal.finished(
             write.name,
@@ -384,9 +414,12 @@ def _run(
             checksum,
             is_nonfinite=write.name in nonfinite,
             identity=writer.identity(write.name),
+            statistics=statistics,
         )
         with lock:
             prepared.checksums[write.name] = checksum
+            if statistics:
+                prepared.statistics[write.name] = statistics
         writer.finish_tensor(write.name)
         observer.finished(write.name)
 
@@ -423,7 +456,7 @@ def _run(
     observer.entered("merging")
     try:
         with (
-            _one_torch_thread() if plan.memory.libraries == "torch" else nullcontext(),
+            one_torch_thread() if plan.memory.libraries == "torch" else nullcontext(),
             explained_bus_errors(folder) if is_mapped else nullcontext() as files.watch,
         ):
             workers = [
@@ -446,7 +479,7 @@ def _run(
             if device is not None:
                 for worker in workers:
                     device.pin(worker.arena)
-            _work(scheduler, workers, held.check)
+            work(scheduler, workers, held.check)
     except _AbandonedError as error:
         error.files = files  # a worker may be reading on
         raise
@@ -481,6 +514,9 @@ def _run(
         checksums = {name: record.checksum for name, record in before.items()}
         checksums |= prepared.checksums
         document = manifest(plan, prepared.beginning, checksums, beside, folder, report, timeline)
+        if plan.execution.gathers:
+            gathered = {name: record.statistics for name, record in before.items()}
+            write_statistics(plan, folder, {**gathered, **prepared.statistics}, fsync=fsync)
         write_document(folder / MANIFEST_NAME, document, fsync=fsync)
         if fsync:
             sync_folder(folder)
@@ -499,7 +535,7 @@ def _lanes(plan: Plan, device: Device | None) -> Sequence[Lane | None]:
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Parallelism is between workers, on different blocks."""
     import torch
 
@@ -525,7 +561,7 @@ class _AbandonedError(KeyboardInterrupt):
         self.files: InputFiles | None = None
 
 
-def _work(
+def work(
     scheduler: Scheduler, workers: Sequence[Worker], check: Callable[[], None] = lambda: None
 ) -> None:
     """Runs all workers to the end; an error or an interruption stops them first.
@@ -537,7 +573,7 @@ def _work(
     removed.
     """
 
-    def work(worker: Worker, ended: threading.Event) -> None:
+    def run_to_the_end(worker: Worker, ended: threading.Event) -> None:
         try:
             worker.run()
         finally:
@@ -545,7 +581,7 @@ def _work(
 
     ends = [threading.Event() for _ in workers]
     threads = [
-        threading.Thread(target=work, args=pair, name=f"worker-{number}", daemon=True)
+        threading.Thread(target=run_to_the_end, args=pair, name=f"worker-{number}", daemon=True)
         for number, pair in enumerate(zip(workers, ends, strict=True))
     ]
     try:

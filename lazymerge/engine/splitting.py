@@ -31,11 +31,18 @@ from ..output.checksum import file_checksum
 from ..output.folder import OWN_FOLDER
 from ..output.layout import Shard
 from ..output.lock import OutputLock
-from ..output.manifest import CHECKSUM, MANIFEST_NAME, read_document, write_document
+from ..output.manifest import (
+    CHECKSUM,
+    MANIFEST_NAME,
+    STATISTICS_NAME,
+    read_document,
+    write_document,
+)
 from ..output.writer import sync_file, sync_folder, write_error
 from .complete import tidy_up
 from .finishing import faults, write_beside_weights
 from .plan import Plan, Resources, Split
+from .statistics_file import join_statistics
 from .unfinished import beginning_of_manifest, plan_again
 
 PART_NAME = re.compile(r"part-(\d+)-of-(\d+)(\.json)?")
@@ -211,6 +218,7 @@ def join_parts(folder: Path, *, fsync: bool = True) -> Joined:
         if plan.fingerprint != first["split"]["whole"]:
             raise InputError(f"{folder} holds parts of another merge than their recipe gives now")
         _move(plan, folder, found, fsync=fsync)
+        join_statistics(plan, folder, found.values(), fsync=fsync)
         document = _manifest(plan, folder, documents, fsync=fsync)
         write_document(folder / MANIFEST_NAME, document, fsync=fsync)
         if fsync:
@@ -423,4 +431,5 @@ def _leftovers(folder: Path) -> Iterator[Path]:
         if match[3]:
             yield entry
         elif (entry / MANIFEST_NAME).is_file():
+            yield entry / STATISTICS_NAME
             yield entry / MANIFEST_NAME

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from math import prod
@@ -35,6 +35,7 @@ from ..graph.operation import (
     apply_operation,
     reduce_operation,
 )
+from ..graph.operations.statistics import number_count
 from .blocks import (
     WINDOW_BLOCKS,
     DeviceClass,
@@ -44,6 +45,7 @@ from .blocks import (
     window_elements,
 )
 from .execution import Execution
+from .gathering import Gathering, NotGathered, gathering_of, is_recordable
 from .native import library
 
 BUFFER_ALIGNMENT = 64
@@ -76,6 +78,23 @@ the loop of 16 simulated workers took 68 ms in place of 60 (docs/performance.md)
 
 
 @dataclass(frozen=True, slots=True)
+class GatheringSlots:
+    """The buffers of the statistics that are gathered of a Write stage's blocks.
+
+    gathering: what they are gathered from.
+    vectors: for the kernels one slot, registers of a chunk each; for torch, blocks of the working
+        dtype, one for each input and the output.
+    stores: blocks that leave the kernels whole.
+    lanes: running sums of all blocks that are run at once, F64 (kernels).
+    """
+
+    gathering: Gathering
+    vectors: tuple[Slot, ...]
+    stores: tuple[Slot, ...] = ()
+    lanes: Slot | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RawLayout:
     """The buffers of a stage that decodes nothing: undecoded input blocks, U8."""
 
@@ -98,6 +117,7 @@ class NativeLayout:
     output: a block in the output's dtype (Write stages).
     blocks_at_once: how many are run in one call, those of a Write stage if it also writes them.
     rounds_once: float64 goes to 16 bits without rounding to float32 on the way.
+    statistics: buffers for what is gathered of the output; None: nothing is.
     """
 
     raw: tuple[Slot, ...]
@@ -111,6 +131,7 @@ class NativeLayout:
     blocks_at_once: int
     rounds_once: bool
     size_bytes: int
+    statistics: GatheringSlots | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +144,7 @@ class TorchLayout:
     rounding: scratch for rounding float64 once; empty where that is not needed.
     nodes: buffers of the Apply and Reduce nodes of the stage, by id.
     size_bytes: of all of them.
+    statistics: buffers for what is gathered of the output; None: nothing is.
     """
 
     raw: tuple[Slot, ...]
@@ -131,6 +153,7 @@ class TorchLayout:
     rounding: tuple[Slot, ...]
     nodes: Mapping[str, NodeSlots]
     size_bytes: int
+    statistics: GatheringSlots | None = None
 
 
 SIDES = 2
@@ -255,8 +278,16 @@ def stage_layout(graph: Graph, stage: Reduce | Write, execution: Execution) -> S
         dtypes = tuple(read.dtype for read in graph.reads_of(stage.id))
         if _is_native(stage, operations, dtypes):
             is_gathered = any(read.rows is not None for read in graph.reads_of(stage.id))
-            return _lay_out_native(stage, operations, dtypes, row, execution, is_gathered)
-    return _Torch(graph, elements).lay_out(stage)
+            layout = _lay_out_native(stage, operations, dtypes, row, execution, is_gathered)
+            if isinstance(stage, Write) and execution.reference_files is not None:
+                gathering = gathering_of(graph, stage, execution.reference_files)
+                return _with_statistics(graph, gathering, stage, layout)
+            return layout
+    torch = _Torch(graph, elements)
+    is_whole = any(operation.is_whole for _, operation in operations)
+    if isinstance(stage, Write) and execution.reference_files is not None and not is_whole:
+        return torch.lay_out(stage, gathering_of(graph, stage, execution.reference_files))
+    return torch.lay_out(stage)
 
 
 _Operations = Sequence[tuple[Apply | Reduce, ApplyOperation | ReduceOperation[Any, Any]]]
@@ -366,6 +397,23 @@ def statistics_bytes(graph: Graph, task: TensorTask, device: DeviceClass = "cpu"
     )
 
 
+def gathered_bytes(graph: Graph, task: TensorTask) -> tuple[int, int]:
+    """Upper bounds of what gathering statistics of an output tensor holds: while it is written, and
+    from then on until all are."""
+    gathering = gathering_of(graph, task.write, frozenset())
+    if not isinstance(gathering, Gathering):
+        return 0, 0
+    reduction = gathering.reduction(task.write)
+    blocks = block_count(task.write.element_count, "cpu", row_elements(graph, task.write))
+    operation = reduce_operation(reduction.operation)
+    inputs = len(gathering.inputs) + 1
+    during = operation.statistics_bytes(
+        inputs, dict(reduction.parameters), task.write.element_count, blocks, 8
+    )
+    # while they are added, as rows and as columns; then an array, and its place in a dictionary
+    return 2 * during, 8 * number_count(len(gathering.inputs)) + 200
+
+
 def joined_statistics_bytes(
     graph: Graph, stage: Reduce | Write, device: DeviceClass = "cpu"
 ) -> int:
@@ -471,6 +519,44 @@ def _lay_out_native(
     )
 
 
+def _with_statistics(
+    graph: Graph, gathering: Gathering | NotGathered, write: Write, layout: NativeLayout
+) -> NativeLayout:
+    """The layout with room for the statistics that the kernels gather, if they can."""
+    if not isinstance(gathering, Gathering) or not is_recordable(graph, gathering):
+        return layout
+    costs = [
+        operation.cost(len(node.inputs), dict(node.parameters))
+        for node, operation in gathering_operations(graph, gathering)
+    ]
+    elements = block_length(write.element_count, "cpu")
+    room = _Layout(max(elements, layout.output.elements if layout.output else 0))
+    room.size_bytes = layout.size_bytes
+    count = len(gathering.inputs) + 1 + sum(cost.scratch for cost in costs)
+    dtype = gathering.working_dtype
+    registers = room.slot(dtype, library.chunk_elements() * count)
+    numbers = number_count(len(gathering.inputs)) * library.LANES
+    slots = GatheringSlots(
+        gathering,
+        (registers,),
+        tuple(room.slot(dtype) for cost in costs for _ in range(cost.stores)),
+        room.slot("F64", numbers * layout.blocks_at_once),
+    )
+    return replace(layout, statistics=slots, size_bytes=room.size_bytes)
+
+
+def gathering_operations(graph: Graph, gathering: Gathering) -> list[tuple[Apply, ApplyOperation]]:
+    """The Apply nodes among what is gathered from, each once, and their operations."""
+    found: dict[str, tuple[Apply, ApplyOperation]] = {}
+    waiting = list(gathering.inputs)
+    while waiting:
+        node = graph.block_node(waiting.pop())
+        if isinstance(node, Apply) and node.id not in found:
+            found[node.id] = (node, apply_operation(node.operation))
+            waiting += node.inputs
+    return list(found.values())
+
+
 @lru_cache(maxsize=64)
 def _native_layout(
     costs: tuple[Cost, ...],
@@ -538,7 +624,9 @@ class _Torch(_Layout):
         self.raw_count = 1
         self.raw_item_bytes = 1
 
-    def lay_out(self, stage: Reduce | Write) -> TorchLayout:
+    def lay_out(
+        self, stage: Reduce | Write, gathering: Gathering | NotGathered | None = None
+    ) -> TorchLayout:
         result = encoded = None
         rounding: tuple[Slot, ...] = ()
         if isinstance(stage, Reduce):
@@ -556,10 +644,23 @@ class _Torch(_Layout):
                     rounding = (self.slot("F64"), self.slot("F64"))
             if is_computed or rounding:
                 result = self.slot(source.dtype)
+        statistics = None
+        if isinstance(gathering, Gathering):
+            statistics = self.statistics(gathering)
         raw = tuple(
             self.slot("U8", self.elements * self.raw_item_bytes) for _ in range(self.raw_count)
         )
-        return TorchLayout(raw, result, encoded, rounding, self.nodes, self.size_bytes)
+        return TorchLayout(raw, result, encoded, rounding, self.nodes, self.size_bytes, statistics)
+
+    def statistics(self, gathering: Gathering) -> GatheringSlots:
+        for node in map(self.graph.block_node, gathering.inputs):
+            if isinstance(node, Apply) and node.dtype != gathering.working_dtype:
+                slots = self.nodes[node.id]
+                if slots.out is None:
+                    self.nodes[node.id] = NodeSlots(self.slot(node.dtype), slots.scratch)
+        count = len(gathering.inputs) + 1
+        vectors = tuple(self.slot(gathering.working_dtype) for _ in range(count))
+        return GatheringSlots(gathering, vectors)
 
     def read(self, node: Read) -> None:
         self.raw_item_bytes = max(self.raw_item_bytes, DTYPES[node.dtype].item_bytes)

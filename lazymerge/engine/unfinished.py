@@ -134,7 +134,9 @@ def plan_of_unfinished(output: Path | str, resources: Resources | None = None) -
     document: Mapping[str, Any] = {}
     try:
         document = read_document(folder / MERGE_PATH)
-        return plan_again(document, folder / MERGE_PATH, resources or Resources())
+        gathers = document.get("statistics") is True
+        wanted = replace(resources or Resources(), gathers=gathers)
+        return plan_again(document, folder / MERGE_PATH, wanted)
     except InputError as error:
         own = (
             "\na method of your own needs --plugin again" if isinstance(error, RecipeError) else ""
@@ -166,6 +168,15 @@ def check_is_same_merge(plan: Plan, output: Path) -> None:
             f"{output} holds an unfinished merge, and not of this plan: "
             f"{difference(document, plan)}\n{remedy}"
         )
+
+
+def was_begun_with_statistics(output: Path) -> bool:
+    """Whether an unfinished output was begun with --stats: it is then gone on with in the same way.
+
+    Raises:
+        InputError: its document is damaged.
+    """
+    return read_document(output / MERGE_PATH).get("statistics") is True
 
 
 def run_again(document: Mapping[str, Any], output: Path) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import starmap
 from typing import Any
 
@@ -28,6 +29,18 @@ from .recent import Recent
 from .scheduler import Job, Scheduler
 from .stages import bytes_between, bytes_per_element, stage_layout
 
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is known of a span of blocks when it has been written.
+
+    digest: its checksum. statistics: what was gathered of each block; empty: nothing.
+    """
+
+    digest: bytes
+    statistics: Sequence[tuple[float, ...]] = ()
+
+
 Nonfinite = Callable[[str], None]
 """Told of a tensor that inf or nan was written of."""
 
@@ -42,7 +55,7 @@ class Worker:
         self,
         graph: Graph,
         scheduler: Scheduler,
-        writer: ShardWriter,
+        writer: ShardWriter | None,
         files: InputFiles,
         arena_bytes: int,
         execution: Execution,
@@ -53,7 +66,9 @@ class Worker:
         lane: Lane | None = None,
         forgets: bool = False,
     ) -> None:
-        """read_ahead: is told what is being read. recent: what all workers share.
+        """writer: None where nothing is written.
+
+        read_ahead: is told what is being read. recent: what all workers share.
 
         forgets: inputs that have been written of leave the page cache.
 
@@ -125,7 +140,9 @@ class Worker:
         return partials if pairs is None else [pairs.result]
 
     def _write(self, frame: Frame, job: Job, stage: Write) -> list[Any] | None:
-        """The checksum of all blocks, as what the first of them gives."""
+        """The checksum of all blocks and their statistics, as what the first of them gives."""
+        writer = self._writer
+        assert writer is not None
         checksum = xxh3_128()
         offset = self._bytes_of(stage, 0, job.pieces[0][0][0])
         start = job.pieces[0][0][0]
@@ -135,29 +152,32 @@ class Worker:
             checksum.update(data)
             if has_nonfinite(data, stage.dtype):
                 self._nonfinite(stage.name)
-            self._writer.write(stage.name, data, offset)
+            writer.write(stage.name, data, offset)
             offset += len(data)
             stop = start + len(data) // DTYPES[stage.dtype].item_bytes
             self._moved(self._bytes_read(start, stop), len(data), stage.name)
             start = stop
             del data  # it may be part of a mapped window
-        return [checksum.digest(), *[None] * (len(job.pieces) - 1)]
+        written = Written(checksum.digest(), frame.take_statistics())
+        return [written, *[None] * (len(job.pieces) - 1)]
 
     def _write_at_once(
         self, frame: NativeFrame, job: Job, stage: Write, start: int, stop: int
     ) -> list[Any]:
         """The same in one call of the native kernels, without the interpreter lock."""
-        sink = self._sink
-        descriptor, first_byte = self._writer.place(stage.name)
+        sink, writer = self._sink, self._writer
+        assert writer is not None
+        descriptor, first_byte = writer.place(stage.name)
         sink.begin(descriptor, first_byte + self._bytes_of(stage, 0, start), MASKS[stage.dtype])
         if not frame.write(start, stop, sink):
             error = OSError(sink.error, os.strerror(sink.error))
-            raise self._writer.failure(stage.name, error, sink.unwritten) from error
+            raise writer.failure(stage.name, error, sink.unwritten) from error
         if sink.is_nonfinite:
             self._nonfinite(stage.name)
-        written = self._bytes_of(stage, start, stop)
-        self._moved(self._bytes_read(start, stop), written, stage.name)
-        return [sink.digest(), *[None] * (len(job.pieces) - 1)]
+        bytes_written = self._bytes_of(stage, start, stop)
+        self._moved(self._bytes_read(start, stop), bytes_written, stage.name)
+        written = Written(sink.digest(), frame.take_statistics())
+        return [written, *[None] * (len(job.pieces) - 1)]
 
     def _bytes_read(self, start: int, stop: int) -> int:
         return bytes_between(self._bytes_per_element, start, stop)

@@ -80,6 +80,8 @@ class Recording(Protocol):
 
     def record_dot(self, other: Any) -> float: ...
     def record_total(self) -> float: ...
+    def record_largest(self) -> float: ...
+    def record_signs(self, others: Sequence[Any], models: int) -> tuple[float, ...]: ...
     def record_keep_largest(self, value: float, below: float, stop_index: int) -> None: ...
     def record_drop_largest(self, value: float, below: float, stop_index: int) -> None: ...
     def record_zero_up_to(self, other: Any, limit: float) -> None: ...
@@ -163,6 +165,64 @@ def sum_in_lanes(values: Numbers) -> float:
             numpy.add.reduce(rows, axis=0, dtype=numpy.float64, out=lanes)
         lanes[: len(values) - whole] += values[whole:]
     return sum_of_lanes(lanes.tolist())
+
+
+def product(one: Vector, other: Vector) -> float:
+    """Σ oneᵢ otherᵢ as `dot` has it, products formed in float64 whatever the vectors are."""
+    if isinstance(one, Recording):
+        return one.record_dot(other)
+    import numpy
+
+    lanes = numpy.zeros(LANES)
+    for left, right in _slices(one, other):
+        with numpy.errstate(over="ignore", invalid="ignore"):
+            products = left.astype(numpy.float64) * right
+            whole = len(products) // LANES * LANES
+            rows = products[:whole].reshape(-1, LANES)
+            if whole:
+                rows[0] += lanes
+                numpy.add.reduce(rows, axis=0, out=lanes)
+            lanes[: len(products) - whole] += products[whole:]
+    return sum_of_lanes(lanes.tolist())
+
+
+def largest(vector: Vector) -> float:
+    """The largest |xᵢ|; nan does not count."""
+    if isinstance(vector, Recording):
+        return vector.record_largest()
+    import numpy
+
+    return max(
+        float(numpy.fmax.reduce(numpy.absolute(part), initial=0.0)) for (part,) in _slices(vector)
+    )
+
+
+def signs(vectors: Sequence[Vector], models: int) -> tuple[float, ...]:
+    """How often signs agree.
+
+    For each pair of vectors, row by row of a triangle, each with itself included: in how many
+    places both are above 0 or both below. Then of the first ones: in how many places one is not 0,
+    and in how many one is above 0 and one below.
+
+    vectors: of a recording, neighbours. models: how many are the first ones.
+    """
+    first = vectors[0]
+    if isinstance(first, Recording):
+        return first.record_signs(vectors[1:], models)
+    import numpy
+
+    size = len(vectors)
+    counts = [0] * (size * (size + 1) // 2 + 2)
+    for parts in _slices(*vectors):
+        above, below = [part > 0 for part in parts], [part < 0 for part in parts]
+        pairs = [(row, column) for row in range(size) for column in range(row + 1)]
+        for place, (row, column) in enumerate(pairs):
+            agreeing = (above[row] & above[column]) | (below[row] & below[column])
+            counts[place] += int(numpy.count_nonzero(agreeing))
+        any_above, any_below = (numpy.any(side[:models], axis=0) for side in (above, below))
+        counts[-2] += int(numpy.count_nonzero(any_above | any_below))
+        counts[-1] += int(numpy.count_nonzero(any_above & any_below))
+    return tuple(map(float, counts))
 
 
 def sum_of_lanes(lanes: Sequence[float]) -> float:

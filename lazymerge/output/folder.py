@@ -14,7 +14,7 @@ from ..sizes import format_bytes
 from .journal import JOURNAL_PATH
 from .layout import INDEX_NAME
 from .lock import LOCK_PATH, MOVED_PATTERN
-from .manifest import MANIFEST_NAME, MERGE_PATH
+from .manifest import MANIFEST_NAME, MERGE_PATH, STATISTICS_NAME
 from .sidecars import COPIED
 from .writer import PARTIAL_SUFFIX, sync_folder
 
@@ -25,6 +25,7 @@ OWN_FILES = (
     "config.json",
     "README.md",
     MANIFEST_NAME,
+    STATISTICS_NAME,
     *COPIED,
 )
 """What --overwrite may remove from an earlier output, under these names or as partial files.

@@ -17,6 +17,9 @@ from ..errors import InputError
 MANIFEST_NAME = "lazymerge.json"
 MANIFEST_FORMAT = 1
 
+STATISTICS_NAME = "lazymerge-statistics.json"
+"""What a run with --stats says of every tensor."""
+
 MERGE_PATH = ".lazymerge/merge.json"
 """What an output is being made from, while it is not complete: the manifest's first half."""
 

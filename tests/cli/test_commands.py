@@ -61,10 +61,12 @@ def test_every_command_explains_itself(lazymerge: Command) -> None:
     assert (listed.code, listed.err) == (0, "")
     names = [command.callback.__name__ for command in app.registered_commands if command.callback]
     assert sorted(names) == [
+        "diff",
         "inspect",
         "join",
         "methods",
         "plan",
+        "report",
         "resume",
         "run",
         "schema",

@@ -731,7 +731,7 @@ def test_inputs_stay_open_while_a_worker_reads(
         raise run_module._AbandonedError([running])
 
     monkeypatch.setattr(InputFiles, "close", close)
-    monkeypatch.setattr(run_module, "_work", work)
+    monkeypatch.setattr(run_module, "work", work)
     with pytest.raises(KeyboardInterrupt):
         run_plan(planned(recipe), tmp_path / "out")
     assert not closed.wait(0.2)

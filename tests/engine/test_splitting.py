@@ -18,7 +18,7 @@ from lazymerge.engine.splitting import join_parts, split_plan, write_parts
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
 from lazymerge.errors import InputError
-from lazymerge.output.manifest import MANIFEST_NAME, read_document
+from lazymerge.output.manifest import MANIFEST_NAME, STATISTICS_NAME, read_document
 
 from conftest import write_checkpoint
 
@@ -270,3 +270,14 @@ def test_across_filesystems(plan: Plan, tmp_path: Path, monkeypatch: pytest.Monk
         join_parts(out)
     run_plan(plan, tmp_path / "one", fsync=False)
     assert contents(out) == contents(tmp_path / "one")
+
+
+def test_statistics_of_parts_are_joined(plan: Plan, tmp_path: Path) -> None:
+    run_plan(plan.with_statistics(), tmp_path / "whole", fsync=False)
+    out = tmp_path / "out"
+    for path in write_parts(plan, out, PARTS):
+        run_plan(load_plan(path).with_statistics(), path.with_suffix(""), fsync=False)
+    join_parts(out, fsync=False)
+    names = [tmp_path / each / STATISTICS_NAME for each in ("whole", "out")]
+    assert names[0].read_text() == names[1].read_text()
+    assert not list(out.glob("part-*"))

@@ -250,6 +250,9 @@ class DeviceFrame:
         data: memoryview = next(self.run([((start, stop),)]))
         return data
 
+    def take_statistics(self) -> Sequence[tuple[float, ...]]:
+        return ()
+
     def release(self) -> None:
         """Gives back what reading an element range has left in memory."""
         for source in self._sources.values():

@@ -15,7 +15,7 @@ from ..arena import Arena
 from ..execution import ReadMode
 from ..inputs import GatheredInput, Input, InputFiles, MappedInput, Pieces, open_input
 from ..recent import Recent
-from ..stages import NativeLayout, Slot, stage_window
+from ..stages import GatheringSlots, NativeLayout, Slot, stage_window
 from .library import (
     COUNTERS,
     LANES,
@@ -99,6 +99,8 @@ class NativeFrame:
             self._streamed.append(StreamedInput(read.dtype, descriptor, first_byte, address))
         self._kernel: Kernel | None = None
         self._state: Any = None
+        self._after: Kernel | None = None
+        self._gathered: list[tuple[float, ...]] = []
         self._output = arena.bytes(layout.output) if layout.output else memoryview(b"")
         self._item_bytes = 0
         if isinstance(stage, Write):
@@ -120,6 +122,48 @@ class NativeFrame:
                         content, "content", lambda: self._write_program(graph, stage, prepared)
                     ),
                 )
+
+            if layout.statistics is not None:
+                self._after = self._gathering_kernel(stage, layout.statistics, kernels)
+
+    def _gathering_kernel(self, write: Write, slots: GatheringSlots, kernels: Kernels) -> Kernel:
+        """What gathers statistics of every block that is written."""
+        gathering = slots.gathering
+        lanes = slots.lanes
+        assert lanes is not None
+        streamed = [*self._streamed, StreamedInput(write.dtype, -1, 0, 0)]
+
+        def record() -> Program:
+            reduction = gathering.reduction(write)
+            inputs = operands(self._graph, gathering.inputs, self._input_ids, self._prepared)
+            operation = reduce_operation(reduction.operation)
+            scratch = operation.cost(len(inputs) + 1, dict(reduction.parameters)).scratch
+            inputs.append(len(self._input_ids))
+            return record_reduce(operation, inputs, scratch, dict(reduction.parameters), None)
+
+        def bind(key: Hashable, token: object) -> Kernel:
+            encoded = self._recent.get(
+                key,
+                token,
+                lambda: encode_program(record()),
+                is_kept=lambda made: not made.program.tables,
+            )
+            return Kernel(
+                encoded,
+                streamed,
+                working_dtype=gathering.working_dtype,
+                registers=self._arena.address(slots.vectors[0]),
+                stores=[self._arena.address(slot) for slot in slots.stores],
+                lanes=self._arena.doubles(lanes),
+            )
+
+        if not all(node_id in self._input_ids for node_id in gathering.inputs):
+            return bind(("statistics", write.id), self._prepared)
+        inputs = tuple(self._input_ids.index(node_id) for node_id in gathering.inputs)
+        dtypes = tuple(source.dtype for source in streamed)
+        content = ("statistics", inputs, len(self._input_ids), gathering.working_dtype)
+        key = (content, dtypes, slots.vectors, lanes)
+        return kernels.get(key, streamed, lambda: bind(content, "content"))
 
     def _content(
         self, graph: Graph, stage: Write, prepared: Mapping[str, Any]
@@ -204,6 +248,11 @@ class NativeFrame:
             for first in range(start, stop, step)
         )
 
+    def take_statistics(self) -> list[tuple[float, ...]]:
+        """What has been gathered of the blocks written since the last call, one after the other."""
+        taken, self._gathered = self._gathered, []
+        return taken
+
     def reduce(self, pieces: Pieces, state: Any) -> Any:
         """The partial result of one block (Reduce stages)."""
         (partial,) = self.run([pieces], state)
@@ -218,8 +267,15 @@ class NativeFrame:
             elif isinstance(source, GatheredInput):
                 source.cover(start, stop)
                 kernel.room[number] = source.room(self._arena.address(self._layout.raw[number]))
-        failed = kernel.stream(start, stop - start, self._block_elements, sink)
+        after = self._after
+        if after is not None:
+            after.reset()
+        failed = kernel.stream(start, stop - start, self._block_elements, sink, after)
         if failed is None:
+            if after is not None:
+                self._gathered += gathered_numbers(
+                    after, -(-(stop - start) // self._block_elements)
+                )
             return True
         if failed == UNWRITTEN:
             return False
@@ -283,6 +339,9 @@ class NativeFrame:
         if outcome.kind == "sum":
             first = (block * kernel.program.lanes + outcome.lane) * LANES
             return sum_of_lanes(kernel.lanes[first : first + LANES])
+        if outcome.kind == "largest":
+            first = (block * kernel.program.lanes + outcome.lane) * LANES
+            return max(kernel.lanes[first : first + LANES])
         if outcome.kind in ("rows", "columns"):
             rows = elements // outcome.row_elements
             count = rows if outcome.kind == "rows" else outcome.row_elements
@@ -313,6 +372,26 @@ class NativeFrame:
     def forget(self, start: int, stop: int) -> None:
         for source in self._inputs:
             source.forget(start, stop)
+
+
+def gathered_numbers(kernel: Kernel, blocks: int) -> list[tuple[float, ...]]:
+    """What a program of sums alone has left of each of so many blocks, in the order in which its
+    operation returned it; lanes are added as `sum_of_lanes` adds them, for all at once."""
+    import numpy
+
+    count = kernel.program.lanes
+    lanes = numpy.frombuffer(memoryview(kernel.lanes), numpy.float64, blocks * count * LANES)
+    lanes = lanes.reshape(blocks, count, LANES)
+    sums = numpy.zeros((blocks, count))
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        for lane in range(LANES):
+            sums += lanes[:, :, lane]
+    outcomes = kernel.program.outcome
+    for place, outcome in enumerate(outcomes):
+        if outcome.kind == "largest":
+            sums[:, outcome.lane] = lanes[:, outcome.lane].max(axis=1)
+        assert outcome.lane == place
+    return [tuple(row) for row in sums.tolist()]
 
 
 def frozen(value: object) -> tuple[object, ...] | None:

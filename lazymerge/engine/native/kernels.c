@@ -30,6 +30,9 @@
 #define TILE 256
 #define TERMS 16
 
+#define MOST_SIGNS 32 /* registers of SIGNS; gathering.py asks for fewer */
+#define STRIDE 32     /* CHUNK / STRIDE is less than 256 */
+
 enum dtype { F64, F32, F16, BF16, F8_E4M3, F8_E5M2 };
 
 enum operation {
@@ -78,6 +81,11 @@ enum operation {
     LOAD_STORED,  /* dst = memory b                                 */
     LOAD_PRODUCT, /* dst = table c @ table b, of the working type;  */
                   /* d rows of b; memory a holds some chunks of it  */
+    LARGEST,      /* lanes k: largest |a|                           */
+    SIGNS,        /* of b registers from a on, for each pair, each  */
+                  /* with itself included, lanes k, k + 1, …:       */
+                  /* elements of one sign, not 0; then, of the      */
+                  /* first c, where one is not 0; where both signs  */
     /* whole blocks: what follows sees what all of the block has left */
     WAIT,
     RANK_ROWS     /* memory b: rank of each |element| in its row    */
@@ -331,12 +339,14 @@ static void floats_to_halves(const float *from, uint16_t *to, ptrdiff_t n)
 #define RUN run_float
 #define PRODUCT product_float
 #define ADD_TERMS add_terms_float
+#define COUNT_COMMON count_common_float
 #include "loops.h"
 #define REAL double
 #define ABSOLUTE fabs
 #define RUN run_double
 #define PRODUCT product_double
 #define ADD_TERMS add_terms_double
+#define COUNT_COMMON count_common_double
 #define TO_ODD to_odd_float
 #include "loops.h"
 #undef TARGET
@@ -376,12 +386,14 @@ TARGET static void floats_to_halves_avx2(const float *from, uint16_t *to, ptrdif
 #define RUN run_float_avx2
 #define PRODUCT product_float_avx2
 #define ADD_TERMS add_terms_float_avx2
+#define COUNT_COMMON count_common_float_avx2
 #include "loops.h"
 #define REAL double
 #define ABSOLUTE fabs
 #define RUN run_double_avx2
 #define PRODUCT product_double_avx2
 #define ADD_TERMS add_terms_double_avx2
+#define COUNT_COMMON count_common_double_avx2
 #define TO_ODD to_odd_float
 #include "loops.h"
 #endif
@@ -462,6 +474,9 @@ struct stream {
     int64_t lane_count;         /* of each block; so for counters */
     int64_t counter_count;
     int64_t output_item_bytes;
+    const struct call *after;   /* run on every block when it is done, its output as the last input;
+                                 * NULL: nothing */
+    int64_t after_lane_count;
 };
 
 /* Whether all bytes of a block of an input are there; `size` bytes from `offset` of the file. */
@@ -507,7 +522,9 @@ static int write_block(struct sink *sink, const char *data, int64_t count, int64
  * written. */
 int32_t lm_stream(const struct stream *stream)
 {
-    struct call call = *stream->call;
+    struct call call = *stream->call, after;
+    if (stream->after)
+        after = *stream->after;
     struct sink *const sink = stream->sink;
     if (sink && sink->begins) {
         sink->begins = sink->is_nonfinite = sink->error = 0;
@@ -531,6 +548,15 @@ int32_t lm_stream(const struct stream *stream)
         run_block(&call);
         call.lanes += stream->lane_count * LANES;
         call.counters += stream->counter_count * 3;
+        if (stream->after) {
+            for (int64_t i = 0; i < stream->input_count; i++)
+                after.inputs[i] = call.inputs[i];
+            after.inputs[stream->input_count] = call.output;
+            after.start = call.start;
+            after.count = call.count;
+            run_block(&after);
+            after.lanes += stream->after_lane_count * LANES;
+        }
         if (sink) {
             if (!write_block(sink, call.output, call.count, stream->output_item_bytes))
                 return -1;
@@ -556,5 +582,5 @@ int32_t lm_chunk(void)
 
 int32_t lm_version(void)
 {
-    return 7; /* of this interface; library.py refuses another */
+    return 8; /* of this interface; library.py refuses another */
 }

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ...checkpoint.tensor import DTYPES
 from .program import Program
 
-INTERFACE_VERSION = 7
+INTERFACE_VERSION = 8
 
 KERNELS_VARIABLE = "LAZYMERGE_KERNELS"
 """Set to "torch", the native kernels are not used."""
@@ -91,6 +91,8 @@ class _Stream(ctypes.Structure):
         ("lane_count", ctypes.c_int64),
         ("counter_count", ctypes.c_int64),
         ("output_item_bytes", ctypes.c_int64),
+        ("after", ctypes.c_void_p),
+        ("after_lane_count", ctypes.c_int64),
     )
 
 
@@ -263,8 +265,12 @@ class Kernel:
         output_dtype: str | None = None,
         rounds_once: bool = False,
         blocks_at_once: int = 1,
+        lanes: ctypes.Array[ctypes.c_double] | None = None,
     ) -> None:
-        """registers, stores, lists, spare, output: addresses of memory that outlives the kernel.
+        """lanes: room for LANES for each that the program fills, for as many blocks as are run at
+        once; None: it is made.
+
+        registers, stores, lists, spare, output: addresses of memory that outlives the kernel.
 
         Each store has room for a block of the working dtype, each list for a float64 for every row
         of a block (or column of the tensor), spare for RANKED_BYTES for each element of a row that
@@ -293,7 +299,9 @@ class Kernel:
         self._tables = (ctypes.c_void_p * max(1, len(program.tables)))(
             *(table.ctypes.data for table in program.tables)
         )
-        self.lanes = (ctypes.c_double * (LANES * max(1, program.lanes) * blocks_at_once))()
+        if lanes is None:
+            lanes = (ctypes.c_double * (LANES * max(1, program.lanes) * blocks_at_once))()
+        self.lanes = lanes
         self.counters = (ctypes.c_int64 * (COUNTERS * max(1, program.counters) * blocks_at_once))()
         self._call = _Call(
             program=ctypes.addressof(encoded.instructions),
@@ -350,11 +358,19 @@ class Kernel:
             self.room[number] = source.address
         self._first_bytes = [source.first_byte for source in inputs]
 
-    def stream(self, start: int, count: int, block: int, sink: Sink | None = None) -> int | None:
+    def stream(
+        self,
+        start: int,
+        count: int,
+        block: int,
+        sink: Sink | None = None,
+        after: Kernel | None = None,
+    ) -> int | None:
         """Reads and runs blocks of `block` elements each, one after the other.
 
         start: flat index of the first element; count: of all elements.
         sink: where their output goes; None: to `output`, one block after the other.
+        after: is run on every block when it is done, and has the output as one more input.
 
         Returns the number of the input that could not be read, UNWRITTEN where the output could
         not be written, None where nothing went wrong.
@@ -366,6 +382,8 @@ class Kernel:
         stream.count = count
         stream.block = block
         stream.sink = None if sink is None else ctypes.addressof(sink)
+        stream.after = None if after is None else after._address
+        stream.after_lane_count = 0 if after is None else after.program.lanes
         failed: int = self._stream(self._run_address)
         return failed - 1 if failed else None
 

@@ -168,6 +168,22 @@ TARGET static void PRODUCT(REAL *to, const REAL *left, const REAL *right, int64_
     }
 }
 
+/* In how many places of a chunk two bytes of two bits have one in common. Sums of so few fit
+ * bytes. */
+TARGET static int32_t COUNT_COMMON(const uint8_t *one, const uint8_t *other)
+{
+    uint8_t sums[STRIDE] = {0};
+    int32_t count = 0;
+    for (ptrdiff_t i = 0; i < CHUNK; i += STRIDE)
+        for (int j = 0; j < STRIDE; j++) {
+            const uint8_t common = one[i + j] & other[i + j];
+            sums[j] = (uint8_t)(sums[j] + ((common | common >> 1) & 1));
+        }
+    for (int j = 0; j < STRIDE; j++)
+        count += sums[j];
+    return count;
+}
+
 TARGET static void RUN(const struct call *call)
 {
     REAL *registers = call->registers;
@@ -411,6 +427,49 @@ TARGET static void RUN(const struct call *call)
                 memcpy(lanes, sums, sizeof sums);
                 break;
             }
+            case LARGEST: {
+                REAL sizes[CHUNK];
+                double *lanes = call->lanes + now->k * LANES;
+                PORTABLE_LOOP
+                for (ptrdiff_t i = 0; i < n; i++) {
+                    const REAL size = ABSOLUTE(a[i]);
+                    sizes[i] = size >= 0 ? size : 0; /* nan does not count */
+                }
+                memset(sizes + n, 0, (size_t)(CHUNK - n) * sizeof *sizes);
+                for (ptrdiff_t half = CHUNK / 2; half; half /= 2) {
+                    PORTABLE_LOOP
+                    for (ptrdiff_t i = 0; i < half; i++)
+                        sizes[i] = sizes[i] > sizes[i + half] ? sizes[i] : sizes[i + half];
+                }
+                lanes[0] = sizes[0] > lanes[0] ? sizes[0] : lanes[0];
+                break;
+            }
+            case SIGNS: {
+                uint8_t signs[MOST_SIGNS][CHUNK]; /* 1: above 0, 2: below */
+                double *lanes = call->lanes + now->k * LANES;
+                for (int32_t r = 0; r < now->b; r++, a += CHUNK) {
+                    int32_t wide[CHUNK];
+                    PORTABLE_LOOP
+                    for (ptrdiff_t i = 0; i < n; i++)
+                        wide[i] = (a[i] > 0 ? 1 : 0) + (a[i] < 0 ? 2 : 0);
+                    PORTABLE_LOOP
+                    for (ptrdiff_t i = 0; i < n; i++)
+                        signs[r][i] = (uint8_t)wide[i];
+                    memset(signs[r] + n, 0, (size_t)(CHUNK - n));
+                }
+                for (int32_t r = 0; r < now->b; r++)
+                    for (int32_t q = 0; q <= r; q++, lanes += LANES)
+                        *lanes += COUNT_COMMON(signs[r], signs[q]);
+                uint8_t both[CHUNK];
+                for (int32_t r = 1; r < now->c; r++)
+                    for (ptrdiff_t i = 0; i < CHUNK; i++)
+                        signs[0][i] |= signs[r][i];
+                for (ptrdiff_t i = 0; i < CHUNK; i++)
+                    both[i] = signs[0][i] == 3;
+                lanes[0] += COUNT_COMMON(signs[0], signs[0]);
+                lanes[LANES] += COUNT_COMMON(both, both);
+                break;
+            }
             case COUNT: {
                 int64_t *counters = call->counters + now->k * 3;
                 int32_t above = 0, reaching = 0;
@@ -502,4 +561,5 @@ TARGET static void RUN(const struct call *call)
 #undef RUN
 #undef PRODUCT
 #undef ADD_TERMS
+#undef COUNT_COMMON
 #undef TO_ODD

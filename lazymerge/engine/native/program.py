@@ -73,8 +73,10 @@ class Code(IntEnum):
     DIV_ROWS = 39
     LOAD_STORED = 40
     LOAD_PRODUCT = 41
-    WAIT = 42
-    RANK_ROWS = 43
+    LARGEST = 42
+    SIGNS = 43
+    WAIT = 44
+    RANK_ROWS = 45
 
 
 BARRIERS = frozenset({Code.WAIT, Code.RANK_ROWS})
@@ -117,6 +119,8 @@ WRITES = frozenset(Code) - {
     Code.DOT_ROWS,
     Code.SUM_ROWS,
     Code.MAX_ROWS,
+    Code.LARGEST,
+    Code.SIGNS,
     *BARRIERS,
 }
 
@@ -141,6 +145,8 @@ class Instruction:
     @property
     def operands(self) -> tuple[int, ...]:
         """The registers it reads."""
+        if self.code is Code.SIGNS:
+            return tuple(range(self.a, self.a + self.b))
         first = (self.a,) if self.code in READS_A else ()
         second = (self.b,) if self.code in READS_B else ()
         return (*first, *second, *((self.c,) if self.code is Code.ZERO_FROM else ()))
@@ -153,8 +159,8 @@ class Instruction:
 class Outcome:
     """Where a program leaves something that a reduction returned.
 
-    kind: "sum" (a lane), "counts" (counter and store), "index" (counter), "copy" (store), "rows"
-        or "columns" (list).
+    kind: "sum" or "largest" (a lane), "counts" (counter and store), "index" (counter), "copy"
+        (store), "rows" or "columns" (list).
     lane, counter, store, list: which one.
     quota, collects: the most values to take of a store, and whether it holds any (counts).
     row_elements: how long rows are (rows, columns).
@@ -349,6 +355,20 @@ class Register:
         self._recorder.lanes += 1
         self._recorder.add(Code.DOT, a=self.number, b=other.number, k=lane)
         return Outcome("sum", lane=lane)
+
+    def record_largest(self) -> Any:
+        lane = self._recorder.lane()
+        self._recorder.add(Code.LARGEST, a=self.number, k=lane)
+        return Outcome("largest", lane=lane)
+
+    def record_signs(self, others: Sequence[Register], models: int) -> Any:
+        numbers = [self.number, *(other.number for other in others)]
+        assert models
+        assert numbers == list(range(self.number, self.number + len(numbers)))
+        count = len(numbers)
+        lanes = [self._recorder.lane() for _ in range(count * (count + 1) // 2 + 2)]
+        self._recorder.add(Code.SIGNS, a=self.number, b=count, c=models, k=lanes[0])
+        return tuple(Outcome("sum", lane=lane) for lane in lanes)
 
     def record_total(self) -> Any:
         lane = self._recorder.lanes

@@ -1,6 +1,6 @@
 """Operations that several merge methods share. Importing this package registers them."""
 
-from . import adapters, block_scales, combination, gram, identical, padding, selection
+from . import adapters, block_scales, combination, gram, identical, padding, selection, statistics
 
 __all__ = [
     "adapters",
@@ -10,4 +10,5 @@ __all__ = [
     "identical",
     "padding",
     "selection",
+    "statistics",
 ]

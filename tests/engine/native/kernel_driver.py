@@ -173,6 +173,8 @@ def look_up(
         return outcome
     if outcome.kind == "sum":
         return sum_of_lanes(kernel.lanes[outcome.lane * LANES : (outcome.lane + 1) * LANES])
+    if outcome.kind == "largest":
+        return max(kernel.lanes[outcome.lane * LANES : (outcome.lane + 1) * LANES])
     if outcome.kind == "copy":
         return stores[outcome.store][:size].copy()
     if outcome.kind == "rows":
