@@ -32,7 +32,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 NOT_RUN = {
     "installs lazymerge": 2,
     "needs SLURM": 1,
-    "needs plan --split": 3,
+    "needs jq": 1,
     "needs systemd": 1,
     "sets up, trains or tests for minutes": 4,
 }
