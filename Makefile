@@ -3,8 +3,9 @@
 #   make demo    make demo models, plan and run a merge of them, show that it worked
 #   make test    run all tests
 #
-# Both set up .venv first. Others: make lint, make bench, make measure-methods, make methods-page,
-# make clean, and make prove-low-memory, make check-memory, make check-determinism,
+# Both set up .venv first. Others: make lint, make docs, make docs-serve, make bench,
+# make measure-methods, make methods-page, make clean, and make prove-low-memory,
+# make check-memory, make check-determinism,
 # make compare-mergekit, make compare-forms, make compare-tokenizers, make crash-matrix, make fuzz
 # (minutes each), make soak (an hour).
 
@@ -18,19 +19,19 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format bench measure-methods methods-page clean help \
+.PHONY: demo test lint format docs docs-serve bench measure-methods methods-page clean help \
         measure-pages screenshots \
         prove-low-memory check-memory check-determinism compare-mergekit compare-forms \
         compare-tokenizers crash-matrix soak fuzz
 
 help:
-	@sed -n '3,9p' Makefile | cut -c3-
+	@sed -n '3,10p' Makefile | cut -c3-
 
 $(INSTALLED): pyproject.toml setup.py Makefile $(wildcard lazymerge/engine/native/*.[ch])
 	@echo "setting up $(VENV) (first time: some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) "$(TORCH)"
-	@$(PIP) --editable ".[test,lint,demo]"
+	@$(PIP) --editable ".[test,lint,demo,docs]"
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)
@@ -55,6 +56,14 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# What mkdocs-material says of its own future is not for every build.
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the site is in site/; open site/index.html"
+
+docs-serve: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 bench: $(INSTALLED)
 	$(BIN)/python scripts/bench.py
@@ -101,4 +110,4 @@ fuzz: $(INSTALLED)
 	$(BIN)/python scripts/fuzz.py
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .coverage .hypothesis .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo build site *.egg-info .coverage .hypothesis .mypy_cache .ruff_cache .pytest_cache

@@ -109,7 +109,16 @@ def section(signature: Signature) -> str:
         BaseModel.OPTIONAL: f"{count} {noun}; a `base_model` may be given besides",
         BaseModel.UNUSED: f"{count} {noun}; a `base_model` gives config and tokenizer alone",
     }[signature.base]
-    lines = [f"## {signature.name}", "", signature.summary, "", f"    {signature.formula}", ""]
+    lines = [
+        f"## {signature.name}",
+        "",
+        signature.summary,
+        "",
+        "```text",
+        signature.formula,
+        "```",
+        "",
+    ]
     lines += [
         f"Takes {models}. Source: <{signature.source}>."
         if signature.source
