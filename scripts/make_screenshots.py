@@ -5,14 +5,13 @@
     python scripts/make_screenshots.py
 
 Needs Chromium. The 13B models are holes with headers (scripts/make_synthetic_checkpoint.py); the
-numbers of the report are made up.
+report is that of the demo's merge.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -20,12 +19,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lazymerge.page.report_document import ReportDocument, ReportTensor, Series
-from lazymerge.page.report_page import write_report_page
-
 from benchmarking.processes import SCRIPTS, lazymerge_environment
 from browsing import Tab, browser, find_browser
-from measure_planning import llama_13b
 
 IMAGES = SCRIPTS.parent / "docs" / "images"
 
@@ -90,45 +85,19 @@ def large_plan(folder: Path) -> Path:
     return folder / "plan.html"
 
 
-def demo_plan(folder: Path) -> Path | None:
-    """The page of the demo's merge after it has run; None where its models are not there."""
+def demo_pages(folder: Path) -> tuple[Path, Path] | None:
+    """The pages of the demo's plan after it has run, and of what it did; None where its models are
+    not there."""
     root = SCRIPTS.parent
     models = Path(os.environ.get("LAZYMERGE_DEMO", root / "demo"))
     if not (models / "models").is_dir():
         return None
     (folder / "demo").symlink_to(models.resolve())
     (folder / "demo.yml").write_text((root / "plans" / "demo_task_arithmetic.yml").read_text())
-    lazymerge(folder, "run", "demo.yml", "-o", "merged", "-q")
+    lazymerge(folder, "run", "demo.yml", "-o", "merged", "-q", "--stats")
     lazymerge(folder, "plan", "demo.yml", "-o", "merged", "--dry-run", "--html", "demo.html")
-    return folder / "demo.html"
-
-
-def report(folder: Path) -> Path:
-    """A report with made-up numbers, which look as those of fine-tunes do."""
-
-    def numbers(name: str, place: int) -> dict[str, float]:
-        layer = int(name.split(".")[2]) if ".layers." in name else 20
-        depth = math.sin(math.pi * layer / 40)
-        part = 1.4 if "mlp" in name else 0.6 if "norm" in name else 1.0
-        wave = 0.06 * math.sin(place * 2.4)
-        change = 0.012 * part * (0.5 + depth + wave)
-        return {
-            "delta norm of orca": change,
-            "delta norm of WizardLM": 0.7 * change + 0.004 * wave + 0.003,
-            "cosine to Platypus2": 1 - 40 * change**2,
-            "sign agreement": 0.5 + 0.1 * depth + 0.1 * wave,
-        }
-
-    tensors = []
-    for place, (name, _, shape) in enumerate(llama_13b()):
-        tensors.append(ReportTensor(name, math.prod(shape), numbers(name, place)))
-    lows = ("cosine to Platypus2", "sign agreement")
-    series = [Series(name, "low" if name in lows else "high") for name in tensors[0].values]
-    document = ReportDocument(
-        "task_arithmetic of three 13B models", NAMES, NAMES[0], tuple(series), tuple(tensors)
-    )
-    write_report_page(document, folder / "report.html")
-    return folder / "report.html"
+    lazymerge(folder, "report", "merged", "--html", "report.html")
+    return folder / "demo.html", folder / "report.html"
 
 
 def picture(tab: Tab, page: Path, name: str, prepare: Callable[[Tab], object]) -> None:
@@ -159,13 +128,13 @@ def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="merge-") as scratch, browser(program) as tab:
         folder = Path(scratch)
-        large, made_up = large_plan(folder), report(folder)
+        large = large_plan(folder)
         picture(tab, large, "plan-parameters", scrolled("#parameters"))
         picture(tab, large, "plan-operations", lambda tab: tab.ask(SELECT_TENSOR))
-        picture(tab, made_up, "report", scrolled("#layers"))
-        demo = demo_plan(folder)
+        demo = demo_pages(folder)
         if demo is not None:
-            picture(tab, demo, "plan-demo-memory", scrolled("#memory"))
+            picture(tab, demo[0], "plan-demo-memory", scrolled("#memory"))
+            picture(tab, demo[1], "report", scrolled("#layers"))
 
 
 if __name__ == "__main__":

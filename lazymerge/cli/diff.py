@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import JsonOption, MemoryOption, WorkersOption
+from .report import HtmlOption, write_changes
 from .running import QuietOption
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def diff(
     ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
+    html: HtmlOption = None,
 ) -> None:
     """Compare two models tensor by tensor, in one pass over both; nothing is written."""
     from ..engine.comparison import plan_comparison, run_comparison
@@ -58,6 +60,10 @@ def diff(
         load_torch()
     with _progress(plan, messages(), quiet=quiet or as_json) as moved:
         found = run_comparison(plan, moved)
+    if html is not None:
+        from ..page.changes import comparison_document
+
+        write_changes(comparison_document(found), html)
     if as_json:
         print_json(diff_document(found))
     else:

@@ -45,9 +45,10 @@ class Progress(Silent):
         self.plan = plan
         self._console = console
         self._log = log
-        self.total_bytes = plan.bytes_read + sum(
+        self._bytes_to_write = sum(
             tensor.size_bytes for shard in plan.shards for tensor in shard.tensors
         )
+        self.total_bytes = plan.bytes_read + self._bytes_to_write
         self.done_bytes = 0
         self.tensors = 0
         self.current = ""
@@ -93,7 +94,7 @@ class Progress(Silent):
             self._log.event("resumed", tensors=tensors, bytes_written=bytes_written)
         self._say(
             f"{tensors} of {len(self.plan.tensors)} tensors are there already "
-            f"({format_bytes(bytes_written)} of {format_bytes(self.plan.bytes_written)})"
+            f"({format_bytes(bytes_written)} of {format_bytes(self._bytes_to_write)})"
         )
 
     def noted(self, message: str) -> None:

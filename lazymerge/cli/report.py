@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from .options import JsonOption, OutputArgument
 
@@ -11,9 +15,17 @@ if TYPE_CHECKING:
 
     from ..engine.output_report import OutputReport
     from ..engine.statistics import Statistics
+    from ..page.report_document import ReportDocument
+
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="FILE", help="Draw it layer by layer as one self-contained page."
+    ),
+]
 
 
-def report(output: OutputArgument, as_json: JsonOption = False) -> None:
+def report(output: OutputArgument, as_json: JsonOption = False, html: HtmlOption = None) -> None:
     """Say what a merge did: change by layer, what of each model is in it, what the run took.
 
     Changes are known of merges that were made with run --stats.
@@ -21,6 +33,11 @@ def report(output: OutputArgument, as_json: JsonOption = False) -> None:
     from ..engine.output_report import report_of
 
     found = report_of(output)
+    if html is not None:
+        from ..output.manifest import MANIFEST_NAME, read_document
+        from ..page.changes import merge_document
+
+        write_changes(merge_document(found), html, read_document(output / MANIFEST_NAME))
     if as_json:
         from .console import print_json
 
@@ -31,6 +48,23 @@ def report(output: OutputArgument, as_json: JsonOption = False) -> None:
     console = results()
     for part in _view(found, console):
         console.print(part)
+
+
+def write_changes(
+    document: ReportDocument, file: Path, manifest: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the page of a report.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    from ..errors import InputError
+    from ..page.report_page import write_report_page
+
+    try:
+        write_report_page(document, file, manifest)
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror or error}") from error
 
 
 REPORT_FORMAT = 1

@@ -171,3 +171,15 @@ def test_no_number() -> None:
 
 def test_cosines_near_one_and_zero() -> None:
     assert (cosine(0.99999), cosine(0.5), cosine(-1e-9)) == ("0.999990", "0.500", "0.000")
+
+
+def test_pages(lazymerge: Command, merged: Path, place: Path) -> None:
+    assert lazymerge("report", "out", "--html", "report.html").code == 0
+    assert lazymerge("diff", "one", "two", "--html", "diff.html").code == 0
+    for name in ("report.html", "diff.html"):
+        text = (place / name).read_text()
+        assert text.startswith("<!DOCTYPE html>")
+        assert "lazymerge report" in text
+    answer = lazymerge("report", "out", "--html", "nowhere/report.html")
+    assert answer.code == 2
+    assert "cannot write nowhere/report.html" in answer.message()
