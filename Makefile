@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint format docs docs-serve bench measure-methods methods-page clean help \
-        measure-pages screenshots \
+        measure-pages measure-planning screenshots \
         prove-low-memory check-memory check-determinism compare-mergekit compare-forms \
         compare-tokenizers crash-matrix soak fuzz
 
@@ -70,6 +70,9 @@ bench: $(INSTALLED)
 
 measure-methods: $(INSTALLED)
 	$(BIN)/python scripts/measure_methods.py
+
+measure-planning: $(INSTALLED)
+	$(BIN)/python scripts/measure_planning.py
 
 measure-pages: $(INSTALLED)
 	$(BIN)/python scripts/measure_pages.py
