@@ -46,6 +46,7 @@ def plan(
     truncate_embeddings: bool = False,
     seed: int | None = None,
     statistics: bool = False,
+    stream: bool = False,
 ) -> Plan:
     """Plans a merge from headers alone; reads no tensor data and writes nothing.
 
@@ -61,6 +62,8 @@ def plan(
     truncate_embeddings: merge the common leading rows where vocabularies differ in size.
     seed: of random methods, in place of the recipe's.
     statistics: the run is to gather what the merge does to every tensor, for `report`.
+    stream: models of the Hub that are not in its cache are read over the network while they are
+        merged, and not downloaded first.
 
     Raises:
         RecipeError: the recipe is wrong; all its problems are named with their lines.
@@ -74,6 +77,7 @@ def plan(
         workers=workers,
         read_mode=read_mode,
         gathers=statistics,
+        streams=stream,
     )
     if Path(recipe).suffix == ".json":
         if seed is not None:

@@ -16,6 +16,7 @@ from ..architecture.tying import untied
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.hub import HubSource
 from ..checkpoint.hub_reference import SCHEME, local_path
+from ..checkpoint.remote_reference import is_url
 from ..checkpoint.tensor import Adapter, TensorInfo
 from ..checkpoint.wording import quoted
 from ..errors import InputError
@@ -60,6 +61,7 @@ def open_model(reference: str) -> Checkpoint:
             changed=len(changed),
             replaced=replaced,
             hub=adapter.hub,
+            remote=adapter.remote,
         ),
         notices=(*model.notices, *adapted.notices, *_notices(model, adapter, tensors)),
     )
@@ -69,7 +71,7 @@ def _path_of(reference: str, hub: HubSource | None) -> str:
     """What opens a model or an adapter again, wherever that is done."""
     if hub is not None:
         return f"{SCHEME}{hub.repository}@{hub.commit}"
-    return os.path.abspath(local_path(reference))
+    return reference if is_url(reference) else os.path.abspath(local_path(reference))
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:

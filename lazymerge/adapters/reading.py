@@ -6,16 +6,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint import leaves_model, read_header
 from ..checkpoint.hub import HubSource, find_source
 from ..checkpoint.hub_model import fetch_small, hub_header
 from ..checkpoint.hub_reference import SCHEME, HubReference, hub_reference, local_path
+from ..checkpoint.remote_reference import is_url
 from ..checkpoint.tensor import FileInfo, TensorInfo
 from ..checkpoint.torch_file import read_torch_file
 from ..checkpoint.wording import listed, quoted
 from ..errors import InputError
 from .config import CONFIG_NAME, LIMIT_BYTES, AdapterConfig, read_adapter_config
+
+if TYPE_CHECKING:
+    from ..checkpoint.remote import RemoteSource
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 TORCH_WEIGHTS_NAME = "adapter_model.bin"
@@ -28,6 +33,7 @@ class AdapterFiles:
     folder: absolute path. weights: name of the tensors' file. tensors: by name.
     files: tensors' file and config. header_bytes_read: bytes read to learn this.
     hub: where they come from; the tensors' file may not be in the folder yet. None: a local one.
+    remote: where they are, if `folder` is an address.
     """
 
     folder: str
@@ -37,6 +43,7 @@ class AdapterFiles:
     files: tuple[FileInfo, ...]
     header_bytes_read: int
     hub: HubSource | None = None
+    remote: RemoteSource | None = None
 
     @property
     def path(self) -> str:
@@ -48,10 +55,12 @@ def read_adapter(reference: str) -> AdapterFiles:
     """Reads an adapter's config and header, and no tensor data.
 
     reference: a folder, as PEFT writes it; `~` is expanded. Where there is none: one of the Hugging
-        Face Hub, `org/name` or `org/name@revision`.
+        Face Hub, `org/name` or `org/name@revision`. Or an address, `https://…`, `s3://…`, `gs://…`.
 
     Raises InputError naming the file and the remedy; LazymergeError where the Hub gives no answer.
     """
+    if is_url(reference):
+        return _read_remote_adapter(reference)
     path = Path(local_path(reference))
     wanted = hub_reference(reference)
     if wanted is not None and (reference.startswith(SCHEME) or not os.path.lexists(path)):
@@ -103,6 +112,26 @@ def _weights_among(names: Sequence[str], where: str) -> str:
             "adapter of PEFT. Correct the path, or download the adapter again."
         )
     return weights
+
+
+def _read_remote_adapter(reference: str) -> AdapterFiles:
+    from ..checkpoint.remote import open_remote_files
+
+    try:
+        source, header = open_remote_files(reference, {CONFIG_NAME: LIMIT_BYTES}, WEIGHTS_NAME)
+        config, file = read_adapter_config(Path(source.folder, CONFIG_NAME))
+    except InputError as error:
+        raise InputError(f"adapter {quoted(reference)}: {error}") from None
+    file = replace(file, modified_ns=None, pin=source.files[CONFIG_NAME].pin)
+    return AdapterFiles(
+        folder=source.url,
+        config=config,
+        weights=WEIGHTS_NAME,
+        tensors={tensor.name: tensor for tensor in header.tensors},
+        files=(header.file, file),
+        header_bytes_read=header.bytes_read + file.size_bytes,
+        remote=source,
+    )
 
 
 def _read_hub_adapter(wanted: HubReference) -> AdapterFiles:

@@ -37,6 +37,7 @@ from .block_scales import dequantised_notices, with_block_scales
 from .header import Header, garbage_collector_paused, read_header
 from .hub_reference import SCHEME, HubReference, hub_reference, local_path
 from .json_file import read_json_mapping
+from .remote_reference import is_url
 from .tensor import Checkpoint, TensorInfo
 from .torch_file import TORCH_SUFFIXES, is_torch_name, read_torch_file
 from .wording import listed, quoted
@@ -69,7 +70,8 @@ def open_checkpoint(reference: str) -> Checkpoint:
     """Open a model: headers, index and config are read, tensor data is not.
 
     reference: a folder, a .safetensors file or a torch file; `~` is expanded. Where there is none:
-        a model of the Hugging Face Hub, `org/name` or `org/name@revision`.
+        a model of the Hugging Face Hub, `org/name` or `org/name@revision`. Or an address:
+        `https://…`, `s3://…`, `gs://…`.
 
     Raises InputError naming the file, the tensor and the remedy; LazymergeError where the Hub gives
     no answer.
@@ -79,6 +81,10 @@ def open_checkpoint(reference: str) -> Checkpoint:
     wanted = hub_reference(reference)
     if wanted is not None and reference.startswith(SCHEME):
         return _open_hub_model(reference, wanted)
+    if is_url(reference):
+        from .remote import open_remote_model  # which opens folders through this module
+
+        return open_remote_model(reference)
     path = Path(local_path(reference))
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -122,6 +128,14 @@ def open_folder(
     """
     files, index = _files_of_folder(folder, names)
     return _open_files(reference, folder, folder, files, index, read_all)
+
+
+def indexed_files(path: Path) -> list[str]:
+    """The files that an index of safetensors lists, sorted.
+
+    Raises InputError as open_checkpoint does.
+    """
+    return sorted(set(_read_index(path, SUFFIX).weight_map.values()))
 
 
 def _open_hub_model(reference: str, wanted: HubReference) -> Checkpoint:

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, LazymergeError
-from .hub_reference import HubReference, is_commit
+from .hub_reference import SCHEME, HubReference, is_commit
+from .transport import PassingError, RemoteFile, Take, changed_error, read_range
 from .wording import quoted
 
 RETRIES = 2
@@ -149,6 +150,74 @@ def read_start(source: HubSource, name: str, count: int) -> bytes:
             f"{count:,} were asked for. Try again."
         )
     return bytes(start[:count])
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a model of the Hub, to be read by ranged requests; nothing is kept."""
+
+    source: HubSource
+    name: str
+
+    def read_range(self, start: int, stop: int, take: Take) -> None:
+        """Hands a byte range on, piece by piece.
+
+        Raises:
+            InputError: it may not be read, or is not what the Hub said.
+            LazymergeError: it does not come.
+        """
+        source = self.source
+        url = f"{SCHEME}{source.repository}@{source.commit[:12]}/{self.name}"
+        read_range(self, RemoteFile(url, source.sizes[self.name], source.commit), start, stop, take)
+
+    def read(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
+        """One request. As Transport.read."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_stream_backoff,
+        )
+
+        source, failed = self.source, []
+        url = hf_hub_url(source.repository, self.name, revision=source.commit)
+        headers = {
+            **build_hf_headers(library_name="lazymerge"),
+            "Range": f"bytes={start}-{stop - 1}",
+            "Accept-Encoding": "identity",
+        }
+        try:
+            with (
+                _explained(source.repository, source.revision, self.name),
+                http_stream_backoff(
+                    "GET", url, headers=headers, max_retries=0, timeout=TIMEOUT_SECONDS
+                ) as response,
+            ):
+                hf_raise_for_status(response)
+                self._check(file, start, response)
+                for piece in response.iter_bytes():
+                    try:
+                        take(piece)
+                    except BaseException as error:
+                        failed.append(error)  # it is not the Hub's
+                        raise
+        except HubUnreachableError as error:
+            if failed:
+                raise failed[0] from None
+            raise PassingError(_first_line(error).removesuffix(". Try again later")) from None
+
+    def _check(self, file: RemoteFile, start: int, response: Any) -> None:
+        """Checks that an answer is the range that was asked for."""
+        if response.status_code != 206:
+            raise InputError(
+                f"{file.url}: this Hub sends no ranges of files, only whole ones. Leave --stream "
+                "out: the model is downloaded then"
+            )
+        found = response.headers.get("Content-Range") or ""
+        if not found.startswith(f"bytes {start}-"):
+            raise HubUnreachableError(f"{file.url}: another range came than was asked for")
+        if found.rpartition("/")[2] != str(file.size_bytes):
+            raise changed_error(file)
 
 
 def fetch(source: HubSource, name: str, moved: Moved | None = None) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from math import prod
+from typing import TYPE_CHECKING, Any
 
 from .hub import HubSource
+
+if TYPE_CHECKING:
+    from .remote import RemoteSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +193,21 @@ class FileInfo:
         commit says what it is, whenever it was downloaded.
     header_digest: hex xxh3-128 of the header's bytes (length prefix included; of torch files the
         pickle, the directory of entries and their headers).
+    pin: of a file that lies elsewhere, the version of it that was meant (an ETag or the like).
     """
 
     path: str
     size_bytes: int
     modified_ns: int | None
     header_digest: str
+    pin: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        facts = asdict(self)
+        if self.pin is None:
+            del facts["pin"]
+        return facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +222,7 @@ class Adapter:
     parameter_count: elements of its tensors.
     changed, replaced: how many of the model's tensors it changes, and how many it brings.
     hub: where its files come from; its tensors may not be in `folder` yet. None: a local one.
+    remote: where its files are, if `folder` is an address.
     """
 
     reference: str
@@ -220,11 +234,13 @@ class Adapter:
     changed: int
     replaced: int
     hub: HubSource | None = None
+    remote: RemoteSource | None = None
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        facts = asdict(replace(self, hub=None))
-        del facts["hub"]
+        facts = asdict(replace(self, hub=None, remote=None))
+        del facts["hub"], facts["remote"]
+        facts["files"] = [file.as_dict() for file in self.files]
         return facts if self.hub is None else {**facts, "hub": self.hub.as_dict()}
 
 
@@ -242,6 +258,8 @@ class Checkpoint:
     hub: where its files come from; they may not all be in `folder` yet. None: a local model.
     adapter: that the tensors are read with; None: there is none.
     path: what opens it again, from any working directory; of the Hub, at the same commit.
+    remote: where its files are, if that is not the local disk nor the Hub; `folder` is an address
+        then.
     """
 
     reference: str
@@ -254,6 +272,12 @@ class Checkpoint:
     hub: HubSource | None = None
     adapter: Adapter | None = None
     path: str = ""
+    remote: RemoteSource | None = None
+
+    @property
+    def local_folder(self) -> str:
+        """Where its small files are on this machine."""
+        return self.folder if self.remote is None else self.remote.folder
 
     @property
     def files_by_folder(self) -> tuple[tuple[str, tuple[FileInfo, ...]], ...]:

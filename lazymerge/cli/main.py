@@ -136,6 +136,9 @@ def command(run: Callable[[], NoReturn] = main) -> NoReturn:
         sys.stderr.flush()
     except BrokenPipeError:
         code = 1
+    remote = sys.modules.get("lazymerge.checkpoint.remote")
+    if remote is not None:  # it may have folders of small files
+        remote.remove_folders()
     os._exit(code if isinstance(code, int) else 1)
 
 

@@ -80,6 +80,10 @@ PluginOption = Annotated[
     list[Path] | None,
     typer.Option("--plugin", metavar="FILE.py", help="Python file with methods of your own."),
 ]
+StreamOption = Annotated[
+    bool,
+    typer.Option("--stream", help="Read models of the Hub over the network; download nothing."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -96,6 +100,7 @@ def plan_of(
     plugins: list[Path] | None,
     *,
     statistics: bool = False,
+    stream: bool = False,
 ) -> Plan:
     """The plan of a recipe, or a saved plan, under the options that plan and run share."""
     from .. import api
@@ -112,6 +117,7 @@ def plan_of(
         truncate_embeddings=truncate_embeddings,
         seed=seed,
         statistics=statistics,
+        stream=stream,
     )
     gc.freeze()  # a plan of 90,000 tensors has half a million nodes, and stays to the end
     return plan

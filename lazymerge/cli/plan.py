@@ -22,6 +22,7 @@ from .options import (
     RecipeArgument,
     SeedOption,
     ShardSizeOption,
+    StreamOption,
     TruncateOption,
     VramOption,
     WorkersOption,
@@ -151,6 +152,7 @@ def plan(
     unsafe_truncate_embeddings: TruncateOption = False,
     seed: SeedOption = None,
     plugin: PluginOption = None,
+    stream: StreamOption = False,
     write_intermediate: IntermediateOption = None,
 ) -> None:
     """Say what a merge will do: what goes in and comes out, time, memory, disk, what looks wrong.
@@ -183,6 +185,7 @@ def plan(
             unsafe_truncate_embeddings,
             seed,
             plugin,
+            stream=stream,
         )
 
     made = planned(recipe)

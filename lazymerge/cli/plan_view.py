@@ -169,9 +169,12 @@ def _facts(
     yield "work", _one_line(f"{facts['data']}; {_passes(plan)}")
     if "download" in facts:
         yield "download", Text(facts["download"])
+    if "network" in facts:
+        yield "network", Text(facts["network"])
     lines = time_lines(plan, estimated)
     if estimated is not None:
         lines[0] += ", after the download" if "download" in facts else ""
+        lines[0] += ", or as long as the network takes" if "network" in facts else ""
         lines[0] += ", without what is written before it" if before else ""
     for number, line in enumerate(lines):
         yield ("" if number else "takes"), Text(line, style="dim" if number else "")

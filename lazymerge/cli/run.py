@@ -19,6 +19,7 @@ from .options import (
     RecipeArgument,
     SeedOption,
     ShardSizeOption,
+    StreamOption,
     TruncateOption,
     VramOption,
     WorkersOption,
@@ -46,6 +47,7 @@ def run(
     unsafe_truncate_embeddings: TruncateOption = False,
     seed: SeedOption = None,
     plugin: PluginOption = None,
+    stream: StreamOption = False,
     write_intermediate: IntermediateOption = None,
     overwrite: Annotated[
         bool,
@@ -78,6 +80,7 @@ def run(
         seed,
         plugin,
         statistics=stats,
+        stream=stream,
     )
     run_and_report(
         made,

@@ -25,12 +25,15 @@ class Execution:
         the run starts.
     reference_files: paths of the files of the model that statistics, gathered on the way, compare
         with; None: none are gathered. Bytes do not depend on it.
+    streams: models of the Hub that are not in its cache are read over the network while they are
+        merged, and not downloaded first.
     """
 
     read_mode: ReadMode = DEFAULT_READ_MODE
     kernels: Kernels = "native"
     device: DeviceClass = "cpu"
     vram_limit_bytes: int | None = None
+    streams: bool = False
     reference_files: frozenset[str] | None = None
 
     @property

@@ -59,7 +59,7 @@ def beside_weights(plan: Plan, name: str) -> Iterator[tuple[str, bytes | Path]]:
         yield "config.json", text.encode()
     made = {} if plan.tokenizer is None else plan.tokenizer.files
     for file in sorted([*plan.sidecars, *made]):
-        yield file, made[file] if file in made else Path(plan.sidecar_folder, file)
+        yield file, made[file] if file in made else Path(plan.beside_folder, file)
     signature = METHODS[plan.recipe.merge_method].signature
     card = model_card(
         name,
@@ -93,7 +93,7 @@ def write_beside_weights(
         if isinstance(content, bytes):
             write_bytes(folder / file, content, fsync=fsync)
         else:
-            copy_sidecars(plan.sidecar_folder, [file], folder, fsync=fsync)
+            copy_sidecars(plan.beside_folder, [file], folder, fsync=fsync)
         written.append(file)
     return tuple(written)
 

@@ -7,7 +7,6 @@ the range of the output's dtype.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from ..checkpoint.tensor import DTYPES, TensorInfo
 from ..graph.node import Write
 from .finite import MASKS, WIDTHS
 from .inputs import InputFiles, read_exactly
+from .needed_ranges import path_of
 from .plan import Plan
+from .remote_inputs import Distant
 
 READ_BYTES = 1 << 18
 """Read at a time, whole elements of every dtype."""
@@ -64,10 +65,12 @@ class NonfiniteTensor:
         return f"{self.name} holds {counted} among {self.elements:,} elements; {where}"
 
 
-def count_nonfinite(files: InputFiles, path: str, tensor: TensorInfo) -> tuple[int, int]:
+def count_nonfinite(
+    files: InputFiles, path: str, tensor: TensorInfo, remote: Distant | None = None
+) -> tuple[int, int]:
     """How many elements of a tensor are inf, and how many nan.
 
-    path: of the file that holds it.
+    path: of the file that holds it. remote: that file, where it is not on the local disk.
 
     Raises:
         LazymergeError: it cannot be read.
@@ -76,13 +79,18 @@ def count_nonfinite(files: InputFiles, path: str, tensor: TensorInfo) -> tuple[i
         return 0, 0
     import numpy
 
-    descriptor = files.descriptor(path)
+    descriptor = -1 if remote else files.descriptor(path)
     buffer = bytearray(READ_BYTES)
     kind = f"<u{WIDTHS[tensor.dtype]}"
     inf = nan = 0
     for start in range(tensor.start, tensor.stop_exclusive, READ_BYTES):
         part = memoryview(buffer)[: min(READ_BYTES, tensor.stop_exclusive - start)]
-        read_exactly(descriptor, part, start, path)
+        if remote is None:
+            read_exactly(descriptor, part, start, path)
+        else:
+            received = bytearray()
+            remote.read(start, start + len(part), received.extend)
+            part = memoryview(received)
         codes = numpy.frombuffer(part, kind)
         mask, mantissa = (codes.dtype.type(t[tensor.dtype]) for t in (MASKS, _MANTISSAS))
         found = codes[(codes & mask) == mask]
@@ -122,9 +130,10 @@ def _examine(
     references = {model.folder: reference for reference, model in plan.checkpoints.items()}
     inputs = {
         references.get(read.folder, read.folder): sum(
-            count_nonfinite(files, os.path.join(read.folder, read.tensor.file), read.tensor)
+            count_nonfinite(files, path, read.tensor, plan.remote_inputs.get(path))
         )
         for read in plan.graph.reads_of(write.id)
+        for path in [path_of(read)]
     }
     size = DTYPES[write.dtype].item_bytes
     elements = (place.stop_exclusive - place.start) // size

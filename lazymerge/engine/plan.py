@@ -23,6 +23,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.fused import is_rows_of, taken_apart
 from ..checkpoint.header import garbage_collector_paused
 from ..checkpoint.hub_reference import SCHEME, is_commit, local_path
+from ..checkpoint.remote_reference import is_url
 from ..checkpoint.tensor import DTYPES, Adapter
 from ..errors import InputError, InputErrors, brief
 from ..graph.compile import ResolvedTensor, compile_recipe, config_of, seed_of_part
@@ -46,6 +47,8 @@ from .download import MissingFile, fetch_tokenizers, missing_files
 from .execution import DEFAULT_READ_MODE, Execution, Kernels, ReadMode, default_kernels
 from .likeness import Kind, kinds_of
 from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memory
+from .needed_ranges import FetchNeeds, FileChunks, chunks_of, fetch_needs, path_of
+from .remote_inputs import Distant, remote_inputs
 from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
 from .tokenizer import TokenizerPlan, plan_tokenizer
 
@@ -65,6 +68,7 @@ class Resources:
         the processor. The output depends on it, within an ulp.
     vram_limit_bytes: bound of what is allocated on an accelerator.
     gathers: whether statistics of what is written are gathered; nor does it depend on this.
+    streams: models of the Hub are read over the network while they are merged, not downloaded.
     """
 
     limit_bytes: int | None = None
@@ -74,6 +78,7 @@ class Resources:
     device: DeviceClass | None = None
     vram_limit_bytes: int | None = None
     gathers: bool = False
+    streams: bool = False
 
     @property
     def execution(self) -> Execution:
@@ -96,6 +101,7 @@ class Resources:
             kernels=self.kernels or default_kernels(),
             device=device,
             vram_limit_bytes=self.vram_limit_bytes,
+            streams=self.streams,
         )
 
 
@@ -156,6 +162,7 @@ class Plan:
             device=self.execution.device,
             vram_limit_bytes=self.execution.vram_limit_bytes,
             gathers=self.execution.gathers,
+            streams=self.execution.streams,
         )
 
     @property
@@ -210,7 +217,7 @@ class Plan:
             "writes": [write.id for write in self.graph.writes],
             "shards": [(shard.file, shard.size_bytes) for shard in self.shards],
             "inputs": [
-                [folder, [asdict(file) for file in files]]
+                [folder, [file.as_dict() for file in files]]
                 for checkpoint in self.checkpoints.values()
                 for folder, files in checkpoint.files_by_folder
             ],
@@ -220,6 +227,15 @@ class Plan:
         if self.split is not None:
             content["split"] = asdict(self.split)
         return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+    @property
+    def beside_folder(self) -> str:
+        """Where the files that are copied are on this machine: `sidecar_folder`, unless that is an
+        address."""
+        for checkpoint in self.checkpoints.values():
+            if checkpoint.folder == self.sidecar_folder:
+                return checkpoint.local_folder
+        return self.sidecar_folder
 
     def facts(self) -> list[tuple[str, str]]:
         """What will happen, as (label, sentence) pairs for people."""
@@ -238,6 +254,7 @@ class Plan:
                 f"in {_counted(len(self.shards), 'shard')}",
             ),
             *self._download_facts(),
+            *self._network_facts(),
             ("beside it", ", ".join([*beside, "README.md", MANIFEST_NAME])),
             (
                 "operations",
@@ -265,7 +282,11 @@ class Plan:
     @property
     def missing_files(self) -> tuple[MissingFile, ...]:
         """What is not in the Hub's cache yet, of what a run needs."""
-        return missing_files(self.checkpoints.values(), self.sidecar_folder, self.sidecars)
+        missing = missing_files(self.checkpoints.values(), self.sidecar_folder, self.sidecars)
+        streamed = self.remote_inputs
+        return tuple(
+            file for file in missing if f"{file.source.folder}/{file.name}" not in streamed
+        )
 
     def _download_facts(self) -> list[tuple[str, str]]:
         missing = self.missing_files
@@ -274,6 +295,37 @@ class Plan:
         size = format_bytes(sum(file.size_bytes for file in missing))
         models = ", ".join(dict.fromkeys(file.source.repository for file in missing))
         return [("download", f"{size} in {_counted(len(missing), 'file')} of {models}")]
+
+    @cached_property
+    def remote_inputs(self) -> dict[str, Distant]:
+        """The input files that are read over the network, by path."""
+        return remote_inputs(self.checkpoints.values(), streams=self.execution.streams)
+
+    @cached_property
+    def bytes_to_fetch(self) -> int:
+        """Of input files that are read over the network, each byte once."""
+        return sum(chunks.size_bytes for chunks in self.chunks_to_fetch.values())
+
+    @property
+    def chunks_to_fetch(self) -> dict[str, FileChunks]:
+        """What of every file is read over the network, by path."""
+        inputs = self.remote_inputs
+        reads = (node for node in self.graph if isinstance(node, Read))
+        return chunks_of(read for read in reads if path_of(read) in inputs) if inputs else {}
+
+    def _network_facts(self) -> list[tuple[str, str]]:
+        if not self.remote_inputs:
+            return []
+        chunks = self.chunks_to_fetch
+        places = dict.fromkeys(self.remote_inputs[path].place for path in chunks)
+        return [
+            (
+                "network",
+                f"{format_bytes(self.bytes_to_fetch)} of {_counted(len(chunks), 'file')} of "
+                f"{', '.join(places)}, at most {format_memory(self.memory.fetch_bytes)} at a time; "
+                "nothing of it is kept",
+            )
+        ]
 
     def _device_facts(self) -> list[tuple[str, str]]:
         vram = self.memory.vram
@@ -314,7 +366,14 @@ class Plan:
         execution = _execution(resources, self.recipe, self.checkpoints)
         return replace(
             self,
-            memory=_memory(self.graph, self.kinds, resources, execution, self.tokenizer),
+            memory=_memory(
+                self.graph,
+                self.kinds,
+                resources,
+                execution,
+                self.tokenizer,
+                _fetch_needs(self.graph, self.kinds, self.checkpoints, execution),
+            ),
             execution=execution,
         )
 
@@ -345,6 +404,7 @@ class Plan:
             held_bytes,
             beside_bytes=0 if self.tokenizer is None else self.tokenizer.held_bytes,
             planning_bytes=0 if self.tokenizer is None else self.tokenizer.planning_bytes,
+            fetches=_fetch_needs(self.graph, self.kinds, self.checkpoints, self.execution),
         )
         return replace(self, memory=memory)
 
@@ -377,7 +437,7 @@ class Plan:
                 "parameters": checkpoint.parameter_count,
                 "size_bytes": checkpoint.size_bytes,
                 "dtypes": dtype_shares(checkpoint),
-                "files": [asdict(file) for file in checkpoint.files],
+                "files": [file.as_dict() for file in checkpoint.files],
                 **({} if checkpoint.hub is None else {"hub": checkpoint.hub.as_dict()}),
                 **({"adapter": checkpoint.adapter.as_dict()} if checkpoint.adapter else {}),
             }
@@ -401,11 +461,13 @@ class Plan:
                 "bytes_written": self.bytes_written,
                 "header_bytes_read": sum(c.header_bytes_read for c in self.checkpoints.values()),
                 "bytes_to_download": sum(file.size_bytes for file in self.missing_files),
+                "bytes_to_fetch": self.bytes_to_fetch,
             },
             "memory": self.memory.as_dict(),
             "read_mode": self.execution.read_mode,
             "kernels": self.execution.kernels,
             "device": self.execution.device,
+            **({"streams": True} if self.execution.streams else {}),
             "notices": list(self.notices),
             "models": self.models_dict(),
             "output": {
@@ -512,7 +574,14 @@ def make_plan(
             max_shard_bytes,
         ),
         max_shard_bytes=max_shard_bytes,
-        memory=_memory(compiled.graph, kinds, resources, execution, tokenizer),
+        memory=_memory(
+            compiled.graph,
+            kinds,
+            resources,
+            execution,
+            tokenizer,
+            _fetch_needs(compiled.graph, kinds, checkpoints, execution),
+        ),
         config=config,
         sidecar_folder=source.folder,
         sidecars=_sidecars(
@@ -602,7 +671,7 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         checkpoint = open_model(_reference_again(model))
         parts = [model, *([model["adapter"]] if "adapter" in model else [])]
         for part, (folder, files) in zip(parts, checkpoint.files_by_folder, strict=True):
-            now = [asdict(file) for file in files]
+            now = [file.as_dict() for file in files]
             if folder != part["folder"] or now != part["files"]:
                 reference = str(model["reference"])[:MOST_PATH]
                 raise InputError(
@@ -618,7 +687,8 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
             f"{path} was made for --device {made_for}, and the last bits of its output depend on "
             f"that; run it there, or plan the recipe again with --device {resources.device}"
         )
-    resources = replace(resources, device=made_for)
+    streams = resources.streams or document.get("streams") is True
+    resources = replace(resources, device=made_for, streams=streams)
     graph = graph_from_json(document["graph"])
     verify_graph(graph)
     _check_reads(graph, checkpoints, path)
@@ -648,7 +718,14 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
         notices=tuple(_of_kind(notice, str) for notice in document["notices"]),
         shards=shards,
         max_shard_bytes=max_shard_bytes,
-        memory=_memory(graph, kinds, resources, execution, tokenizer),
+        memory=_memory(
+            graph,
+            kinds,
+            resources,
+            execution,
+            tokenizer,
+            _fetch_needs(graph, kinds, checkpoints, execution),
+        ),
         config=_of_kind(output["config"], dict, type(None)),
         sidecar_folder=output["sidecar_folder"],
         sidecars=tuple(output["sidecars"]),
@@ -900,6 +977,7 @@ def _memory(
     resources: Resources,
     execution: Execution,
     tokenizer: TokenizerPlan | None,
+    fetches: FetchNeeds | None,
 ) -> MemoryPlan:
     limit, workers = resources.limit_bytes, resources.workers
     on_device = execution.device != "cpu"
@@ -916,7 +994,30 @@ def _memory(
         execution,
         beside_bytes=0 if tokenizer is None else tokenizer.held_bytes,
         planning_bytes=0 if tokenizer is None else tokenizer.planning_bytes,
+        fetches=fetches,
     )
+
+
+def _fetch_needs(
+    graph: Graph,
+    kinds: tuple[Kind, ...],
+    checkpoints: Mapping[str, Checkpoint],
+    execution: Execution,
+) -> FetchNeeds | None:
+    """What must be held of inputs that lie elsewhere; None where there are none.
+
+    Raises:
+        InputError: an accelerator is to compute with them.
+    """
+    paths = remote_inputs(checkpoints.values(), streams=execution.streams)
+    if not paths:
+        return None
+    if execution.device != "cpu":
+        raise InputError(
+            f"--device {execution.device} merges what is on the local disk only: leave it out, or "
+            f"download {next(iter(paths))}"
+        )
+    return fetch_needs(graph, kinds, paths, execution.device)
 
 
 def _recipe_notices(recipe: Recipe) -> list[str]:
@@ -938,6 +1039,8 @@ def _sidecars(
     """
     if source.hub is not None:
         names = copied_files(source.hub.sizes)
+    elif source.remote is not None:
+        names = sidecar_files(source.remote.folder)
     else:
         model, _ = split_reference(reference)
         names = sidecar_files(source.folder) if Path(local_path(model)).is_dir() else ()
@@ -983,11 +1086,15 @@ def _first_difference(model: dict[str, Any], folder: str, now: list[dict[str, An
 
 
 def read_folders(plan: Plan) -> tuple[str, ...]:
-    """Absolute paths of all folders that a plan reads from."""
+    """Absolute paths of all folders of the local disk that a plan reads from."""
     return tuple(
         dict.fromkeys(
-            [node.folder for node in plan.graph if isinstance(node, Read)]
-            + [plan.sidecar_folder]
-            + ([] if plan.tokenizer is None else [plan.tokenizer.folder])
+            folder
+            for folder in (
+                *(node.folder for node in plan.graph if isinstance(node, Read)),
+                plan.sidecar_folder,
+                *(() if plan.tokenizer is None else (plan.tokenizer.folder,)),
+            )
+            if not is_url(folder)
         )
     )

@@ -22,6 +22,7 @@ from ..graph.graph import Graph
 from ..graph.node import Read
 from .blocks import DeviceClass, elements_per_block
 from .inputs import InputFiles
+from .needed_ranges import path_of
 from .scheduler import SPAN_BLOCKS
 from .stages import TensorTask
 
@@ -37,7 +38,7 @@ class ReadAhead:
         self, graph: Graph, tasks: Sequence[TensorTask], files: InputFiles, device: DeviceClass
     ) -> None:
         self._files = files
-        self._reads = [_reads_of(graph, task) for task in tasks]
+        self._reads = [_reads_of(graph, task, files) for task in tasks]
         self._first_byte = [0]
         for reads in self._reads:
             size = sum(read.tensor.size_bytes for read in reads)
@@ -89,11 +90,14 @@ class ReadAhead:
                         yield path, first + start * item_bytes, length
 
 
-def _reads_of(graph: Graph, task: TensorTask) -> tuple[Read, ...]:
+def _reads_of(graph: Graph, task: TensorTask, files: InputFiles) -> tuple[Read, ...]:
     """The inputs of a tensor, each once, those of its first stage first; without those whose rows
-    are read in another order."""
+    are read in another order, and those that are not on the local disk."""
     reads = [
-        read for stage in task.stages for read in graph.reads_of(stage.id) if read.rows is None
+        read
+        for stage in task.stages
+        for read in graph.reads_of(stage.id)
+        if read.rows is None and path_of(read) not in files.fetched
     ]
     return tuple({read.id: read for read in reads}.values())
 

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -44,9 +44,10 @@ from .device.frame import Lane
 from .device.interface import Device
 from .device.memory import fit_to_device, open_lanes
 from .download import download
+from .fetching import Fetcher
 from .finishing import manifest, write_beside_weights
 from .inputs import InputFiles, changed_error
-from .memory import available_memory_bytes
+from .memory import CONNECTION_BYTES, available_memory_bytes
 from .native.bus_error import explained_bus_errors
 from .nonfinite import examine
 from .plan import Plan
@@ -55,6 +56,7 @@ from .readahead import ReadAhead
 from .recent import Recent
 from .report import Observer, RunReport, Silent
 from .scheduler import Scheduler
+from .stages import TensorTask
 from .statistics_file import write_statistics
 from .timeline import Timeline
 from .unfinished import was_begun_with_statistics
@@ -221,7 +223,7 @@ def _close_later(error: _AbandonedError, prepared: Prepared, lock: OutputLock) -
         for ended in error.running:
             ended.wait()
         if error.files is not None:
-            error.files.close()
+            _close_inputs(error.files, error.fetcher)
         prepared.writer.close()
         prepared.journal.close()
         lock.release()
@@ -307,11 +309,11 @@ def stamps_of(plan: Plan) -> Stamps:
     Raises:
         LazymergeError: one is not there any more.
     """
-    return stamps_of_models(plan.checkpoints.values())
+    return stamps_of_models(plan.checkpoints.values(), plan.remote_inputs)
 
 
-def stamps_of_models(checkpoints: Iterable[Checkpoint]) -> Stamps:
-    """Those of all files of some models now.
+def stamps_of_models(checkpoints: Iterable[Checkpoint], but: Container[str] = ()) -> Stamps:
+    """Those of all files of some models now. but: paths of files that are not on the local disk.
 
     Raises:
         LazymergeError: one is not there any more.
@@ -321,6 +323,8 @@ def stamps_of_models(checkpoints: Iterable[Checkpoint]) -> Stamps:
         for folder, files in checkpoint.files_by_folder:
             for file in files:
                 path = os.path.join(folder, file.path)
+                if path in but:
+                    continue
                 try:
                     status = os.stat(path)
                 except OSError as error:
@@ -335,16 +339,20 @@ def check_unchanged(before: Stamps, plan: Plan) -> None:
     Raises:
         LazymergeError: one was.
     """
-    changed_since(before, plan.checkpoints.values())
+    changed_since(before, plan.checkpoints.values(), plan.remote_inputs)
+    for remote in plan.remote_inputs.values():
+        remote.check()
 
 
-def changed_since(before: Stamps, checkpoints: Iterable[Checkpoint]) -> None:
-    """Checks that no file of some models was written to.
+def changed_since(
+    before: Stamps, checkpoints: Iterable[Checkpoint], but: Container[str] = ()
+) -> None:
+    """Checks that no file of some models was written to. but: as of stamps_of_models.
 
     Raises:
         LazymergeError: one was.
     """
-    now = stamps_of_models(checkpoints)
+    now = stamps_of_models(checkpoints, but)
     for path, stamp in before.items():
         if now[path] != stamp:
             raise changed_error(path)
@@ -363,6 +371,8 @@ def check_inputs(plan: Plan) -> None:
         for folder, file in (
             (folder, file) for folder, files in checkpoint.files_by_folder for file in files
         ):
+            if os.path.join(folder, file.path) in plan.remote_inputs:
+                continue  # its pin is looked at with every request
             path = Path(folder) / file.path
             try:
                 status = path.stat()
@@ -421,6 +431,8 @@ def _run(
             if statistics:
                 prepared.statistics[write.name] = statistics
         writer.finish_tensor(write.name)
+        if fetcher is not None:
+            fetcher.finished(numbers[write.name])
         observer.finished(write.name)
 
     def moved(bytes_read: int, bytes_written: int, tensor: str) -> None:
@@ -448,7 +460,9 @@ def _run(
         most_open=plan.memory.workers,
         began=observer.began,
     )
-    files = InputFiles(stamps)
+    numbers = {task.write.name: number for number, task in enumerate(tasks)}
+    fetcher = _fetcher(plan, tasks, scheduler)
+    files = InputFiles(stamps, None if fetcher is None else fetcher.descriptors)
     is_mapped = plan.execution.read_mode == "mmap"
     recent = Recent(8 * plan.memory.workers)
     forgets = outgrows_cache(plan)
@@ -473,6 +487,7 @@ def _run(
                     recent,
                     lane,
                     forgets,
+                    fetcher,
                 )
                 for lane in _lanes(plan, device)
             ]
@@ -482,11 +497,14 @@ def _run(
             work(scheduler, workers, held.check)
     except _AbandonedError as error:
         error.files = files  # a worker may be reading on
+        error.fetcher = fetcher
         raise
     except BaseException:
-        files.close()
+        _close_inputs(files, fetcher)
         raise
-    files.close()
+    _close_inputs(files, fetcher)
+    # what is fetched is memory, though not of the resident set
+    held_bytes = 0 if fetcher is None else fetcher.most_held_bytes
     observer.entered("finishing")
     check_unchanged(stamps, plan)
     writer.close()
@@ -504,7 +522,7 @@ def _run(
         seconds=time.perf_counter() - began,
         bytes_read=totals[0],
         bytes_written=totals[1],
-        measured_bytes=peak_resident_bytes(),
+        measured_bytes=peak_resident_bytes() + held_bytes,
         measured_vram_bytes=None if device is None else device.peak_bytes(),
         device=None if device is None else device.name,
         nonfinite=examine(plan, folder, nonfinite),
@@ -525,6 +543,27 @@ def _run(
     prepared.journal.close()
     remove_beginnings(folder)
     return report
+
+
+def _fetcher(plan: Plan, tasks: Sequence[TensorTask], scheduler: Scheduler) -> Fetcher | None:
+    """What has the inputs that lie elsewhere, where there are some."""
+    if not plan.remote_inputs:
+        return None
+    budget = plan.memory.fetch_bytes - CONNECTION_BYTES
+    return Fetcher(
+        plan.graph,
+        tasks,
+        plan.remote_inputs,
+        budget,
+        plan.memory.workers,
+        lambda: scheduler.is_stopped,
+    )
+
+
+def _close_inputs(files: InputFiles, fetcher: Fetcher | None) -> None:
+    files.close()
+    if fetcher is not None:
+        fetcher.close()
 
 
 def _lanes(plan: Plan, device: Device | None) -> Sequence[Lane | None]:
@@ -559,6 +598,7 @@ class _AbandonedError(KeyboardInterrupt):
         super().__init__()
         self.running = running
         self.files: InputFiles | None = None
+        self.fetcher: Fetcher | None = None
 
 
 def work(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
@@ -22,6 +23,7 @@ from ..vocabulary import Alignment, Folder, MadeTokenizer, Member, output_vocabu
 from ..vocabulary.files import (
     chat_template_of,
     copied_files,
+    is_tokenizer_file,
     tokenizer_files,
     with_chat_template,
 )
@@ -135,7 +137,9 @@ def _plan_all(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], paths: Mapping[str, str]
 ) -> TokenizerPlan:
     known = {
-        reference: _Model(checkpoint.folder, vocabulary_size(checkpoint), checkpoint.config or {})
+        reference: _Model(
+            _folder_of(checkpoint), vocabulary_size(checkpoint), checkpoint.config or {}
+        )
         for reference, checkpoint in checkpoints.items()
     }
     made: dict[str, TokenizerPlan] = {}
@@ -164,6 +168,16 @@ def _plan_all(
     inner_bytes = sum(sum(map(len, plan.files.values())) for plan in made.values())
     planning_bytes = max(plan.planning_bytes for plan in (*made.values(), final)) + inner_bytes
     return replace(final, notices=tuple(notices), planning_bytes=planning_bytes, merges=made)
+
+
+def _folder_of(checkpoint: Checkpoint) -> Folder:
+    """Where a model's tokenizer is; of one that lies elsewhere, what it is."""
+    remote = checkpoint.remote
+    if remote is None:
+        return checkpoint.folder
+    names = [name for name in sidecar_files(remote.folder) if is_tokenizer_file(name)]
+    files = {name: Path(remote.folder, name).read_bytes() for name in names}
+    return MadeTokenizer(checkpoint.reference, files, checkpoint.folder)
 
 
 def _rows_of(main: _Model, table: Sequence[int]) -> Sequence[int]:

@@ -47,6 +47,7 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
         },
         **({"tokenizer": plan.tokenizer.as_dict()} if plan.tokenizer else {}),
         **({"split": asdict(plan.split)} if plan.split else {}),
+        **({"streams": True} if plan.execution.streams else {}),
     }
 
 
@@ -101,7 +102,9 @@ def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -
     paths = _tokenizer_path(recipe, document, where) | paths
     plan = make_plan(
         recipe,
-        replace(resources, device=device),
+        replace(
+            resources, device=device, streams=resources.streams or document.get("streams") is True
+        ),
         max_shard_bytes=max_shard_bytes,
         truncate_embeddings=True,  # changes nothing where rows agree, and else it was given
         paths=paths,
@@ -316,8 +319,9 @@ def _files_difference(
             ("size_bytes", "size"),
             ("header_digest", "header"),
             ("modified_ns", "time of modification"),
+            ("pin", "version"),
         ):
-            if known[key] != file[key]:
+            if known.get(key) != file.get(key):
                 path = Path(now["folder"], file["path"])
                 return f"{path} has changed: its {word} is not what it was"
     if len(files) != len(now["files"]):

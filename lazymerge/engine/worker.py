@@ -18,6 +18,7 @@ from ..output.writer import ShardWriter
 from .arena import Arena
 from .device.frame import Lane
 from .execution import Execution
+from .fetching import Fetcher, FetchingStopped
 from .finite import MASKS, has_nonfinite
 from .frame import Frame, make_frame
 from .inputs import InputFiles
@@ -65,6 +66,7 @@ class Worker:
         recent: Recent,
         lane: Lane | None = None,
         forgets: bool = False,
+        fetcher: Fetcher | None = None,
     ) -> None:
         """writer: None where nothing is written.
 
@@ -73,7 +75,10 @@ class Worker:
         forgets: inputs that have been written of leave the page cache.
 
         lane: the worker's share of a device, where one computes.
+
+        fetcher: has the inputs that lie elsewhere; None: there are none.
         """
+        self._fetcher = fetcher
         self._graph = graph
         self._scheduler = scheduler
         self._writer = writer
@@ -106,6 +111,18 @@ class Worker:
 
     def _run(self, job: Job) -> list[Any] | None:
         """The partial results of a job's blocks; None if everything has been stopped."""
+        if self._fetcher is None:
+            return self._compute(job)
+        try:
+            self._fetcher.acquire(job)
+        except FetchingStopped:
+            return None
+        partials = self._compute(job)
+        if partials is not None:
+            self._fetcher.release(job)
+        return partials
+
+    def _compute(self, job: Job) -> list[Any] | None:
         stage = job.task.stages[job.stage]
         frame = self._frame_for(job)
         start, stop = job.pieces[0][0][0], job.pieces[-1][-1][1]

@@ -76,11 +76,11 @@ def facts_of(checkpoint: Checkpoint) -> Facts:
         vocabulary=vocabulary_size(checkpoint),
         embedding_rows=_rows(matrices),
         head_rows=matrices[stored[0]][0] if stored else None,
-        tokens=count_tokens(checkpoint.folder),
+        tokens=count_tokens(checkpoint.local_folder),
         tied=is_tied(checkpoint.config),
         has_head=bool(stored),
         tokenizer_files=files,
-        has_chat_template=_has_template(checkpoint.folder, files),
+        has_chat_template=_has_template(checkpoint.local_folder, files),
     )
 
 
@@ -136,7 +136,7 @@ def _rows(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
 def _tokenizer_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     names: list[str] = [] if checkpoint.hub is None else list(checkpoint.hub.sizes)
     with suppress(OSError):
-        names += os.listdir(checkpoint.folder)
+        names += os.listdir(checkpoint.local_folder)
     return tuple(sorted({name for name in names if is_tokenizer_file(name)}))
 
 

@@ -90,6 +90,7 @@ def memory_parts(plan: Plan) -> MemoryParts:
         MemoryPart("buffers", memory.workers * memory.arena_bytes, of_workers),
         MemoryPart("statistics", memory.statistics_bytes, "partial results of reductions"),
         MemoryPart("mapped pages", memory.mapped_bytes, "windows of the inputs"),
+        MemoryPart("fetched inputs", memory.fetch_bytes, "from the network, being merged or ahead"),
     ]
     return MemoryParts(
         memory=memory,

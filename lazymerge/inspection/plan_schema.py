@@ -68,6 +68,9 @@ def plan_schema() -> Schema:
                 ),
             },
             {
+                "streams": _said(
+                    {"type": "boolean"}, "Models of the Hub are not downloaded but streamed."
+                ),
                 "suspicions": {"type": "array", "items": _suspicion()},
                 "disk": _object({"needed_bytes": COUNT, "free_bytes": COUNT}),
                 "estimate": _estimate(),
@@ -126,6 +129,7 @@ def _totals() -> Schema:
             "bytes_written": COUNT,
             "header_bytes_read": _said(COUNT, "What planning has read."),
             "bytes_to_download": COUNT,
+            "bytes_to_fetch": _said(COUNT, "Over the network, while it is merged; not kept."),
         }
     )
 
@@ -156,7 +160,8 @@ def _model() -> Schema:
             "size_bytes": COUNT,
             "modified_ns": _or_null({"type": "integer"}),
             "header_digest": TEXT,
-        }
+        },
+        {"pin": _said(TEXT, "Of a file at an address: its version, an ETag or the like.")},
     )
     hub = _object({"repository": TEXT, "commit": TEXT})
     return _object(

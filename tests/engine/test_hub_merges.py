@@ -284,3 +284,80 @@ class TestAdapters:
             self.plan("org/w+org/w", tmp_path / "h.yml")
         with pytest.raises(InputError, match="is no local folder, and the Hub"):
             self.plan("org/w+org/absent", tmp_path / "h.yml")
+
+
+class TestStreamed:
+    """Read by ranges while they are merged; nothing of the weights comes into the cache."""
+
+    def test_a_merge(
+        self, models: dict[str, Path], hub: HubServer, tmp_path: Path, expected: bytes
+    ) -> None:
+        path = recipe("org/a", "org/b@main", tmp_path / "hub.yml")
+        plan = lazymerge.plan(path, stream=True)
+        downloaded = lazymerge.plan(path)
+        assert plan.fingerprint == downloaded.fingerprint
+        assert [file.name for file in plan.missing_files] == ["generation_config.json"]
+        assert facts(plan)["network"].endswith("nothing of it is kept")
+        plan.save(tmp_path / "plan.json")
+        lazymerge.run(plan, tmp_path / "out", fsync=False)
+        assert weights(tmp_path / "out") == expected
+        assert (tmp_path / "out" / "generation_config.json").read_text() == '{"a": 1}'
+        assert lazymerge.verify(tmp_path / "out", recompute=2).problems == ()
+        lazymerge.run(lazymerge.plan(tmp_path / "plan.json"), tmp_path / "saved", fsync=False)
+        assert weights(tmp_path / "saved") == expected
+        assert not [*(tmp_path / "cache").rglob("*.safetensors")]
+        assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
+
+    def test_what_is_in_the_cache_is_read_there(
+        self, models: dict[str, Path], hub: HubServer, tmp_path: Path, expected: bytes
+    ) -> None:
+        path = recipe("org/a", "org/b", tmp_path / "hub.yml")
+        lazymerge.run(lazymerge.plan(path), tmp_path / "once", fsync=False)
+        hub.log.clear()
+        plan = lazymerge.plan(path, stream=True)
+        assert plan.remote_inputs == {}
+        lazymerge.run(plan, tmp_path / "out", fsync=False)
+        assert weights(tmp_path / "out") == expected
+
+    def test_connections_that_break(
+        self,
+        models: dict[str, Path],
+        hub: HubServer,
+        tmp_path: Path,
+        expected: bytes,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("lazymerge.checkpoint.transport.FIRST_PAUSE_SECONDS", 0.01)
+        plan = lazymerge.plan(recipe("org/a", "org/b", tmp_path / "hub.yml"), stream=True)
+        hub.cut["org/b/model.safetensors"] = [0, 10, 4000]
+        lazymerge.run(plan, tmp_path / "out", fsync=False)
+        assert weights(tmp_path / "out") == expected
+        assert not hub.cut["org/b/model.safetensors"]
+
+    def test_an_interrupted_run_goes_on_streaming(
+        self, models: dict[str, Path], hub: HubServer, tmp_path: Path, expected: bytes
+    ) -> None:
+        plan = lazymerge.plan(recipe("org/a", "org/b", tmp_path / "hub.yml"), stream=True)
+
+        class Stopper(Silent):
+            def finished(self, _: str) -> None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(plan, tmp_path / "out", fsync=False, observer=Stopper())
+        assert lazymerge.resume(tmp_path / "out").resumed_tensors >= 1
+        assert weights(tmp_path / "out") == expected
+        assert not [*(tmp_path / "cache").rglob("*.safetensors")]
+
+    def test_what_may_not_be_read(
+        self, models: dict[str, Path], hub: HubServer, tmp_path: Path
+    ) -> None:
+        plan = lazymerge.plan(recipe("org/a", "org/b", tmp_path / "hub.yml"), stream=True)
+        hub.answers["org/b/model.safetensors"] = (403, "")
+        with pytest.raises(LazymergeError, match="may not be read") as caught:
+            lazymerge.run(plan, tmp_path / "out", fsync=False)
+        assert TOKEN not in str(caught.value)
+        hub.answers.clear()
+        hub.ignores_ranges = True
+        with pytest.raises(InputError, match="sends no ranges of files"):
+            lazymerge.run(plan, tmp_path / "out", fsync=False)

@@ -223,6 +223,8 @@ def _identity(checkpoint: Checkpoint) -> FileIdentities:
     found: set[tuple[object, ...]] = set()
     if checkpoint.hub is not None:
         found.add(("hub", checkpoint.hub.repository, checkpoint.hub.commit))
+    elif checkpoint.remote is not None:
+        found |= {("remote", checkpoint.folder, file.path, file.pin) for file in checkpoint.files}
     else:
         for file in checkpoint.files:
             with suppress(OSError, ValueError):

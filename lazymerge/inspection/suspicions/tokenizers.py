@@ -26,7 +26,7 @@ def tokenizer_suspicions(plan: Plan) -> Iterator[Suspicion]:
     if recipe.asks_for_tokenizer:
         return
     main = recipe.main_model
-    folder = plan.checkpoints[main].folder
+    folder = plan.checkpoints[main].local_folder
     settings = {model: _settings(each) for model, each in plan.checkpoints.items()}
     templates = [
         model
@@ -34,9 +34,9 @@ def tokenizer_suspicions(plan: Plan) -> Iterator[Suspicion]:
         if _has_template(checkpoint, settings[model])
     ]
     for model, checkpoint in plan.checkpoints.items():
-        if model == main or checkpoint.folder == folder:
+        if model == main or checkpoint.local_folder == folder:
             continue
-        compared = compare_vocabularies(folder, checkpoint.folder)
+        compared = compare_vocabularies(folder, checkpoint.local_folder)
         if compared is not None:
             yield from _differing(plan, main, model, compared)
         yield from _special(main, model, settings[main], settings[model])
@@ -106,12 +106,12 @@ def _content(token: object) -> object:
 def _settings(checkpoint: Checkpoint) -> Mapping[str, object]:
     """tokenizer_config.json, empty where it is not there or broken."""
     try:
-        if has_file(checkpoint.folder, CONFIG_NAME):
-            return read_mapping(checkpoint.folder, CONFIG_NAME)
+        if has_file(checkpoint.local_folder, CONFIG_NAME):
+            return read_mapping(checkpoint.local_folder, CONFIG_NAME)
     except InputError:
         pass  # the files are copied as they are
     return {}
 
 
 def _has_template(checkpoint: Checkpoint, settings: Mapping[str, object]) -> bool:
-    return bool(settings.get(TEMPLATE_KEY)) or has_file(checkpoint.folder, TEMPLATE_NAME)
+    return bool(settings.get(TEMPLATE_KEY)) or has_file(checkpoint.local_folder, TEMPLATE_NAME)

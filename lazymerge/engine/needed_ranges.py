@@ -1,0 +1,196 @@
+"""Which bytes of files that lie elsewhere a merge reads, and in which pieces they are fetched.
+
+The ranges of all tensors that are read are united, gaps of up to MAX_GAP_BYTES between them with
+them, and cut at multiples of CHUNK_BYTES:
+
+    file     ░░▓▓▓▓▓▓▓▓▓▓▓▓░░░░░░░░░▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓░
+    chunks     ├───┼────┼──┤        ├─┼────┼────┼────┤
+
+No byte is in two chunks, and no page of memory either, so that each can be let go of by itself.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..checkpoint.tensor import DTYPES
+from ..graph.graph import Graph
+from ..graph.node import Read, Reduce, Write
+from ..graph.operation import reduce_operation
+from .blocks import DeviceClass, elements_per_block
+from .likeness import Kind
+from .scheduler import SPAN_BLOCKS
+from .stages import TensorTask, row_elements
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+CHUNK_BYTES = 2 << 20
+"""A quarter of a span of a bfloat16 input. What is fetched is let go of in such pieces; requests
+are for many of them."""
+
+MAX_GAP_BYTES = 1 << 20
+"""Bytes that nobody wants are fetched rather than asking twice: 10 ms at 100 MB/s, where a request
+takes 50 ms to be answered. At least two pages, so that chunks share none."""
+
+assert MAX_GAP_BYTES >= 2 * mmap.PAGESIZE
+assert CHUNK_BYTES % mmap.ALLOCATIONGRANULARITY == 0
+
+
+@dataclass(frozen=True, slots=True)
+class FileChunks:
+    """The chunks of one file, in the order of their bytes."""
+
+    starts: Sequence[int]
+    stops: Sequence[int]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.stops) - sum(self.starts)
+
+    def overlapping(self, start: int, stop: int) -> range:
+        """Numbers of the chunks that hold a byte range."""
+        first = bisect_right(self.stops, start)
+        return range(first, bisect_right(self.starts, stop - 1) if stop > start else first)
+
+    @property
+    def runs(self) -> int:
+        """How many ranges without a gap they make."""
+        pairs = zip(self.stops, self.starts[1:], strict=False)
+        return bool(self.starts) + sum(stop != start for stop, start in pairs)
+
+
+def path_of(read: Read) -> str:
+    """The file of an input, as inputs.py names it."""
+    return f"{read.folder}/{read.tensor.file}"
+
+
+def chunks_of(reads: Iterable[Read], max_gap_bytes: int = MAX_GAP_BYTES) -> dict[str, FileChunks]:
+    """The chunks of every file that is read, by path."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for read in reads:
+        if read.tensor.size_bytes:
+            place = (read.tensor.start, read.tensor.stop_exclusive)
+            ranges.setdefault(path_of(read), []).append(place)
+    return {path: _cut(_united(sorted(set(each)), max_gap_bytes)) for path, each in ranges.items()}
+
+
+def _united(ranges: Sequence[tuple[int, int]], max_gap_bytes: int) -> list[tuple[int, int]]:
+    united: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if united and start - united[-1][1] <= max_gap_bytes:
+            united[-1] = (united[-1][0], max(united[-1][1], stop))
+        else:
+            united.append((start, stop))
+    return united
+
+
+def _cut(ranges: Sequence[tuple[int, int]]) -> FileChunks:
+    starts: list[int] = []
+    stops: list[int] = []
+    for start, stop in ranges:
+        while start < stop:
+            end = min(stop, (start // CHUNK_BYTES + 1) * CHUNK_BYTES)
+            starts.append(start)
+            stops.append(end)
+            start = end
+    return FileChunks(starts, stops)
+
+
+def reads_of_task(graph: Graph, task: TensorTask) -> tuple[Read, ...]:
+    """All inputs of an output tensor, each once."""
+    reads = {read.id: read for stage in task.stages for read in graph.reads_of(stage.id)}
+    return tuple(reads.values())
+
+
+@dataclass(frozen=True, slots=True)
+class FetchNeeds:
+    """What a merge must be able to hold of its inputs. In bytes.
+
+    job_bytes: at most, of one worker's. task_bytes: all inputs of the largest output tensor.
+    total_bytes: of all of them.
+    """
+
+    job_bytes: int
+    task_bytes: int
+    total_bytes: int
+
+
+def fetch_needs(
+    graph: Graph, kinds: Sequence[Kind], paths: Mapping[str, object], device: DeviceClass
+) -> FetchNeeds:
+    """What the inputs of a merge occupy while they are worked on.
+
+    paths: of the files that lie elsewhere.
+    """
+    job = task = total = 0
+    for kind in kinds:
+        for stage in kind.first.stages:
+            reads = [read for read in graph.reads_of(stage.id) if path_of(read) in paths]
+            span = SPAN_BLOCKS * elements_per_block(device, row_elements(graph, stage))
+            job = max(job, sum(_held(read, stage.element_count, span) for read in reads))
+            job = max(job, sampled_bytes(graph, stage, paths))
+        reads_all = [r for r in reads_of_task(graph, kind.first) if path_of(r) in paths]
+        size = sum(read.tensor.size_bytes for read in reads_all)
+        task = max(task, size + 2 * CHUNK_BYTES * len(reads_all))
+        total += kind.count * size
+    return FetchNeeds(job, task, total)
+
+
+def _held(read: Read, elements: int, span: int) -> int:
+    """The chunks that hold a span of a tensor: up to one more at each end, and the gaps that lie in
+    them. elements: of the stage."""
+    size = read.tensor.size_bytes
+    if not size:
+        return 0
+    if read.rows is None:
+        if read.element_count == elements:
+            size = min(size, span * DTYPES[read.dtype].item_bytes)
+        return size + 2 * CHUNK_BYTES
+    most = max(
+        len(chunk_numbers_of_rows(read, start, min(start + span, elements)))
+        for start in range(0, elements, span)
+    )
+    return min(most * CHUNK_BYTES, size + 2 * CHUNK_BYTES)
+
+
+def rows_between(read: Read, start: int, stop: int) -> NDArray[numpy.int32]:
+    """The rows of the file that an element range of an input in another order is made of, each
+    once, ascending."""
+    import numpy
+
+    assert read.rows is not None
+    table = numpy.frombuffer(read.rows.data, "<i4")
+    rows = numpy.unique(table[start // read.row_elements : -(-stop // read.row_elements)])
+    return rows[rows >= 0]
+
+
+def chunk_numbers_of_rows(read: Read, start: int, stop: int) -> set[int]:
+    """Which multiples of CHUNK_BYTES the rows begin or end in."""
+    row_bytes = read.row_elements * DTYPES[read.dtype].item_bytes
+    first = read.tensor.start + rows_between(read, start, stop).astype("int64") * row_bytes
+    numbers: set[int] = set()
+    for begin in first.tolist():
+        numbers.update(range(begin // CHUNK_BYTES, (begin + row_bytes - 1) // CHUNK_BYTES + 1))
+    return numbers
+
+
+def sampled_bytes(graph: Graph, stage: Reduce | Write, paths: Mapping[str, object]) -> int:
+    """The pages that hold a stage's sample, where it may begin with one: each run may lie in two
+    pages of every input, or more where elements are large."""
+    if not isinstance(stage, Reduce):
+        return 0
+    operation, parameters = reduce_operation(stage.operation), dict(stage.parameters)
+    sample = operation.sample(parameters, stage.element_count)
+    if sample is None:
+        return 0
+    reads = [read for read in graph.reads_of(stage.id) if path_of(read) in paths]
+    return sum(
+        sample.runs * (2 * mmap.PAGESIZE + sample.run_elements * DTYPES[read.dtype].item_bytes)
+        for read in reads
+    )
