@@ -136,12 +136,13 @@ class Tab:
 
     def click(self, expression: str) -> None:
         """Clicks in the middle of the element that an expression yields."""
-        script = (
-            f"(() => {{ const e = {expression}; e.scrollIntoView({{block: 'center'}});"
-            "const r = e.getBoundingClientRect();"
+        self.ask(f"{expression}.scrollIntoView({{block: 'center'}})")
+        # what is still being drawn may move it
+        self.ask("new Promise(go => requestAnimationFrame(() => requestAnimationFrame(go)))")
+        x, y = self.ask(
+            f"(() => {{ const r = {expression}.getBoundingClientRect();"
             "return [r.left + Math.min(r.width, 60) / 2, r.top + Math.min(r.height, 24) / 2]; })()"
         )
-        x, y = self.ask(script)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
