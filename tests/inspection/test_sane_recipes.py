@@ -226,15 +226,17 @@ def test_plans(path: Path, tmp_path: Path) -> None:
     assert mistakes(planned(path.read_text("utf-8"), path.name, tmp_path)) == []
 
 
+PLANNED_ELSEWHERE = re.compile(r"<!-- planned: .*? -->\n```yaml\n.*?```", re.DOTALL)
+"""Recipes with models at addresses, methods of one's own, words in place of numbers."""
+
+
 def test_recipes_in_the_documents(tmp_path: Path) -> None:
     found = [
         block
         for document in DOCUMENTS
-        for block in FENCED_YAML.findall(document.read_text(encoding="utf-8"))
+        for block in FENCED_YAML.findall(PLANNED_ELSEWHERE.sub("", document.read_text("utf-8")))
         if re.search(r"^merge_method:", block, re.MULTILINE)
         and not re.search(r"^modules:|^tokens", block, re.MULTILINE)  # of other architectures
-        and "://" not in block  # models that lie elsewhere
-        and not block.startswith("# sweep.template.yml")  # a word stands for a number
     ]
     assert len(found) >= 4
     for number, block in enumerate(found):
