@@ -196,7 +196,7 @@ def merged_or_refused(plan: Plan, output: Path) -> dict[str, torch.Tensor] | str
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.data())
 def test_any_merge_gives_the_same_bytes_by_kernels_and_by_torch(
     method: str, data: st.DataObject
