@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -98,6 +99,10 @@ def json_log(wanted: str | None) -> Iterator[JsonLog | None]:
 
     stream: TextIO | FileIO = sys.stderr
     if wanted != STDERR:
+        from ..output.target import check_target
+
+        if not Path(wanted).is_char_device() and not Path(wanted).is_fifo():
+            check_target(Path(wanted), b'{"time": ', b'"event": ', option="--log-json")
         try:
             stream = FileIO(wanted, "a")  # without a buffer: a line is there when it is written
         except OSError as error:

@@ -332,6 +332,7 @@ def _difference(
 def _draw(plan: Plan, tensor: str | None, dot: Path | None, mermaid: Path | None) -> None:
     from ..graph.drawing import to_dot, to_mermaid
     from ..inspection.pictures import folded_picture, unfolded_picture
+    from ..output.target import write_target
 
     if tensor is None:
         picture = folded_picture(plan)
@@ -351,10 +352,8 @@ def _draw(plan: Plan, tensor: str | None, dot: Path | None, mermaid: Path | None
         if path == STANDARD_OUTPUT:
             typer.echo(text_of(picture), nl=False)
         elif path is not None:
-            try:
-                path.write_text(text_of(picture), encoding="utf-8")
-            except OSError as error:
-                raise InputError(f"cannot write {path}: {error.strerror}") from error
+            text = text_of(picture)
+            write_target(path, text, text.partition("\n")[0].encode())
 
 
 def plan_document(

@@ -150,6 +150,13 @@ class Fetcher:
         if self._is_picked(job, needed):
             self._pick(job, needed)
             return
+        size = sum(map(self._size, needed))
+        if size > self._budget:  # it would be waited for without end
+            raise LazymergeError(
+                f"{job.task.write.name} needs {size:,} bytes of inputs that lie elsewhere at once, "
+                f"and the plan has set {self._budget:,} aside: a defect of lazymerge. Give it more "
+                "--memory, or download the models"
+            )
         with self._changed:
             self._begin(job, needed)
             known = [key for key in needed if key in self._chunks]

@@ -22,7 +22,6 @@ from ..graph.graph import Graph
 from ..graph.node import Read, Reduce, Write
 from ..graph.operation import reduce_operation
 from .blocks import DeviceClass, elements_per_block
-from .likeness import Kind
 from .scheduler import SPAN_BLOCKS
 from .stages import TensorTask, row_elements
 
@@ -122,24 +121,46 @@ class FetchNeeds:
 
 
 def fetch_needs(
-    graph: Graph, kinds: Sequence[Kind], paths: Mapping[str, object], device: DeviceClass
+    graph: Graph, tasks: Sequence[TensorTask], paths: Mapping[str, object], device: DeviceClass
 ) -> FetchNeeds:
     """What the inputs of a merge occupy while they are worked on.
 
+    tasks: all of them; those of one kind (likeness.py) may differ in what lies elsewhere, and in
+        which rows they read.
     paths: of the files that lie elsewhere.
     """
     job = task = total = 0
-    for kind in kinds:
-        for stage in kind.first.stages:
+    known: dict[object, int] = {}
+    for each in tasks:
+        for stage in each.stages:
             reads = [read for read in graph.reads_of(stage.id) if path_of(read) in paths]
-            span = SPAN_BLOCKS * elements_per_block(device, row_elements(graph, stage))
-            job = max(job, sum(_held(read, stage.element_count, span) for read in reads))
-            job = max(job, sampled_bytes(graph, stage, paths))
-        reads_all = [r for r in reads_of_task(graph, kind.first) if path_of(r) in paths]
+            if not reads:
+                continue
+            key = (_work(stage), *map(_place, reads))
+            if key not in known:
+                span = SPAN_BLOCKS * elements_per_block(device, row_elements(graph, stage))
+                held = sum(_held(read, stage.element_count, span) for read in reads)
+                known[key] = max(held, sampled_bytes(graph, stage, paths))
+            job = max(job, known[key])
+        reads_all = [read for read in reads_of_task(graph, each) if path_of(read) in paths]
         size = sum(read.tensor.size_bytes for read in reads_all)
         task = max(task, size + 2 * CHUNK_BYTES * len(reads_all))
-        total += kind.count * size
+        total += size
     return FetchNeeds(job, task, total)
+
+
+def _work(stage: Reduce | Write) -> object:
+    """What a stage's blocks and samples follow from."""
+    if isinstance(stage, Reduce):
+        return (stage.operation, stage.parameters, stage.shape)
+    return (stage.source, stage.shape)
+
+
+def _place(read: Read) -> object:
+    """What of an input decides which chunks are held."""
+    if read.rows is None:
+        return (read.dtype, read.shape)
+    return (read.dtype, read.shape, read.rows.digest, read.tensor.start % CHUNK_BYTES)
 
 
 def _held(read: Read, elements: int, span: int) -> int:

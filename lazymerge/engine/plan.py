@@ -34,8 +34,9 @@ from ..graph.verify import IllegalGraphError, verify_graph
 from ..methods import METHODS
 from ..methods.plugins import load_installed
 from ..output.layout import OutputTensor, Shard, lay_out
-from ..output.manifest import MANIFEST_NAME, write_text
+from ..output.manifest import MANIFEST_NAME
 from ..output.sidecars import copied_files, sidecar_files
+from ..output.target import write_target
 from ..recipe import Recipe, Signature, load_recipe, parse_recipe, part_named
 from ..recipe.signature import Scalar
 from ..sizes import format_bytes, format_count, format_memory
@@ -372,7 +373,7 @@ class Plan:
                 resources,
                 execution,
                 self.tokenizer,
-                _fetch_needs(self.graph, self.kinds, self.checkpoints, execution),
+                _fetch_needs(self.graph, self.tasks, self.checkpoints, execution),
             ),
             execution=execution,
         )
@@ -404,7 +405,7 @@ class Plan:
             held_bytes,
             beside_bytes=0 if self.tokenizer is None else self.tokenizer.held_bytes,
             planning_bytes=0 if self.tokenizer is None else self.tokenizer.planning_bytes,
-            fetches=_fetch_needs(self.graph, self.kinds, self.checkpoints, self.execution),
+            fetches=_fetch_needs(self.graph, self.tasks, self.checkpoints, self.execution),
         )
         return replace(self, memory=memory)
 
@@ -505,9 +506,13 @@ class Plan:
         }
 
     def save(self, path: Path | str) -> None:
-        """Writes the plan as JSON; `load_plan` reads it back."""
+        """Writes the plan as JSON; `load_plan` reads it back.
+
+        Raises:
+            InputError: it cannot be written there, or something else is there.
+        """
         text = json.dumps(self.as_dict(), ensure_ascii=False) + "\n"
-        write_text(Path(path), text, fsync=False)  # not through a link that somebody has put there
+        write_target(Path(path), text, b'{"format": ', b'"lazymerge": ')
 
 
 def signatures() -> dict[str, Signature]:
@@ -580,7 +585,7 @@ def make_plan(
             resources,
             execution,
             tokenizer,
-            _fetch_needs(compiled.graph, kinds, checkpoints, execution),
+            _fetch_needs(compiled.graph, tasks, checkpoints, execution),
         ),
         config=config,
         sidecar_folder=source.folder,
@@ -724,7 +729,7 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
             resources,
             execution,
             tokenizer,
-            _fetch_needs(graph, kinds, checkpoints, execution),
+            _fetch_needs(graph, tasks, checkpoints, execution),
         ),
         config=_of_kind(output["config"], dict, type(None)),
         sidecar_folder=output["sidecar_folder"],
@@ -1000,7 +1005,7 @@ def _memory(
 
 def _fetch_needs(
     graph: Graph,
-    kinds: tuple[Kind, ...],
+    tasks: tuple[TensorTask, ...],
     checkpoints: Mapping[str, Checkpoint],
     execution: Execution,
 ) -> FetchNeeds | None:
@@ -1017,7 +1022,7 @@ def _fetch_needs(
             f"--device {execution.device} merges what is on the local disk only: leave it out, or "
             f"download {next(iter(paths))}"
         )
-    return fetch_needs(graph, kinds, paths, execution.device)
+    return fetch_needs(graph, tasks, paths, execution.device)
 
 
 def _recipe_notices(recipe: Recipe) -> list[str]:

@@ -20,7 +20,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ from ..output.writer import sync_file, sync_folder, write_error
 from .complete import tidy_up
 from .finishing import faults, write_beside_weights
 from .plan import Plan, Resources, Split
+from .statistics import load_statistics
 from .statistics_file import join_statistics
 from .unfinished import beginning_of_manifest, plan_again
 
@@ -217,6 +218,7 @@ def join_parts(folder: Path, *, fsync: bool = True) -> Joined:
         plan = plan_again(_as_whole(first), found[1] / MANIFEST_NAME, Resources())
         if plan.fingerprint != first["split"]["whole"]:
             raise InputError(f"{folder} holds parts of another merge than their recipe gives now")
+        _check_statistics(found.values())
         _move(plan, folder, found, fsync=fsync)
         join_statistics(plan, folder, found.values(), fsync=fsync)
         document = _manifest(plan, folder, documents, fsync=fsync)
@@ -231,6 +233,21 @@ def join_parts(folder: Path, *, fsync: bool = True) -> Joined:
     with suppress(OSError):
         (folder / OWN_FOLDER).rmdir()
     return Joined(str(folder.absolute()), len(found), len(plan.tensors), plan.bytes_written)
+
+
+def _check_statistics(parts: Iterable[Path]) -> None:
+    """Checks, before anything is moved, that what parts have gathered can be read.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    for part in parts:
+        path = part / STATISTICS_NAME
+        if path.is_file():
+            try:
+                load_statistics(part)
+            except InputError as error:
+                raise InputError(f"{error}\nto join without it: remove {path}") from error
 
 
 def _complete_whole(folder: Path, found: Mapping[int, Path]) -> Joined | None:

@@ -52,6 +52,10 @@ def json_for_html(document: object) -> str:
     return text
 
 
+PAGE_BEGINS = (b'<!DOCTYPE html>\n<html lang="en">\n<head>\n', b"lazymerge")
+"""By which a page that is replaced is known: what it begins with, and what its title holds."""
+
+
 def assemble(
     title: str,
     document: Mapping[str, object],

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..engine.plan import Plan
 from ..inspection.findings import suspicions_of
-from ..output.manifest import write_text
-from .html import D3, assemble
+from ..output.target import write_target
+from .html import D3, PAGE_BEGINS, assemble
 from .plan_document import plan_documents
 
 LIBRARIES = ("uPlot", "dagre", *(f"d3-{part}" for part in D3))
@@ -56,6 +56,6 @@ def write_plan_page(
     """Writes the page of a plan, in one step.
 
     Raises:
-        OSError: it cannot be written there.
+        InputError: it cannot be written there, or something else is there.
     """
-    write_text(path, plan_page(plan, facts=facts, manifest=manifest), fsync=False)
+    write_target(path, plan_page(plan, facts=facts, manifest=manifest), *PAGE_BEGINS)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..output.manifest import write_text
-from .html import assemble
+from ..output.target import write_target
+from .html import PAGE_BEGINS, assemble
 from .report_document import ReportDocument, report_documents
 
 LIBRARIES = ("uPlot",)
@@ -38,6 +38,6 @@ def write_report_page(
     """Writes the page of a report, in one step.
 
     Raises:
-        OSError: it cannot be written there.
+        InputError: it cannot be written there, or something else is there.
     """
-    write_text(path, report_page(report, manifest), fsync=False)
+    write_target(path, report_page(report, manifest), *PAGE_BEGINS)

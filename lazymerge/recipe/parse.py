@@ -93,6 +93,9 @@ MOST_LAYERS = 1_000_000
 """No stack has more: lazymerge.architecture.layers."""
 
 # Python's float() takes more than YAML's and JSON's numbers (nan, 1_0, other alphabets' digits).
+LARGEST_NUMBER = 1e100
+"""Of a parameter: sums of more, and products of two, would not be finite in float64."""
+
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -849,6 +852,8 @@ class _Parser:
             kind = _TYPE_WORDS[parameter.type]
             if isinstance(value, float) and not math.isfinite(value) and parameter.type is float:
                 kind = "a finite number"
+            elif isinstance(value, int | float) and abs(value) > LARGEST_NUMBER:
+                kind = f"at most {LARGEST_NUMBER:g} in magnitude"
             hint = "; put it in quotes" if parameter.type is str else ""
             self._report(
                 f"{name!r} must be {kind}, not {describe(node)}{hint}",
@@ -1066,7 +1071,7 @@ def _convert(value: object, to: type[Scalar]) -> Scalar | None:
         number = float(value)
     except OverflowError:
         return None
-    if not math.isfinite(number):
+    if not math.isfinite(number) or abs(number) > LARGEST_NUMBER:
         return None
     if to is float:
         return number

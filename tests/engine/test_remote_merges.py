@@ -115,7 +115,7 @@ def smallest(plan: Plan) -> str:
 def needs(plan: Plan) -> Any:
     from lazymerge.engine.needed_ranges import fetch_needs
 
-    return fetch_needs(plan.graph, plan.kinds, plan.remote_inputs, "cpu")
+    return fetch_needs(plan.graph, plan.tasks, plan.remote_inputs, "cpu")
 
 
 @pytest.mark.parametrize("read_mode", ["pread", "mmap"])
@@ -154,6 +154,31 @@ def test_the_smallest_memory_that_is_allowed(
     assert weights(tmp_path / "out") == expected
     assert 0 < max(held) <= plan.memory.fetch_bytes - run.CONNECTION_BYTES
     assert 0 < max(in_files) <= plan.memory.fetch_bytes - run.CONNECTION_BYTES
+
+
+def test_layers_that_are_here_and_layers_that_are_not(
+    models: Path, server: RangeServer, tmp_path: Path
+) -> None:
+    """They are of one kind, and need other memory."""
+    whole = lazymerge.plan(recipe(server.address, tmp_path / "whole.yml", "passthrough"))
+    document = yaml.safe_load((tmp_path / "whole.yml").read_text())
+    layers = next(iter(whole.stacks)).layer_count
+    del document["models"]
+    document["slices"] = [
+        {"sources": [{"model": f"{root}/{name}", "layer_range": [start, stop]}]}
+        for root, name, start, stop in (
+            (models, "a", 0, layers - 1),
+            (server.address, "b", layers - 1, layers),
+        )
+    ]
+    document["dtype"] = "float16"  # not as they are stored: merged by kernels
+    (tmp_path / "mixed.yml").write_text(yaml.safe_dump(document))
+    plan = lazymerge.plan(tmp_path / "mixed.yml", workers=1)
+    remote_only = [task for task in plan.tasks if f".{layers - 1}." in task.write.name]
+    assert remote_only
+    assert needs(plan).job_bytes > 0
+    assert needs(plan).total_bytes > 0
+    lazymerge.run(plan, tmp_path / "out", fsync=False)
 
 
 @pytest.mark.parametrize("read_mode", ["pread", "mmap"])
