@@ -224,7 +224,9 @@ def _facts(found: Comparison) -> RenderableType:
     equal = len(found.equal)
     table.add_row(
         "tensors",
-        f"all {compared} are equal"
+        "none that both have and that holds anything"
+        if not compared
+        else f"all {compared} are equal"
         if equal == compared
         else f"{compared - equal} of {compared} differ, {equal} are equal",
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..sizes import format_bytes
 from .intermediates import IntermediateOption, as_options, folders_asked
 from .options import (
     DeviceOption,
@@ -237,6 +238,17 @@ def plan(
             console.print(part)
         if diff is not None:
             console.print(_difference(shown, diff, planned, estimate, estimated))
+    if split is not None and dry_run:
+        from ..engine.splitting import split_plan
+        from .console import messages
+
+        for piece in split_plan(made, split):
+            assert piece.split is not None
+            size = format_bytes(piece.bytes_read + piece.bytes_written)
+            shards = ", ".join(shard.file for shard in piece.shards)
+            messages().print(
+                f"part {piece.split.number} of {split}: moves {size}: {shards}", soft_wrap=True
+            )
     if dry_run:
         return
     if split is not None and output is not None:

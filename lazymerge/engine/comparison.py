@@ -183,6 +183,11 @@ def plan_comparison(
                 tasks.append(_task(graph, name, models, infos))
         elif infos[0].dtype == infos[1].dtype:
             integers.append(name)
+    if not any(wanted(name) for model in models for name in model.tensors):
+        raise InputError(
+            f"no tensor of {first} or {second} is asked for; look at their names with: "
+            f"lazymerge inspect {first} --tensors"
+        )
     if resources.execution.device != "cpu":
         raise InputError("models are compared by the processor; leave --device out")
     return ComparisonPlan(

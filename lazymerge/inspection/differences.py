@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..engine.plan import Plan
+from ..graph.compile import ResolvedTensor
 from ..graph.node import Write
-from .layers import ABSENT, folded_names, models_of, values_of
+from ..recipe.signature import Scalar
+from .layers import ABSENT, folded_names, is_silent, models_of, value_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ def _folded(names: list[str], plan: Plan) -> str:
 def _facts(before: Plan, after: Plan) -> list[Change]:
     pairs = [
         ("method", before.recipe.merge_method, after.recipe.merge_method),
+        ("order of models", *_orders(models_of(before), models_of(after))),
         ("base", before.recipe.base_model or ABSENT, after.recipe.base_model or ABSENT),
         ("dtype", _dtypes(before), _dtypes(after)),
         ("seed", str(before.recipe.seed), str(after.recipe.seed)),
@@ -114,6 +117,13 @@ def _facts(before: Plan, after: Plan) -> list[Change]:
         ("config keys", _config(before, after), _config(after, before)),
     ]
     return [Change(*pair) for pair in pairs if pair[1] != pair[2]]
+
+
+def _orders(before: list[str], after: list[str]) -> tuple[str, str]:
+    """The models in both orders, if that is all that differs: numbers are added up in it."""
+    if sorted(before) != sorted(after):
+        return ("", "")
+    return (", ".join(before), ", ".join(after))
 
 
 def _dtypes(plan: Plan) -> str:
@@ -161,12 +171,26 @@ def _values(before: Plan, after: Plan, changed: list[str]) -> tuple[ValueChange,
             key = ("method", old[name].method, new[name].method)
             groups.setdefault(key, []).append(name)
             continue
-        was, is_ = values_of(before, old[name]), values_of(after, new[name])
-        for parameter in {**was, **is_}:
-            key = (parameter, was.get(parameter, ABSENT), is_.get(parameter, ABSENT))
-            if key[1] != key[2]:
-                groups.setdefault(key, []).append(name)
+        was, is_ = _settings(old[name]), _settings(new[name])
+        for what in {**was, **is_}:
+            one, other = was.get(what), is_.get(what)
+            if one != other:
+                groups.setdefault((what, *_texts(one, other)), []).append(name)
     return _grouped(after, groups, len(changed))
+
+
+def _settings(tensor: ResolvedTensor) -> dict[str, Scalar | None]:
+    """Every parameter that has an effect, by name; those of models with the model's name."""
+    values = {name: value for name, value in tensor.parameters.items() if not is_silent(name)}
+    for model, own in tensor.by_model.items():
+        values |= {f"{name} of {model}": value for name, value in own.items()}
+    return values
+
+
+def _texts(one: Scalar | None, other: Scalar | None) -> tuple[str, str]:
+    """Two values that differ, with as many digits as that takes."""
+    short = (value_text(one), value_text(other))
+    return short if short[0] != short[1] else (repr(one), repr(other))
 
 
 def _grouped(

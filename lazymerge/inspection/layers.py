@@ -156,17 +156,17 @@ def _part_name(
 def values_of(plan: Plan, tensor: ResolvedTensor) -> dict[str, str]:
     """Every parameter's value as text; per-model values in the order of the models table."""
     values = {
-        name: _text(value) for name, value in tensor.parameters.items() if not _is_silent(name)
+        name: value_text(value) for name, value in tensor.parameters.items() if not is_silent(name)
     }
     names = dict.fromkeys(name for model in tensor.by_model.values() for name in model)
     for name in names:
         values[name] = " ".join(
-            _text(tensor.by_model.get(model, {}).get(name)) for model in models_of(plan)
+            value_text(tensor.by_model.get(model, {}).get(name)) for model in models_of(plan)
         )
     return values
 
 
-def _is_silent(name: str) -> bool:
+def is_silent(name: str) -> bool:
     """Parameters that are accepted and do nothing."""
     return name == "int8_mask"
 
@@ -215,7 +215,7 @@ def _folded(prefix: str, layers: Mapping[int, int]) -> str:
     return f"{prefix}.{','.join(runs)} ({sum(layers.values())})"
 
 
-def _text(value: Scalar | None) -> str:
+def value_text(value: Scalar | None) -> str:
     if value is None:
         return ABSENT
     if isinstance(value, bool):

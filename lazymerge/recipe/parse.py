@@ -852,7 +852,7 @@ class _Parser:
             kind = _TYPE_WORDS[parameter.type]
             if isinstance(value, float) and not math.isfinite(value) and parameter.type is float:
                 kind = "a finite number"
-            elif isinstance(value, int | float) and abs(value) > LARGEST_NUMBER:
+            elif isinstance(value, float) and abs(value) > LARGEST_NUMBER:
                 kind = f"at most {LARGEST_NUMBER:g} in magnitude"
             hint = "; put it in quotes" if parameter.type is str else ""
             self._report(

@@ -61,3 +61,15 @@ def test_where_parts_cannot_be_written(
     assert answer.code == 2
     assert said in answer.err
     assert not (place / "out").exists()
+
+
+def test_a_dry_run_says_what_the_parts_are(lazymerge: Command, place: Path) -> None:
+    command = ["plan", "recipe.yml", "-o", "out", "--dry-run", "--max-shard-size", "5000"]
+    answer = lazymerge(*command, "--split", "2")
+    assert answer.code == 0
+    lines = [line for line in answer.err.splitlines() if line.startswith("part ")]
+    assert [line.split(":")[0] for line in lines] == ["part 1 of 2", "part 2 of 2"]
+    shards = [shard for line in lines for shard in re.findall(r"model-\d+-of-\d+", line)]
+    assert len(shards) == len(set(shards)) == int(shards[0][-5:])
+    assert lazymerge(*command, "--split", "999").code == 2
+    assert not (place / "out").exists()

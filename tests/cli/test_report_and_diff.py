@@ -183,3 +183,9 @@ def test_pages(lazymerge: Command, merged: Path, place: Path) -> None:
     answer = lazymerge("report", "out", "--html", "nowhere/report.html")
     assert answer.code == 2
     assert "cannot write nowhere/report.html" in answer.message()
+
+
+def test_a_diff_of_nothing_is_an_error(lazymerge: Command, place: Path) -> None:
+    answer = lazymerge("diff", "one", "two", "--tensor", "nomatch", "--exit-code")
+    assert answer.code == 2
+    assert "no tensor of one or two is asked for" in answer.message()

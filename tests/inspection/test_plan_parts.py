@@ -131,9 +131,30 @@ def test_a_weight_by_layer_changes_some_tensors(models: Path) -> None:
     assert not found.is_equal
     assert found.changed == (2 * LAYERS, f"model.layers.0–{LAYERS - 1} ({2 * LAYERS})")
     (change,) = found.values
-    assert (change.parameter, change.where) == ("weight", ALL)
-    assert (change.before, change.after) == ("– 1 0.3", "– 1 0.75")
+    assert (change.parameter, change.where) == (f"weight of {models / 'two'}", ALL)
+    assert (change.before, change.after) == ("0.3", "0.75")
     assert found.unchanged == 31 - 2 * LAYERS
+
+
+def test_what_is_given_to_which_model(models: Path) -> None:
+    """Places and rounded numbers say nothing of it."""
+
+    def changes(weights: dict[str, float]) -> tuple[set[tuple[str, str, str]], set[str]]:
+        other = copy.deepcopy(TASK_ARITHMETIC)
+        other["models"] = [{"model": m, "parameters": {"weight": w}} for m, w in weights.items()]
+        found = differences(planned(models, TASK_ARITHMETIC), planned(models, other))
+        values = {(Path(c.parameter).name, c.before, c.after) for c in found.values}
+        return values, {fact.what for fact in found.facts}
+
+    assert changes({"two": 1.0, "one": 0.3}) == (
+        {("one", "1", "0.3"), ("two", "0.3", "1")},
+        {"order of models"},
+    )
+    assert changes({"two": 0.3, "one": 1.0}) == (set(), {"order of models"})
+    assert changes({"one": 1.0, "two": 0.3 + 5e-17}) == (
+        {("two", "0.3", "0.30000000000000004")},
+        set(),
+    )
 
 
 def test_models_dtype_and_method(models: Path) -> None:

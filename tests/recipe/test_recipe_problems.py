@@ -43,3 +43,10 @@ def test_positions_lie_in_the_text(recipe: str, problems: list[str]) -> None:
         line, column, _ = problem.split(":", 2)
         assert 1 <= int(line) <= len(lines)
         assert 1 <= int(column) <= len(lines[int(line) - 1]) + 1
+
+
+@pytest.mark.parametrize("weight", ["1e308", "-2e100"])
+def test_numbers_whose_sums_would_not_be_finite(weight: str) -> None:
+    text = f"merge_method: linear\nmodels:\n  - model: a\n    parameters: {{weight: {weight}}}\n"
+    with pytest.raises(RecipeError, match="'weight' must be at most 1e\\+100 in magnitude"):
+        parse_recipe(text, "some/recipe.yml", SIGNATURES)
