@@ -852,7 +852,7 @@ class _Parser:
             kind = _TYPE_WORDS[parameter.type]
             if isinstance(value, float) and not math.isfinite(value) and parameter.type is float:
                 kind = "a finite number"
-            elif isinstance(value, float) and abs(value) > LARGEST_NUMBER:
+            elif _is_too_large(value):
                 kind = f"at most {LARGEST_NUMBER:g} in magnitude"
             hint = "; put it in quotes" if parameter.type is str else ""
             self._report(
@@ -1076,6 +1076,13 @@ def _convert(value: object, to: type[Scalar]) -> Scalar | None:
     if to is float:
         return number
     return int(value) if number.is_integer() else None
+
+
+def _is_too_large(value: object) -> bool:
+    """Whether it is a float, or the text of one, that is finite and larger than it may be."""
+    if isinstance(value, str) and len(value) <= 400 and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    return isinstance(value, float) and LARGEST_NUMBER < abs(value) < math.inf
 
 
 def _in_range(value: int | float, parameter: Parameter) -> bool:
