@@ -62,6 +62,7 @@ _NAMES_COMPARED = 1_000
 """Names of a folder that an absent one is compared with: 20 ms."""
 
 _SHARED_BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}")
+_LINE_BREAK = re.compile("[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[a-z]+)")
 
@@ -330,6 +331,11 @@ def _gather_tensors(headers: list[Header], folder: Path) -> dict[str, TensorInfo
     tensors: dict[str, TensorInfo] = {}
     for header in headers:
         for tensor in header.tensors:
+            if not tensor.name.isprintable() and _LINE_BREAK.search(tensor.name):
+                raise InputError(
+                    f"{folder}: tensor {quoted(tensor.name)} has a line break in its name, and "
+                    "what follows it could pass for a message. Rename it."
+                )
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise InputError(

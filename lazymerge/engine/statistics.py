@@ -359,6 +359,8 @@ def _list(value: Any, most: int) -> list[Any]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError("text expected")
+    if len(value.splitlines()) > 1:
+        raise ValueError("a line break in a name")
     return value
 
 

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch_bytes
+from lazymerge.checkpoint import open_checkpoint
+from lazymerge.errors import InputError
+from numpy import float32, zeros
+from safetensors.numpy import save_file
 from safetensors_bytes import entries_for, entry, with_prefix, write_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -291,3 +295,13 @@ def test_code_beside_a_model_is_neither_run_nor_copied(place: Path) -> None:
     assert (place / "out" / "tokenizer.json").read_bytes() == (
         folder / "tokenizer.json"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\u2028"])
+def test_a_name_does_not_pass_for_a_message(tmp_path: Path, line_break: str) -> None:
+    name = f"w{line_break}done: everything is fine"
+    (tmp_path / "model").mkdir()
+    save_file({name: zeros(3, dtype=float32)}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(InputError, match="has a line break in its name") as caught:
+        open_checkpoint(str(tmp_path / "model"))
+    assert line_break not in str(caught.value)
