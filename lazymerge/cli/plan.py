@@ -173,6 +173,11 @@ def plan(
     printed = [option for option in (dot, mermaid) if option == STANDARD_OUTPUT]
     if len(printed) + as_json > 1:
         raise InputError("--json, --dot - and --mermaid - print one document each: choose one")
+    if as_json and (layers or ops or diff or why or models or notices or tensor is not None):
+        raise InputError(
+            "--json prints all of the plan: leave --layers, --tensor, --ops, --why, --diff, "
+            "--models and --notices out"
+        )
 
     def planned(source: Path) -> Plan:
         return plan_of(

@@ -112,6 +112,7 @@ class OutputLock:
         self._folder = folder
         self._path = folder / LOCK_PATH
         self._descriptor = -1
+        self._missing: FileNotFoundError | None = None
         self._released = threading.Event()
         self._toucher = threading.Thread(target=self._keep_touching, name="lock", daemon=True)
         self.taken_over: Owner | None = None
@@ -122,6 +123,8 @@ class OutputLock:
             deadline = time.monotonic() + TRY_SECONDS
             while not self._take_or_wait():
                 if time.monotonic() > deadline:
+                    if self._missing is not None:  # not a race: it cannot be made
+                        raise self._missing
                     raise LazymergeError(f"{self._path} comes and goes; try again")
             self._toucher.start()
         except OSError as error:
@@ -133,11 +136,15 @@ class OutputLock:
 
     def _take_or_wait(self) -> bool:
         """Tries once."""
+        self._missing = None
         try:
             return self._take()
-        except (FileNotFoundError, _ComesAndGoesError):
-            time.sleep(WAIT_SECONDS)
-            return False
+        except FileNotFoundError as error:
+            self._missing = error
+        except _ComesAndGoesError:
+            pass
+        time.sleep(WAIT_SECONDS)
+        return False
 
     def _take(self) -> bool:
         """Tries once; False: others have been quicker, or have just let go.

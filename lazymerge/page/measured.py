@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any
 
 COLUMNS = ("seconds", "bytes_read", "bytes_written", "resident_bytes")
@@ -38,4 +37,6 @@ def measured_timeline(manifest: Mapping[str, Any] | None) -> dict[str, list[floa
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and isfinite(value) and 0 <= value < 2**53  # type: ignore
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value < 2**53  # nan and inf are not

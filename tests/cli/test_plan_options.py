@@ -168,3 +168,10 @@ def test_values_without_end_are_cut(lazymerge: Command, recipe: Path) -> None:
     shown = lazymerge(*PLAN).out
     assert "… all of it: --layers" in " ".join(shown.split())
     assert shown.count("\n") < 24
+
+
+@pytest.mark.parametrize("section", [["--layers"], ["--tensor", "q"], ["--why", "memory"]])
+def test_json_has_no_sections(lazymerge: Command, recipe: Path, section: list[str]) -> None:
+    answer = lazymerge(*PLAN, "--json", *section)
+    assert answer.code == 2
+    assert "--json prints all of the plan" in answer.message()

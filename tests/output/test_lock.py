@@ -385,3 +385,15 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / LOCK_PATH).symlink_to(tmp_path / "elsewhere")
     OutputLock(tmp_path).release()
     assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in /proc: it is not there, however often one tries."""
+    monkeypatch.setattr(lock_module, "TRY_SECONDS", 0.05)
+
+    def mkdir(self: Path, **_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(LazymergeError, match=r"cannot write .*: No such file or directory"):
+        OutputLock(tmp_path / "foo")
