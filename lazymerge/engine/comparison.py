@@ -39,10 +39,11 @@ from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memor
 from .plan import Resources, aligned
 from .readahead import ReadAhead
 from .recent import Recent
-from .run import changed_since, one_torch_thread, stamps_of_models, work
+from .run import changed_since, stamps_of_models
 from .scheduler import Scheduler
 from .stages import TensorTask
 from .statistics import TensorStatistics
+from .streaming import one_torch_thread, run_workers
 from .worker import Worker
 
 COMPARED_BYTES = 1 << 20
@@ -378,7 +379,7 @@ def _stream(
             )
             for _ in range(memory.workers)
         ]
-        work(scheduler, workers)
+        run_workers(scheduler, workers)
     store_baseline(memory.libraries)
 
 

@@ -11,24 +11,20 @@ from __future__ import annotations
 import os
 import threading
 import time
-from array import array
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-
-from xxhash import xxh3_128_hexdigest
+from typing import Protocol
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.folder import SUFFIX
 from ..checkpoint.hub import Moved
 from ..errors import InputError, LazymergeError
-from ..graph.node import Read, Write
-from ..graph.operations.statistics import added
+from ..graph.node import Read
 from ..output.folder import clear_output_folder
 from ..output.lock import OutputLock
 from ..output.manifest import MANIFEST_NAME, STATISTICS_NAME, write_document
-from ..output.writer import sync_folder, write_error
-from . import torch_loading
+from ..output.writer import ShardWriter, sync_folder, write_error
 from .baseline import peak_resident_bytes, resident_bytes, store_baseline
 from .complete import (
     bring_up_to_date,
@@ -40,35 +36,21 @@ from .complete import (
     tell_edited,
     tidy_up,
 )
-from .device.frame import Lane
 from .device.interface import Device
-from .device.memory import fit_to_device, open_lanes
+from .device.memory import fit_to_device
 from .download import download
-from .fetching import Fetcher
 from .finishing import manifest, write_beside_weights
-from .inputs import InputFiles, changed_error
-from .memory import CONNECTION_BYTES, available_memory_bytes
-from .native.bus_error import explained_bus_errors
+from .inputs import changed_error
+from .memory import available_memory_bytes
 from .nonfinite import examine
 from .plan import Plan
 from .preparing import Prepared, check_output, prepare
-from .readahead import ReadAhead
-from .recent import Recent
 from .report import Observer, RunReport, Silent
-from .scheduler import Scheduler
 from .stages import TensorTask
 from .statistics_file import write_statistics
+from .streaming import AbandonedError, FinishedTensor, Stamps, Told, stream, work_of
 from .timeline import Timeline
 from .unfinished import was_begun_with_statistics
-from .worker import Worker, Written
-
-WAKE_SECONDS = 0.1
-"""How often the waiting main thread looks up, so that Ctrl-C is answered."""
-
-PATIENCE_SECONDS = 1.0
-"""How long an interrupted command waits for the blocks in flight; a block of 2^18 elements takes a
-millisecond, a function of the user's over a whole tensor may take a minute. Its process then ends
-all the same, within two seconds of the signal."""
 
 
 def run_plan(
@@ -82,6 +64,7 @@ def run_plan(
     strict: bool = False,
     recheck: bool = False,
     hash_inputs: bool = False,
+    workforce: Workforce | None = None,
 ) -> RunReport:
     """Runs a plan into a folder, or goes on with what an earlier run of the same plan has left.
 
@@ -91,6 +74,7 @@ def run_plan(
     device: the accelerator, for plans that are made for one; by default a GPU is looked for.
     recheck: read what an earlier run has written before believing it.
     hash_inputs: read all inputs once before, so that any change of them is noticed.
+    workforce: who makes the tensors; by default the threads of this process.
 
     Raises:
         InputError: an input has changed since it was planned, the folder cannot be used, holds
@@ -106,7 +90,8 @@ def run_plan(
     """
     if plan.execution.device == "cpu" and device is not None:
         raise ValueError("this merge is planned for the processor")
-    if plan.execution.device == "cuda" and device is None:
+    is_elsewhere = workforce is not None and workforce.is_elsewhere
+    if plan.execution.device == "cuda" and device is None and not is_elsewhere:
         from .device.cuda import CudaDevice
 
         with closing(CudaDevice()) as found:
@@ -120,10 +105,12 @@ def run_plan(
                 strict=strict,
                 recheck=recheck,
                 hash_inputs=hash_inputs,
+                workforce=workforce,
             )
     folder = Path(output)
     prepare_inputs(plan, folder, overwrite=overwrite)
-    plan = plan.in_this_process(resident_bytes())
+    if not is_elsewhere:
+        plan = plan.in_this_process(resident_bytes())
     if device is not None:
         plan = fit_to_device(plan, device)
     observer = observer or Silent()
@@ -147,7 +134,9 @@ def run_plan(
             return _nothing_to_do(plan, folder, observer)
         resumes = check_output(plan, folder, overwrite=overwrite)
         if resumes and was_begun_with_statistics(folder):
-            plan = plan.with_statistics().in_this_process(resident_bytes())
+            plan = plan.with_statistics()
+            if not is_elsewhere:
+                plan = plan.in_this_process(resident_bytes())
         prepared = prepare(
             plan,
             folder,
@@ -165,6 +154,7 @@ def run_plan(
                 folder,
                 prepared,
                 lock,
+                workforce or ThisProcess(device),
                 fsync=fsync,
                 observer=observer,
                 device=device,
@@ -183,7 +173,7 @@ def _locked(folder: Path, observer: Observer) -> Iterator[tuple[OutputLock, Sequ
         if lock.taken_over is not None:
             observer.noted(f"{lock.taken_over} was writing {folder} and ended before it was done")
         yield lock, made
-    except _AbandonedError:
+    except AbandonedError:
         raise  # what a worker may be writing to stays open, and locked, until it has ended
     except BaseException:
         if lock is not None:
@@ -201,7 +191,7 @@ def _closed_at_the_end(prepared: Prepared, folder: Path, lock: OutputLock) -> It
     are removed."""
     try:
         yield
-    except _AbandonedError as error:
+    except AbandonedError as error:
         _close_later(error, prepared, lock)
         raise
     except BaseException as error:
@@ -215,15 +205,14 @@ def _closed_at_the_end(prepared: Prepared, folder: Path, lock: OutputLock) -> It
         raise
 
 
-def _close_later(error: _AbandonedError, prepared: Prepared, lock: OutputLock) -> None:
+def _close_later(error: AbandonedError, prepared: Prepared, lock: OutputLock) -> None:
     """Closes an output and its inputs when the workers have ended, if the process lives to see
     that. The numbers of closed files are given to others, and a worker would read those."""
 
     def wait_and_close() -> None:
         for ended in error.running:
             ended.wait()
-        if error.files is not None:
-            _close_inputs(error.files, error.fetcher)
+        error.close_inputs()
         prepared.writer.close()
         prepared.journal.close()
         lock.release()
@@ -297,10 +286,6 @@ def prepare_inputs(
         check_output(plan, output, overwrite=overwrite)
         download(missing, plan.checkpoints.values(), moved)
     check_inputs(plan)
-
-
-Stamps = Mapping[str, tuple[int, int]]
-"""Sizes of files, and when they were modified last (nanoseconds since 1970), by path."""
 
 
 def stamps_of(plan: Plan) -> Stamps:
@@ -386,11 +371,116 @@ def check_inputs(plan: Plan) -> None:
                 raise InputError(f"{path} has changed since the merge was planned; plan it again")
 
 
+class Workforce(Protocol):
+    """Makes the tensors that an output lacks."""
+
+    is_elsewhere: bool
+    """Whether that is done by other processes, which have limits of memory of their own."""
+
+    def make(
+        self,
+        plan: Plan,
+        tasks: Sequence[TensorTask],
+        writer: ShardWriter,
+        told: Told,
+        *,
+        stamps: Stamps,
+        folder: Path,
+        check: Callable[[], None],
+        strict: bool,
+    ) -> int:
+        """Returns the most bytes of fetched inputs that this process held. As `stream`."""
+
+
+class ThisProcess:
+    """The threads of this process."""
+
+    is_elsewhere = False
+
+    def __init__(self, device: Device | None = None) -> None:
+        """device: the accelerator, where one computes."""
+        self._device = device
+
+    def make(
+        self,
+        plan: Plan,
+        tasks: Sequence[TensorTask],
+        writer: ShardWriter,
+        told: Told,
+        *,
+        stamps: Stamps,
+        folder: Path,
+        check: Callable[[], None],
+        strict: bool,
+    ) -> int:
+        return stream(
+            work_of(plan, tasks, forgets=outgrows_cache(plan)),
+            writer,
+            stamps,
+            told,
+            where=folder,
+            check=check,
+            device=self._device,
+            strict=strict,
+        )
+
+
+class _Progress:
+    """Keeps account of what is done of an output."""
+
+    def __init__(self, plan: Plan, prepared: Prepared, observer: Observer) -> None:
+        self._prepared = prepared
+        self._observer = observer
+        self._lock = threading.Lock()
+        self._places = {
+            tensor.name: (shard.file, (tensor.start, tensor.stop_exclusive))
+            for shard in plan.shards
+            for tensor in shard.tensors
+        }
+        before = prepared.recovery.finished.items()
+        self.nonfinite = {name: None for name, record in before if record.is_nonfinite}
+        self.bytes_read = self.bytes_written = 0
+        self.timeline = Timeline()
+        self.timeline.note(0, 0)
+
+    def began(self, tensor: str) -> None:
+        self._observer.began(tensor)
+
+    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
+        with self._lock:
+            self.bytes_read += bytes_read
+            self.bytes_written += bytes_written
+            self.timeline.note(self.bytes_read, self.bytes_written)
+        self._observer.moved(bytes_read, bytes_written, tensor)
+
+    def finished(self, tensor: FinishedTensor) -> None:
+        prepared, name = self._prepared, tensor.name
+        file, place = self._places[name]
+        prepared.journal.finished(
+            name,
+            file,
+            place,
+            tensor.checksum,
+            is_nonfinite=tensor.is_nonfinite,
+            identity=prepared.writer.identity(name),
+            statistics=tensor.statistics,
+        )
+        with self._lock:
+            prepared.checksums[name] = tensor.checksum
+            if tensor.statistics:
+                prepared.statistics[name] = tensor.statistics
+            if tensor.is_nonfinite:
+                self.nonfinite[name] = None
+        prepared.writer.finish_tensor(name)
+        self._observer.finished(name)
+
+
 def _run(
     plan: Plan,
     folder: Path,
     prepared: Prepared,
     held: OutputLock,
+    workforce: Workforce,
     *,
     fsync: bool,
     observer: Observer,
@@ -400,111 +490,21 @@ def _run(
     began = time.perf_counter()
     stamps = stamps_of(plan)
     writer, before = prepared.writer, prepared.recovery.finished
-    tasks = [task for task in plan.tasks if task.write.name not in before]
-    places = {
-        tensor.name: (shard.file, (tensor.start, tensor.stop_exclusive))
-        for shard in plan.shards
-        for tensor in shard.tensors
-    }
-    totals = [0, 0]
-    timeline = Timeline()
-    timeline.note(0, 0)
-    lock = threading.Lock()
-
-    def finished(write: Write, blocks: Sequence[Written | None]) -> None:
-        spans = [span for span in blocks if span is not None]
-        checksum = xxh3_128_hexdigest(b"".join(span.digest for span in spans))
-        gathered = [numbers for span in spans for numbers in span.statistics]
-        statistics = array("d", added(gathered) if gathered else ())
-        file, place = places[write.name]
-        prepared.journal.finished(
-            write.name,
-            file,
-            place,
-            checksum,
-            is_nonfinite=write.name in nonfinite,
-            identity=writer.identity(write.name),
-            statistics=statistics,
-        )
-        with lock:
-            prepared.checksums[write.name] = checksum
-            if statistics:
-                prepared.statistics[write.name] = statistics
-        writer.finish_tensor(write.name)
-        if fetcher is not None:
-            fetcher.finished(numbers[write.name])
-        observer.finished(write.name)
-
-    def moved(bytes_read: int, bytes_written: int, tensor: str) -> None:
-        with lock:
-            totals[0] += bytes_read
-            totals[1] += bytes_written
-            timeline.note(*totals)
-        observer.moved(bytes_read, bytes_written, tensor)
-
-    nonfinite = {name: None for name, record in before.items() if record.is_nonfinite}
-    if strict and nonfinite:
-        raise LazymergeError(nonfinite_error(next(iter(nonfinite))))
-
-    def found_nonfinite(tensor: str) -> None:
-        if strict:
-            raise LazymergeError(nonfinite_error(tensor))
-        with lock:
-            nonfinite[tensor] = None
-
-    scheduler = Scheduler(
-        plan.graph,
-        tasks,
-        finished,
-        plan.execution.device,
-        most_open=plan.memory.workers,
-        began=observer.began,
-    )
-    numbers = {task.write.name: number for number, task in enumerate(tasks)}
-    fetcher = _fetcher(plan, tasks, scheduler)
-    files = InputFiles(stamps, None if fetcher is None else fetcher.descriptors)
-    is_mapped = plan.execution.read_mode == "mmap"
-    recent = Recent(8 * plan.memory.workers)
-    forgets = outgrows_cache(plan)
-    read_ahead = ReadAhead(plan.graph, tasks, files, plan.execution.device)
+    done = _Progress(plan, prepared, observer)
+    if strict and done.nonfinite:
+        raise LazymergeError(nonfinite_error(next(iter(done.nonfinite))))
     observer.entered("merging")
-    try:
-        with (
-            one_torch_thread() if plan.memory.libraries == "torch" else nullcontext(),
-            explained_bus_errors(folder) if is_mapped else nullcontext() as files.watch,
-        ):
-            workers = [
-                Worker(
-                    plan.graph,
-                    scheduler,
-                    writer,
-                    files,
-                    plan.memory.arena_bytes,
-                    plan.execution,
-                    moved,
-                    found_nonfinite,
-                    read_ahead,
-                    recent,
-                    lane,
-                    forgets,
-                    fetcher,
-                )
-                for lane in _lanes(plan, device)
-            ]
-            if device is not None:
-                for worker in workers:
-                    device.pin(worker.arena)
-            work(scheduler, workers, held.check)
-    except _AbandonedError as error:
-        error.files = files  # a worker may be reading on
-        error.fetcher = fetcher
-        raise
-    except BaseException:
-        _close_inputs(files, fetcher)
-        raise
-    _close_inputs(files, fetcher)
     # what is fetched is memory, though not of the resident set
-    held_bytes = 0 if fetcher is None else fetcher.most_held_bytes
+    held_bytes = workforce.make(
+        plan,
+        [task for task in plan.tasks if task.write.name not in before],
+        writer,
+        done,
+        stamps=stamps,
+        folder=folder,
+        check=held.check,
+        strict=strict,
+    )
     observer.entered("finishing")
     check_unchanged(stamps, plan)
     writer.close()
@@ -516,22 +516,24 @@ def _run(
             sync_folder(folder)
     except OSError as error:
         raise write_error(Path(error.filename or folder), error) from error
-    timeline.note(*totals, is_last=True)
+    done.timeline.note(done.bytes_read, done.bytes_written, is_last=True)
     report = RunReport(
         output=str(folder.absolute()),
         seconds=time.perf_counter() - began,
-        bytes_read=totals[0],
-        bytes_written=totals[1],
+        bytes_read=done.bytes_read,
+        bytes_written=done.bytes_written,
         measured_bytes=peak_resident_bytes() + held_bytes,
         measured_vram_bytes=None if device is None else device.peak_bytes(),
         device=None if device is None else device.name,
-        nonfinite=examine(plan, folder, nonfinite),
+        nonfinite=examine(plan, folder, done.nonfinite),
         resumed_tensors=len(before),
     )
     try:
         checksums = {name: record.checksum for name, record in before.items()}
         checksums |= prepared.checksums
-        document = manifest(plan, prepared.beginning, checksums, beside, folder, report, timeline)
+        document = manifest(
+            plan, prepared.beginning, checksums, beside, folder, report, done.timeline
+        )
         if plan.execution.gathers:
             gathered = {name: record.statistics for name, record in before.items()}
             write_statistics(plan, folder, {**gathered, **prepared.statistics}, fsync=fsync)
@@ -543,119 +545,3 @@ def _run(
     prepared.journal.close()
     remove_beginnings(folder)
     return report
-
-
-def _fetcher(plan: Plan, tasks: Sequence[TensorTask], scheduler: Scheduler) -> Fetcher | None:
-    """What has the inputs that lie elsewhere, where there are some."""
-    if not plan.remote_inputs:
-        return None
-    budget = plan.memory.fetch_bytes - CONNECTION_BYTES
-    return Fetcher(
-        plan.graph,
-        tasks,
-        plan.remote_inputs,
-        budget,
-        plan.memory.workers,
-        lambda: scheduler.is_stopped,
-    )
-
-
-def _close_inputs(files: InputFiles, fetcher: Fetcher | None) -> None:
-    files.close()
-    if fetcher is not None:
-        fetcher.close()
-
-
-def _lanes(plan: Plan, device: Device | None) -> Sequence[Lane | None]:
-    """Each worker's share of the device, where one computes."""
-    if device is None:
-        return [None] * plan.memory.workers
-    return open_lanes(device, plan.memory)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Parallelism is between workers, on different blocks."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-class _AbandonedError(KeyboardInterrupt):
-    """Interrupted, and a worker did not stop in time, or there was no time to wait for it: it may
-    still be writing.
-
-    running: events, set when the workers have ended.
-    files: that they may be reading.
-    """
-
-    def __init__(self, running: Sequence[threading.Event]) -> None:
-        super().__init__()
-        self.running = running
-        self.files: InputFiles | None = None
-        self.fetcher: Fetcher | None = None
-
-
-def work(
-    scheduler: Scheduler, workers: Sequence[Worker], check: Callable[[], None] = lambda: None
-) -> None:
-    """Runs all workers to the end; an error or an interruption stops them first.
-
-    check: is called every WAKE_SECONDS; if it raises, the workers are stopped.
-
-    Waits for events and not by Thread.join: a join that Ctrl-C interrupts may take a thread that
-    still runs for one that has ended, and a worker must not write on while the output is being
-    removed.
-    """
-
-    def run_to_the_end(worker: Worker, ended: threading.Event) -> None:
-        try:
-            worker.run()
-        finally:
-            ended.set()
-
-    ends = [threading.Event() for _ in workers]
-    threads = [
-        threading.Thread(target=run_to_the_end, args=pair, name=f"worker-{number}", daemon=True)
-        for number, pair in enumerate(zip(workers, ends, strict=True))
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        for ended in ends:
-            while not ended.wait(WAKE_SECONDS):
-                check()
-    except BaseException as error:
-        scheduler.stop()
-        # one that has no number yet, for start() was interrupted, will find no work any more
-        running = [e for e, thread in zip(ends, threads, strict=True) if thread.ident]
-        is_bounded = torch_loading.is_own_process and isinstance(error, KeyboardInterrupt)
-        try:
-            _wait_for(running, PATIENCE_SECONDS if is_bounded else None)
-        except KeyboardInterrupt:  # once more
-            raise _AbandonedError(running) from error
-        raise
-    for thread in threads:
-        thread.join()
-    if scheduler.error is not None:
-        raise scheduler.error
-
-
-def _wait_for(ends: Sequence[threading.Event], seconds: float | None) -> None:
-    """Waits for all events.
-
-    seconds: at most.
-
-    Raises:
-        KeyboardInterrupt: they have not all come in time, or it was interrupted.
-    """
-    deadline = None if seconds is None else time.monotonic() + seconds
-    for ended in ends:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not ended.wait(left):
-            raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
 from ..graph.node import Reduce, Write
 from ..graph.operation import reduce_operation
-from ..output.writer import ShardWriter
+from ..output.writer import Writer
 from .arena import Arena
 from .device.frame import Lane
 from .execution import Execution
@@ -56,7 +56,7 @@ class Worker:
         self,
         graph: Graph,
         scheduler: Scheduler,
-        writer: ShardWriter | None,
+        writer: Writer | None,
         files: InputFiles,
         arena_bytes: int,
         execution: Execution,

@@ -12,6 +12,7 @@ import stat
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from ..errors import DoesNotFitError, LazymergeError
 from .identity import FileIdentity, file_identity
@@ -20,6 +21,20 @@ from .layout import Placement, Shard, shard_header
 PARTIAL_SUFFIX = ".partial"
 
 _CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class Writer(Protocol):
+    """Takes what workers make, at any place in any order, from several threads at once."""
+
+    def write(self, tensor: str, data: memoryview, offset: int) -> None:
+        """Writes part of a tensor. offset: bytes from the tensor's first byte."""
+
+    def place(self, tensor: str) -> tuple[int, int]:
+        """Descriptor of the file that a tensor is in, and the tensor's first byte there: for who
+        writes it without `write`."""
+
+    def failure(self, tensor: str, error: OSError, size_bytes: int) -> LazymergeError:
+        """What `write` would raise for an error. size_bytes: what was still to be written."""
 
 
 class ShardWriter:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lazymerge.engine import blocks, frame
+from lazymerge.engine import blocks, frame, streaming
 from lazymerge.engine import run as run_module
 from lazymerge.engine.execution import Kernels
 from lazymerge.engine.plan import Plan, Resources
@@ -72,7 +72,7 @@ def in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         if scheduler.error is not None:
             raise scheduler.error
 
-    monkeypatch.setattr(run_module, "work", work)
+    monkeypatch.setattr(streaming, "run_workers", work)
 
 
 def plan_for(folder: Path, method: str, kernels: Kernels, count: int, dtype: str = "F32") -> Plan:
@@ -177,7 +177,7 @@ def peak_of_work(plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch) -> i
     """The most memory that Python and numpy hold while blocks are computed, above what they held
     before the first."""
     peaks = []
-    inline = run_module.work
+    inline = streaming.run_workers
 
     def work(scheduler: Scheduler, workers: Sequence[Worker], wake: Any) -> None:
         before, _ = tracemalloc.get_traced_memory()
@@ -186,7 +186,7 @@ def peak_of_work(plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch) -> i
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "work", work)
+        patch.setattr(streaming, "run_workers", work)
         run_module.run_plan(plan, output, fsync=False)
     (peak,) = peaks
     return peak

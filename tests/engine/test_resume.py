@@ -18,8 +18,7 @@ import pytest
 import torch
 import yaml
 from lazymerge.engine import plan as plan_module
-from lazymerge.engine import run as run_module
-from lazymerge.engine import torch_loading
+from lazymerge.engine import streaming, torch_loading
 from lazymerge.engine import unfinished as unfinished_module
 from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.plan import Plan, Resources
@@ -463,7 +462,7 @@ def test_a_worker_that_does_not_stop_is_not_waited_for(
 ) -> None:
     """In the command's own process, which ends anyway. What it is writing is kept."""
     monkeypatch.setattr(torch_loading, "is_own_process", True)
-    monkeypatch.setattr(run_module, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(streaming, "PATIENCE_SECONDS", 0.2)
     stopped: list[float] = []
     real = Scheduler.stop
 
@@ -728,10 +727,10 @@ def test_inputs_stay_open_while_a_worker_reads(
         closed.set()
 
     def work(*_: object) -> None:
-        raise run_module._AbandonedError([running])
+        raise streaming.AbandonedError([running])
 
     monkeypatch.setattr(InputFiles, "close", close)
-    monkeypatch.setattr(run_module, "work", work)
+    monkeypatch.setattr(streaming, "run_workers", work)
     with pytest.raises(KeyboardInterrupt):
         run_plan(planned(recipe), tmp_path / "out")
     assert not closed.wait(0.2)

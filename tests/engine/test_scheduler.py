@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazymerge.checkpoint.tensor import TensorInfo
-from lazymerge.engine import blocks
+from lazymerge.engine import blocks, streaming
 from lazymerge.engine import run as run_module
 from lazymerge.engine import scheduler as scheduler_module
 from lazymerge.engine.pairs import Pairs
@@ -536,7 +536,7 @@ def test_runs_open_no_more_tensors_than_they_have_workers(
             told.append(most_open)
             super().__init__(*arguments, most_open=most_open, **options)
 
-    monkeypatch.setattr(run_module, "Scheduler", Spy)
+    monkeypatch.setattr(streaming, "Scheduler", Spy)
     recipe = {"merge_method": "passthrough", "models": [{"model": "a"}]}
     plan = plan_of(tmp_path, recipe, {"a": {"w": torch.zeros(3)}}, Resources(8 << 30, 3))
     run_module.run_plan(plan, tmp_path / "out", fsync=False)

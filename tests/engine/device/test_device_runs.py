@@ -34,8 +34,7 @@ from device_cases import (
     use_small_blocks,
 )
 from lazymerge.checkpoint import DTYPES
-from lazymerge.engine import blocks
-from lazymerge.engine import run as run_module
+from lazymerge.engine import blocks, streaming
 from lazymerge.engine.arena import Arena
 from lazymerge.engine.device.frame import DeviceFrame
 from lazymerge.engine.device.host import HostDevice, HostQueue
@@ -267,7 +266,7 @@ def allocated(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
         return arena
 
     monkeypatch.setattr(device, "allocate", noting)
-    worker_run = run_module.Worker.run
+    worker_run = streaming.Worker.run
 
     def watched(worker: Any) -> None:
         address, size = worker.arena.place()
@@ -275,7 +274,7 @@ def allocated(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
         with _Allocations(known, seen):
             worker_run(worker)
 
-    monkeypatch.setattr(run_module.Worker, "run", watched)
+    monkeypatch.setattr(streaming.Worker, "run", watched)
     run_on(device, on_device(plan), tmp_path / "out")
     return seen
 
