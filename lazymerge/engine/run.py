@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.folder import SUFFIX
@@ -371,6 +372,28 @@ def check_inputs(plan: Plan) -> None:
                 raise InputError(f"{path} has changed since the merge was planned; plan it again")
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What making an output's tensors has taken.
+
+    held_bytes: the most of fetched inputs that this process held at a time.
+    elsewhere_bytes: the largest peak resident set of the other processes that did it; None: this
+        one did.
+    facts: for the manifest.
+    """
+
+    held_bytes: int = 0
+    elsewhere_bytes: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Account(Told, Protocol):
+    """Is told what is done of an output, and may be told that it is not."""
+
+    def lost(self, tensor: str) -> None:
+        """A finished tensor is not what it should be: it is to be made again."""
+
+
 class Workforce(Protocol):
     """Makes the tensors that an output lacks."""
 
@@ -382,14 +405,19 @@ class Workforce(Protocol):
         plan: Plan,
         tasks: Sequence[TensorTask],
         writer: ShardWriter,
-        told: Told,
+        account: Account,
         *,
         stamps: Stamps,
         folder: Path,
         check: Callable[[], None],
+        fsync: bool,
         strict: bool,
-    ) -> int:
-        """Returns the most bytes of fetched inputs that this process held. As `stream`."""
+    ) -> Made:
+        """As `stream`, of which the other parameters are.
+
+        writer: has the shards open. fsync: bytes are on disk before they are told of, where another
+            machine has written them.
+        """
 
 
 class ThisProcess:
@@ -406,23 +434,25 @@ class ThisProcess:
         plan: Plan,
         tasks: Sequence[TensorTask],
         writer: ShardWriter,
-        told: Told,
+        account: Account,
         *,
         stamps: Stamps,
         folder: Path,
         check: Callable[[], None],
+        fsync: bool,
         strict: bool,
-    ) -> int:
-        return stream(
+    ) -> Made:
+        held_bytes = stream(
             work_of(plan, tasks, forgets=outgrows_cache(plan)),
             writer,
             stamps,
-            told,
+            account,
             where=folder,
             check=check,
             device=self._device,
             strict=strict,
         )
+        return Made(held_bytes)
 
 
 class _Progress:
@@ -474,6 +504,17 @@ class _Progress:
         prepared.writer.finish_tensor(name)
         self._observer.finished(name)
 
+    def lost(self, tensor: str) -> None:
+        self._prepared.journal.lost(tensor)
+
+
+def _most_bytes(made: Made) -> int:
+    """The most that a process of the run occupied: what is fetched is memory, though not of the
+    resident set."""
+    if made.elsewhere_bytes is not None:
+        return made.elsewhere_bytes
+    return peak_resident_bytes() + made.held_bytes
+
 
 def _run(
     plan: Plan,
@@ -494,8 +535,7 @@ def _run(
     if strict and done.nonfinite:
         raise LazymergeError(nonfinite_error(next(iter(done.nonfinite))))
     observer.entered("merging")
-    # what is fetched is memory, though not of the resident set
-    held_bytes = workforce.make(
+    made = workforce.make(
         plan,
         [task for task in plan.tasks if task.write.name not in before],
         writer,
@@ -503,12 +543,14 @@ def _run(
         stamps=stamps,
         folder=folder,
         check=held.check,
+        fsync=fsync,
         strict=strict,
     )
     observer.entered("finishing")
     check_unchanged(stamps, plan)
     writer.close()
-    store_baseline(plan.memory.libraries)
+    if not workforce.is_elsewhere:
+        store_baseline(plan.memory.libraries)
     held.check()
     try:
         beside = write_beside_weights(plan, folder, folder.absolute().name, fsync=fsync)
@@ -522,7 +564,7 @@ def _run(
         seconds=time.perf_counter() - began,
         bytes_read=done.bytes_read,
         bytes_written=done.bytes_written,
-        measured_bytes=peak_resident_bytes() + held_bytes,
+        measured_bytes=_most_bytes(made),
         measured_vram_bytes=None if device is None else device.peak_bytes(),
         device=None if device is None else device.name,
         nonfinite=examine(plan, folder, done.nonfinite),
@@ -534,6 +576,7 @@ def _run(
         document = manifest(
             plan, prepared.beginning, checksums, beside, folder, report, done.timeline
         )
+        document["run"].update(made.facts)
         if plan.execution.gathers:
             gathered = {name: record.statistics for name, record in before.items()}
             write_statistics(plan, folder, {**gathered, **prepared.statistics}, fsync=fsync)
