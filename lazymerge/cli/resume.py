@@ -14,7 +14,15 @@ from .options import (
     WorkersOption,
     load_plugins,
 )
-from .running import NoSyncOption, QuietOption, RecheckOption, StrictOption, run_and_report
+from .running import (
+    ClusterOption,
+    NoSyncOption,
+    QuietOption,
+    RecheckOption,
+    StrictOption,
+    run_and_report,
+    workforce_of,
+)
 
 
 def resume(
@@ -27,6 +35,7 @@ def resume(
     no_fsync: NoSyncOption = False,
     strict: StrictOption = False,
     recheck: RecheckOption = False,
+    cluster: ClusterOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     log_json: LogJsonOption = None,
@@ -73,6 +82,7 @@ def resume(
         elif not quiet:
             messages().print(f"{output} is complete; lazymerge verify reads it again")
         return
+    workforce = workforce_of(cluster, memory, workers, plugin)
     load_plugins(plugin)
     made = api.plan_of_unfinished(
         output, memory=memory, workers=workers, read_mode=read_mode.value, vram=vram
@@ -89,4 +99,5 @@ def resume(
         quiet=quiet,
         as_json=as_json,
         log_json=log_json,
+        workforce=workforce,
     )

@@ -26,12 +26,14 @@ from .options import (
     plan_of,
 )
 from .running import (
+    ClusterOption,
     NoSyncOption,
     QuietOption,
     RecheckOption,
     StatsOption,
     StrictOption,
     run_and_report,
+    workforce_of,
 )
 
 
@@ -63,11 +65,13 @@ def run(
         ),
     ] = False,
     stats: StatsOption = False,
+    cluster: ClusterOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     log_json: LogJsonOption = None,
 ) -> None:
     """Merge models by a recipe or a saved plan into OUT; go on where an earlier run has ended."""
+    workforce = workforce_of(cluster, memory, workers, plugin)
     made = plan_of(
         recipe,
         memory,
@@ -94,4 +98,5 @@ def run(
         quiet=quiet,
         as_json=as_json,
         log_json=log_json,
+        workforce=workforce,
     )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..engine.intermediates import Output
     from ..engine.plan import Plan
     from ..engine.report import RunReport
+    from ..engine.run import Workforce
     from ..inspection.suspicions import Suspicion
     from .log_json import JsonLog
 
@@ -42,7 +43,44 @@ StatsOption = Annotated[
         "--stats", help="Gather statistics of every tensor on the way, for lazymerge report."
     ),
 ]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Merge on a Dask cluster: local:4, tls://host:8786. --memory is each worker's.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")]
+
+
+def workforce_of(
+    cluster: str | None, memory: str | None, threads: int | None, plugins: list[Path] | None
+) -> Workforce | None:
+    """Who makes the tensors, as --cluster says; None: this process."""
+    if cluster is None:
+        return None
+    import logging
+
+    from ..cluster.connection import parse_address
+    from ..cluster.coordinator import DaskWorkforce
+    from ..sizes import parse_size
+    from .console import messages
+
+    address = parse_address(cluster)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters of it is told
+    if address.is_open:
+        messages().print(
+            f"[yellow]notice[/yellow] {address.text} is not encrypted, and whoever reaches that "
+            "port can run anything as the workers' user: give it certificates and use tls://",
+            soft_wrap=True,
+        )
+    return DaskWorkforce(
+        address,
+        limit_bytes=None if memory is None else parse_size(memory),
+        threads=threads,
+        plugins=plugins or (),
+    )
 
 
 def run_and_report(
@@ -58,11 +96,13 @@ def run_and_report(
     quiet: bool,
     as_json: bool,
     log_json: str | None = None,
+    workforce: Workforce | None = None,
 ) -> None:
     """Runs a plan, shows how it proceeds and says what came of it.
 
     intermediates: folders of merges that are written before it, by name.
     log_json: file that a log for machines is appended to.
+    workforce: who makes the tensors; None: this process.
     """
     from .log_json import STDERR, json_log
 
@@ -79,6 +119,7 @@ def run_and_report(
             hash_inputs=hash_inputs,
             quiet=quiet or log_json == STDERR,
             as_json=as_json,
+            workforce=workforce,
         )
 
 
@@ -95,12 +136,13 @@ def _run_and_report(
     hash_inputs: bool,
     quiet: bool,
     as_json: bool,
+    workforce: Workforce | None,
 ) -> None:
     from ..engine.intermediates import check_outputs, clear_earlier, outputs_of
 
     outputs = outputs_of(made, output, intermediates)
     is_one = len(outputs) == 1
-    if any(
+    if workforce is None and any(
         each.plan.memory.libraries == "torch" and each.plan.execution.device == "cpu"
         for each in outputs
     ):
@@ -155,6 +197,7 @@ def _run_and_report(
                 strict=strict,
                 recheck=recheck,
                 hash_inputs=hash_inputs,
+                workforce=workforce,
             )
         reports.append(report)
         if log is not None:

@@ -19,6 +19,7 @@ from ..checkpoint import is_plain_name
 from ..errors import InputError, LazymergeError
 from ..output.checksum import file_checksum
 from ..output.folder import (
+    CLUSTER_PATTERN,
     OWN_FOLDER,
     REPLACED_PATH,
     REWRITING_PATH,
@@ -81,6 +82,9 @@ def remove_beginnings(folder: Path) -> None:
         with suppress(OSError):  # it is complete all the same
             (folder / path).unlink()
     with suppress(OSError):
+        for entry in (folder / OWN_FOLDER).glob(CLUSTER_PATTERN):
+            with suppress(OSError):
+                entry.unlink()
         for entry in folder.iterdir():
             if entry.name.endswith(PARTIAL_SUFFIX) and is_own_name(entry.name):
                 with suppress(OSError):
@@ -117,6 +121,10 @@ def check_complete(
             )
         else:
             check_hashes(then, content_hashes(plan.checkpoints), MANIFEST_NAME)
+
+
+class NonfiniteError(LazymergeError):
+    """A tensor holds inf or nan and may not (exit code 1)."""
 
 
 def nonfinite_error(tensor: str) -> str:

@@ -393,6 +393,9 @@ class Account(Told, Protocol):
     def lost(self, tensor: str) -> None:
         """A finished tensor is not what it should be: it is to be made again."""
 
+    def noted(self, message: str) -> None:
+        """Something that a person should know."""
+
 
 class Workforce(Protocol):
     """Makes the tensors that an output lacks."""
@@ -506,6 +509,9 @@ class _Progress:
 
     def lost(self, tensor: str) -> None:
         self._prepared.journal.lost(tensor)
+
+    def noted(self, message: str) -> None:
+        self._observer.noted(message)
 
 
 def _most_bytes(made: Made) -> int:

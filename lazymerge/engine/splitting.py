@@ -42,6 +42,7 @@ from ..output.writer import sync_file, sync_folder, write_error
 from .complete import tidy_up
 from .finishing import faults, write_beside_weights
 from .plan import Plan, Resources, Split
+from .stages import TensorTask, bytes_read
 from .statistics import load_statistics
 from .statistics_file import join_statistics
 from .unfinished import beginning_of_manifest, plan_again
@@ -69,7 +70,7 @@ def split_plan(plan: Plan, count: int) -> tuple[Plan, ...]:
             f"--max-shard-size {size} or less, or split it into fewer parts"
         )
     whole = plan.fingerprint
-    parts = _balanced(plan.shards, _work(plan), count)
+    parts = _balanced(plan.shards, work_bytes(plan, plan.tasks), count)
     return tuple(
         _part(plan, shards, Split(number, count, whole)) for number, shards in enumerate(parts, 1)
     )
@@ -86,19 +87,12 @@ def part_of(plan: Plan, split: Split) -> Plan:
     return split_plan(plan, split.count)[split.number - 1]
 
 
-def _work(plan: Plan) -> dict[str, int]:
-    """Bytes that each output tensor reads and writes, by name; several kinds of tensors read the
-    same number for each."""
-    work = {}
-    for task in plan.tasks:
-        reads = plan.graph.reads_of(task.write.id)
-        work[task.write.name] = sum(read.size_bytes for read in reads)
-        for reduce in task.reductions:
-            work[task.write.name] += sum(r.size_bytes for r in plan.graph.reads_of(reduce.id))
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            work[tensor.name] += tensor.size_bytes
-    return work
+def work_bytes(plan: Plan, tasks: Iterable[TensorTask]) -> dict[str, int]:
+    """Bytes that output tensors read, in all expected passes, and write, by name."""
+    sizes = {tensor.name: tensor.size_bytes for s in plan.shards for tensor in s.tensors}
+    return {
+        task.write.name: sizes[task.write.name] + bytes_read(plan.graph, task) for task in tasks
+    }
 
 
 def _balanced(

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from xxhash import xxh3_128_hexdigest
 
-from ..errors import LazymergeError
 from ..graph.graph import Graph
 from ..graph.node import Write
 from ..graph.operations.statistics import added
 from ..output.writer import Writer
 from . import torch_loading
-from .complete import nonfinite_error
+from .complete import NonfiniteError, nonfinite_error
 from .device.frame import Lane
 from .device.interface import Device
 from .device.memory import open_lanes
@@ -204,7 +203,7 @@ class _Collector:
 
     def found_nonfinite(self, tensor: str) -> None:
         if self._strict:
-            raise LazymergeError(nonfinite_error(tensor))
+            raise NonfiniteError(nonfinite_error(tensor))
         with self._lock:
             self._nonfinite.add(tensor)
 

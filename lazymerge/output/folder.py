@@ -40,6 +40,9 @@ REPLACED_PATH = f"{OWN_FOLDER}/replaced"
 REWRITING_PATH = f"{OWN_FOLDER}/rewriting"
 """Names, while small files of a complete output are written anew, which ones."""
 
+CLUSTER_PATTERN = "cluster-*"
+"""What shows a cluster's workers that a folder is the one that their run writes."""
+
 OWN_FOLDERS = {
     OWN_FOLDER: (
         "plan.json",
@@ -49,6 +52,7 @@ OWN_FOLDERS = {
         Path(REWRITING_PATH).name,
         Path(REWRITING_PATH).name + PARTIAL_SUFFIX,
         MOVED_PATTERN,
+        CLUSTER_PATTERN,
     ),
     "1_Pooling": ("config.json", "config.json" + PARTIAL_SUFFIX),
 }

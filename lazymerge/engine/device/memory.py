@@ -171,7 +171,18 @@ def fit_to_device(plan: Plan, device: Device) -> Plan:
     Raises:
         DoesNotFitError: the device has too little memory free.
     """
-    memory = plan.memory
+    memory = memory_on_device(plan.graph, plan.kinds, plan.memory, plan.execution, device)
+    return replace(plan, memory=memory)
+
+
+def memory_on_device(
+    graph: Graph, kinds: Sequence[Kind], memory: MemoryPlan, execution: Execution, device: Device
+) -> MemoryPlan:
+    """What is planned of a run's memory as it can be on a device, with fewer workers if need be.
+
+    Raises:
+        DoesNotFitError: the device has too little memory free.
+    """
     assert memory.vram is not None
     free = device.memory().free_bytes
     limit = memory.vram.limit_bytes
@@ -181,16 +192,15 @@ def fit_to_device(plan: Plan, device: Device) -> Plan:
         problem = f"{device.name} has {format_memory(free)} free{share}"
         raise _no_vram(memory.vram.smallest_limit_bytes, memory.vram.hungriest, problem)
     fitting = plan_device_memory(
-        plan.graph,
-        plan.kinds,
+        graph,
+        kinds,
         memory.limit_bytes,
         memory.workers,
-        replace(plan.execution, vram_limit_bytes=usable),
-        held_bytes=memory.reserved_bytes - len(plan.graph) * NODE_BYTES,
+        replace(execution, vram_limit_bytes=usable),
+        held_bytes=memory.reserved_bytes - len(graph) * NODE_BYTES,
     )
     assert fitting.vram is not None
-    fitting = replace(fitting, vram=replace(fitting.vram, limit_bytes=limit or usable))
-    return replace(plan, memory=fitting)
+    return replace(fitting, vram=replace(fitting.vram, limit_bytes=limit or usable))
 
 
 def open_lanes(device: Device, memory: MemoryPlan) -> list[Lane]:

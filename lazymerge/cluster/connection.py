@@ -1,0 +1,176 @@
+"""Reaching a cluster: one that is there, by its scheduler's address, or one of this machine's own.
+
+    tls://host:8786, tcp://host:8786     a scheduler, however it was started
+    local:4                              four worker processes here, gone at the end of the run
+
+Certificates are Dask's own configuration (distributed.comm.tls in its files, or
+DASK_DISTRIBUTED__COMM__TLS__CA_FILE and the like), and nothing here sees them. Local clusters make
+theirs for the run: whoever reaches a scheduler's port can have workers run anything, and on a
+machine that others use too, they reach it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+from ..engine.memory import default_workers
+from ..errors import InputError, LazymergeError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+LOCAL = re.compile(r"local:(\d{1,4})")
+ADDRESS = re.compile(r"(tls|tcp)://[^\s/@]+:\d{1,5}")
+
+CONNECT_SECONDS = 30.0
+"""For a scheduler to answer; Dask's own default."""
+
+CLOSE_SECONDS = 10.0
+"""For the end of a cluster of this machine's own."""
+
+GPU = "GPU"
+"""The Dask resource that workers with an accelerator have: `dask worker … --resources "GPU=1"`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterAddress:
+    """What --cluster says. local_workers: 0 for a scheduler that is there."""
+
+    text: str
+    local_workers: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether traffic is neither encrypted nor kept to this machine."""
+        if self.local_workers or not self.text.startswith("tcp://"):
+            return False
+        host = self.text.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+        with suppress(ValueError):
+            return not ip_address(host).is_loopback
+        return host != "localhost"
+
+
+def parse_address(text: str) -> ClusterAddress:
+    """Raises:
+    InputError: it is no address of a cluster.
+    """
+    match = LOCAL.fullmatch(text)
+    if match and int(match[1]):
+        return ClusterAddress(text, int(match[1]))
+    if not ADDRESS.fullmatch(text):
+        raise InputError(
+            f"--cluster {text[:100]!r}: give local:N for N workers on this machine, or the address "
+            "of a Dask scheduler, tls://host:8786 or tcp://host:8786"
+        )
+    return ClusterAddress(text)
+
+
+@contextmanager
+def connected(address: ClusterAddress, *, threads: int | None, device: str) -> Iterator[Client]:
+    """A client of the cluster.
+
+    threads: of each worker of a local cluster; None: this machine's processors are shared out.
+    device: the class of device that is to compute.
+
+    Raises:
+        InputError: Dask is not installed, or a local cluster cannot have so many GPUs.
+        LazymergeError: no scheduler answers.
+    """
+    try:
+        import distributed
+        import distributed.security
+    except ImportError as error:
+        raise InputError(
+            f"--cluster takes Dask, which is not installed ({error}). Install it: pip install "
+            "'lazymerge[dask]'"
+        ) from None
+    if not address.local_workers:
+        with _client(distributed, address.text) as client:
+            yield client
+        return
+    if device != "cpu" and address.local_workers > 1:
+        raise InputError(
+            f"--cluster {address.text} --device {device}: a local cluster has one worker for its "
+            "GPU, local:1; for several start workers with dask-cuda, and give their scheduler"
+        )
+    scratch = tempfile.mkdtemp(prefix="lazymerge-dask-")
+    try:
+        with (
+            distributed.LocalCluster(
+                n_workers=address.local_workers,
+                threads_per_worker=threads or max(1, default_workers() // address.local_workers),
+                processes=True,
+                memory_limit=None,  # the engine keeps to its own
+                security=distributed.security.Security.temporary(),
+                protocol="tls://",
+                host="127.0.0.1",
+                dashboard_address=None,
+                local_directory=scratch,
+                silence_logs=50,
+                resources={GPU: 1} if device != "cpu" else None,
+            ) as cluster,
+            distributed.Client(cluster, set_as_default=False) as client,
+        ):
+            yield client
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _client(distributed: Any, address: str) -> Iterator[Client]:
+    try:
+        client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, TimeoutError, ValueError, RuntimeError) as error:
+        raise LazymergeError(f"no Dask scheduler answers at {address}: {line_of(error)}") from error
+    try:
+        yield client
+    finally:
+        with suppress(Exception):  # it may be gone
+            client.close(timeout=2)
+
+
+def line_of(error: BaseException) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return text[:300] or type(error).__name__
+
+
+def check_versions(client: Client, wanted: Mapping[str, str]) -> None:
+    """Compares the workers' packages with this process's.
+
+    Raises:
+        InputError: some differ; all of them are named.
+    """
+    found: Any = client.get_versions(packages=list(wanted))
+    problems = []
+    for worker, facts in sorted(found["workers"].items()):
+        for package, here in wanted.items():
+            there = facts["packages"].get(package)
+            if there != here:
+                problems.append(f"{worker} has {package} {there or '(none)'}, here it is {here}")
+    if problems:
+        raise InputError(
+            "\n".join(problems[:10])
+            + "\nthe output's bytes depend on these versions: install the same on all machines"
+        )
+
+
+def workers_of(client: Client, device: str) -> dict[str, int]:
+    """The workers that can compute, by address, with their threads.
+
+    Raises:
+        OSError: the scheduler does not answer.
+    """
+    found = client.scheduler_info(n_workers=-1)["workers"]
+    return {
+        address: int(facts["nthreads"])
+        for address, facts in found.items()
+        if device == "cpu" or facts["resources"].get(GPU, 0) >= 1
+    }

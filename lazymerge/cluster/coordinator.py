@@ -1,0 +1,490 @@
+"""Giving groups to a cluster's workers until all are made.
+
+    queue ─► an idle worker each ─► results ─► journal
+      ▲                               │
+      └── worker gone, silent, failed ┘       and when the queue is empty: what still runs elsewhere
+                                              is given to idle workers too, longest running first
+
+Every worker has one group at a time, so a worker that hangs holds up one group and no more, and
+that one is made twice at the end. Nothing needs to be taken from anybody: all make the same bytes,
+and where a result comes twice its checksums are compared.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from ..engine.complete import NonfiniteError
+from ..engine.plan import Plan, torch_version
+from ..engine.run import Account, Made, outgrows_cache
+from ..engine.stages import TensorTask
+from ..engine.streaming import Stamps
+from ..errors import LazymergeError
+from ..output.writer import ShardWriter, write_error
+from ..version import __version__
+from .connection import ClusterAddress, check_versions, connected, line_of, workers_of
+from .group import Division, GroupResult, Terms
+from .worker import TOPIC, make_group, plugin_digest, token_path
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+WAKE_SECONDS = 0.1
+"""How often the coordinator looks up when nothing happens."""
+
+LOOK_SECONDS = 1.0
+"""How often the scheduler is asked which workers there are."""
+
+SILENT_SECONDS = 30.0
+"""A worker says every second how far it is; one that has not for so long is not waited for. Its
+threads may wait for a disk or a network, which come back, so it is not given up either."""
+
+REPEAT_FACTOR = 2.0
+"""When there is nothing else to do, a group that takes so many times as long as others of its size
+is made by a second worker too."""
+
+REPEAT_SECONDS = 5.0
+"""And that only after so long: below, starting a group is a good part of its time."""
+
+MOST_ATTEMPTS = 3
+"""Of one group at a time."""
+
+MOST_FAILURES = 3
+"""Of one group, on several workers where there are; and of one worker without a group that it makes
+in between, after which it is given none any more."""
+
+MOST_DEATHS = 5
+"""Of workers while they make one group: it kills them, most likely for want of memory."""
+
+WITHOUT_WORKERS_SECONDS = 120.0
+"""How long to wait when there is no worker: a nanny starts another in 5 to 10 seconds, a batch
+system or a cloud takes longer."""
+
+SCHEDULER_SECONDS = 60.0
+"""For a scheduler to answer again: one that was started anew finds its workers again."""
+
+RESULT_SECONDS = 10.0
+"""For a result that is ready to come."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A group that a worker has been given.
+
+    began, told: when that was, and when the worker has last said something (monotonic seconds).
+    is_given_up: the group is in the queue again.
+    """
+
+    number: int
+    worker: str
+    future: Future[GroupResult]
+    began: float
+    told: float
+    is_given_up: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """Which workers there are. at: when the scheduler was asked (monotonic seconds)."""
+
+    at: float
+    workers: Mapping[str, int]
+
+
+class DaskWorkforce:
+    """The workers of a cluster, as what makes a run's tensors."""
+
+    is_elsewhere = True
+
+    def __init__(
+        self,
+        address: ClusterAddress,
+        *,
+        limit_bytes: int | None = None,
+        threads: int | None = None,
+        plugins: Sequence[Path] = (),
+    ) -> None:
+        """limit_bytes: bound of each worker process's memory; None: the worker's own.
+
+        threads: of each worker; None: as many as the worker has. plugins: files with methods.
+        """
+        self._address = address
+        self._limit_bytes = limit_bytes
+        self._threads = threads
+        self._plugins = [(str(path.absolute()), plugin_digest(path)) for path in plugins]
+
+    def make(
+        self,
+        plan: Plan,
+        tasks: Sequence[TensorTask],
+        writer: ShardWriter,
+        account: Account,
+        *,
+        stamps: Stamps,
+        folder: Path,
+        check: Callable[[], None],
+        fsync: bool,
+        strict: bool,
+    ) -> Made:
+        """As Workforce.make.
+
+        Raises:
+            InputError: Dask is not installed, or workers have other versions.
+            LazymergeError: no scheduler answers, there are no workers, or workers fail.
+        """
+        if not tasks:
+            return Made(elsewhere_bytes=0, facts={})
+        device = plan.execution.device
+        versions = {"lazymerge": __version__, "torch": torch_version()}
+        with connected(self._address, threads=self._threads, device=device) as client:
+            check_versions(client, versions)
+            terms = Terms(
+                token=secrets.token_hex(8),
+                folder=str(folder.absolute()),
+                limit_bytes=self._limit_bytes,
+                threads=self._threads,
+                # what this machine's workers have written is with this machine's system
+                syncs=fsync or not self._address.local_workers,
+                strict=strict,
+                forgets=outgrows_cache(plan),
+                versions=versions,
+                plugins=self._plugins,
+            )
+            workers = workers_of(client, device)
+            division = Division(plan, tasks, len(workers), stamps, terms)
+            with _shown_to_workers(folder, terms.token):
+                run = _Run(client, division, account, terms.token, device, self._address.text)
+                run.begin_with(workers)
+                run.to_the_end(check)
+        return Made(elsewhere_bytes=run.peak_bytes, facts={"cluster": run.facts()})
+
+
+@contextmanager
+def _shown_to_workers(folder: Path, token: str) -> Iterator[None]:
+    """Has the run's token in the output, and no other run's."""
+    path = token_path(folder, token)
+    try:
+        for earlier in path.parent.glob("cluster-*"):
+            earlier.unlink(missing_ok=True)
+        path.touch()
+    except OSError as error:
+        raise write_error(path, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+class _Run:
+    """The groups of one run, and who makes them."""
+
+    def __init__(
+        self,
+        client: Client,
+        division: Division,
+        account: Account,
+        token: str,
+        device: str,
+        address: str,
+    ) -> None:
+        self._client = client
+        self._division = division
+        self._account = account
+        self._token = token
+        self._device = device
+        self._address = address
+        self._queue = deque(range(len(division)))
+        self._attempts: dict[str, _Attempt] = {}
+        self._made: set[int] = set()
+        self._sums: dict[int, Mapping[str, str]] = {}
+        self._moved: dict[int, tuple[int, int]] = {}
+        self._pace = 0.0
+        self._failures: dict[int, list[tuple[str, BaseException]]] = {}
+        self._deaths: Counter[int] = Counter()
+        self._bad: Counter[str] = Counter()
+        self._submitted = 0
+        self._used: set[str] = set()
+        self._workers: Mapping[str, int] = {}
+        self._looked = self._had_workers = time.monotonic()
+        self._is_told = False
+        self._events: SimpleQueue[Any] = SimpleQueue()
+        self._ended = threading.Event()
+        self.peak_bytes = 0
+
+    def begin_with(self, workers: Mapping[str, int]) -> None:
+        """The workers that there are, by address, with their threads."""
+        self._workers = dict(workers)
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "address": self._address,
+            "workers": len(self._used),
+            "groups": len(self._division),
+            "repeated": self._submitted - len(self._division),
+        }
+
+    def to_the_end(self, check: Callable[[], None]) -> None:
+        """Has all groups made.
+
+        check: is called every WAKE_SECONDS; if it raises, the run ends.
+
+        Raises:
+            LazymergeError: it cannot go on; what is made is kept.
+        """
+        self._client.subscribe_topic(TOPIC, self._events.put)
+        threading.Thread(target=self._keep_looking, name="workers", daemon=True).start()
+        try:
+            while len(self._made) < len(self._division):
+                check()
+                self._check_cluster()
+                self._drop_lost()
+                self._give()
+                with suppress(Empty):
+                    self._happened(self._events.get(timeout=WAKE_SECONDS))
+                    while True:
+                        self._happened(self._events.get_nowait())
+        finally:
+            self._ended.set()
+            with suppress(Exception):  # the scheduler may be gone
+                for attempt in self._attempts.values():
+                    attempt.future.cancel(asynchronous=True)
+
+    def _keep_looking(self) -> None:
+        """Asks which workers there are, until the run ends."""
+        while not self._ended.wait(LOOK_SECONDS):
+            with suppress(Exception):  # not now
+                at = time.monotonic()
+                self._events.put(_Looked(at, workers_of(self._client, self._device)))
+
+    def _happened(self, event: Any) -> None:
+        if isinstance(event, str):
+            self._ended_attempt(self._attempts.pop(event, None))
+        elif isinstance(event, _Looked):
+            self._looked, self._workers = event.at, event.workers
+        else:
+            _, told = event  # Dask's events come with their time
+            if told["token"] == self._token:
+                self._was_told(told)
+
+    def _was_told(self, event: Mapping[str, Any]) -> None:
+        """A worker says how far it is."""
+        number, now = int(event["group"]), time.monotonic()
+        for attempt in self._attempts.values():
+            if (attempt.number, attempt.worker) == (number, event["worker"]):
+                attempt.told = now
+        if number not in self._made:
+            self._progress(number, int(event["read"]), int(event["written"]), str(event["tensor"]))
+
+    def _progress(self, number: int, bytes_read: int, bytes_written: int, tensor: str) -> None:
+        """Accounts for what is new: a group that is made again is counted once."""
+        read, written = self._moved.get(number, (0, 0))
+        self._moved[number] = max(read, bytes_read), max(written, bytes_written)
+        more = self._moved[number][0] - read, self._moved[number][1] - written
+        if any(more):
+            self._account.moved(*more, tensor)
+
+    def _check_cluster(self) -> None:
+        """Raises:
+        LazymergeError: the scheduler is gone, or there have been no workers for a while.
+        """
+        now = time.monotonic()
+        usable = [w for w in self._workers if self._bad[w] < MOST_FAILURES]
+        if self._client.status == "closed" or now - self._looked > SCHEDULER_SECONDS:
+            raise LazymergeError(
+                f"the Dask scheduler at {self._address} does not answer any more; look after it, "
+                "and go on"
+            )
+        if self._workers and not usable:
+            raise self._worst_failure()
+        if usable:
+            self._had_workers, self._is_told = now, False
+        elif now - self._had_workers > WITHOUT_WORKERS_SECONDS:
+            gpu = "" if self._device == "cpu" else ' with --resources "GPU=1"'
+            raise LazymergeError(
+                f"{self._address} has had no worker{gpu} for {WITHOUT_WORKERS_SECONDS:.0f} "
+                "seconds; start some, and go on"
+            )
+        elif now - self._had_workers > 5 * LOOK_SECONDS and not self._is_told:
+            self._is_told = True
+            self._account.noted(f"{self._address} has no workers at the moment; waiting for some")
+
+    def _worst_failure(self) -> LazymergeError:
+        """What most of the failures were about."""
+        errors = [error for each in self._failures.values() for _, error in each]
+        error = errors[-1]
+        if isinstance(error, LazymergeError):
+            return error
+        return LazymergeError(f"no worker of {self._address} can make anything: {line_of(error)}")
+
+    def _drop_lost(self) -> None:
+        """Puts what workers had that are gone, or silent, into the queue again."""
+        now = time.monotonic()
+        for key, attempt in list(self._attempts.items()):
+            is_gone = attempt.worker not in self._workers and self._looked > attempt.began
+            if is_gone:
+                del self._attempts[key]
+                with suppress(Exception):
+                    attempt.future.cancel(asynchronous=True)
+                self._died(attempt)
+            elif now - attempt.told > SILENT_SECONDS and not attempt.is_given_up:
+                self._give_up(attempt)
+                self._account.noted(
+                    f"{attempt.worker} has said nothing for {SILENT_SECONDS:.0f} seconds; others "
+                    "make what it was given"
+                )
+
+    def _give_up(self, attempt: _Attempt) -> None:
+        attempt.is_given_up = True
+        if attempt.number not in self._made and attempt.number not in self._queue:
+            self._queue.appendleft(attempt.number)
+
+    def _died(self, attempt: _Attempt) -> None:
+        """A worker is gone while it made a group.
+
+        Raises:
+            LazymergeError: too many were.
+        """
+        if attempt.number in self._made:
+            return
+        self._deaths[attempt.number] += 1
+        if self._deaths[attempt.number] >= MOST_DEATHS:
+            names = self._division.names(attempt.number)
+            raise LazymergeError(
+                f"{MOST_DEATHS} workers of {self._address} have ended while they made {names[0]} "
+                f"and {len(names) - 1} more tensors: give workers more memory, or a smaller "
+                "--memory than they have"
+            )
+        self._give_up(attempt)
+
+    def _give(self) -> None:
+        """Gives every idle worker a group."""
+        if self._client.status != "running":
+            return  # it comes back, or not: _check_cluster
+        busy = {attempt.worker for attempt in self._attempts.values()}
+        for worker in self._workers:
+            if worker in busy or self._bad[worker] >= MOST_FAILURES:
+                continue
+            number = self._next_for(worker)
+            if number is not None:
+                self._submit(number, worker)
+
+    def _next_for(self, worker: str) -> int | None:
+        """The group that a worker is to make; None if there is none for it."""
+        for number in self._queue:
+            if not self._is_hopeless(number, worker):
+                self._queue.remove(number)
+                return number
+        now = time.monotonic()
+        for attempt in sorted(self._attempts.values(), key=lambda attempt: attempt.began):
+            number = attempt.number
+            usual = self._pace * self._division.work_bytes(number)
+            is_slow = now - attempt.began > max(REPEAT_SECONDS, REPEAT_FACTOR * usual)
+            together = [a for a in self._attempts.values() if a.number == number]
+            is_slow &= all(now - a.began > REPEAT_SECONDS for a in together)
+            if is_slow and number not in self._made and len(together) < MOST_ATTEMPTS:
+                return number
+        return None
+
+    def _is_hopeless(self, number: int, worker: str) -> bool:
+        """Whether a worker has failed to make a group that others may be able to."""
+        failed = {address for address, _ in self._failures.get(number, ())}
+        others = [w for w in self._workers if self._bad[w] < MOST_FAILURES and w not in failed]
+        return worker in failed and bool(others)
+
+    def _submit(self, number: int, worker: str) -> None:
+        key = f"lazymerge-{self._token}-{number}-{self._submitted}"
+        self._submitted += 1
+        self._used.add(worker)
+        future = self._client.submit(
+            make_group,
+            self._division.group(number),
+            key=key,
+            workers=[worker],
+            resources={"GPU": 1} if self._device != "cpu" else None,
+            pure=False,
+        )
+        now = time.monotonic()
+        self._attempts[key] = _Attempt(number, worker, future, now, now)
+        future.add_done_callback(lambda _: self._events.put(key))
+
+    def _ended_attempt(self, attempt: _Attempt | None) -> None:
+        """A worker has made its group, or has not.
+
+        Raises:
+            LazymergeError: that is the end of the run.
+        """
+        if attempt is None:
+            return
+        from distributed import KilledWorker
+
+        future = attempt.future
+        if future.status == "cancelled":  # the scheduler was started anew
+            self._give_up(attempt)
+            return
+        try:
+            result = future.result(timeout=RESULT_SECONDS)
+        except KilledWorker:
+            self._died(attempt)
+        except NonfiniteError:
+            raise
+        except Exception as error:
+            self._failed(attempt, error)
+        else:
+            self._bad[attempt.worker] = 0
+            self._done(attempt, result)
+
+    def _failed(self, attempt: _Attempt, error: Exception) -> None:
+        if attempt.number in self._made:
+            return
+        self._bad[attempt.worker] += 1
+        failures = self._failures.setdefault(attempt.number, [])
+        failures.append((attempt.worker, error))
+        if len(failures) >= MOST_FAILURES:
+            raise self._worst_failure()
+        if self._bad[attempt.worker] >= MOST_FAILURES:
+            self._account.noted(f"{attempt.worker} is given nothing any more: {line_of(error)}")
+        self._give_up(attempt)
+
+    def _done(self, attempt: _Attempt, result: GroupResult) -> None:
+        number = attempt.number
+        self.peak_bytes = max(self.peak_bytes, result.peak_bytes)
+        sums = {tensor.name: tensor.checksum for tensor in result.tensors}
+        if number in self._made:
+            self._compare(number, attempt.worker, sums)
+            return
+        self._pace = max(self._pace, result.seconds / max(1, self._division.work_bytes(number)))
+        self._progress(number, result.bytes_read, result.bytes_written, result.tensors[0].name)
+        for tensor in result.tensors:
+            self._account.began(tensor.name)
+            self._account.finished(tensor)
+        self._made.add(number)
+        self._sums[number] = sums
+        with suppress(ValueError):
+            self._queue.remove(number)
+
+    def _compare(self, number: int, worker: str, sums: Mapping[str, str]) -> None:
+        """Two workers have made a group.
+
+        Raises:
+            LazymergeError: not alike. The tensors are to be made again.
+        """
+        unlike = [name for name, checksum in sums.items() if self._sums[number][name] != checksum]
+        if not unlike:
+            return
+        for name in self._division.names(number):
+            self._account.lost(name)
+        raise LazymergeError(
+            f"tensor {unlike[0]} was made twice, and {worker} has made other bytes of the same "
+            "inputs: a machine computes or reads wrongly. Find out which, and go on without it"
+        )
