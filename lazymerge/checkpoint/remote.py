@@ -94,12 +94,17 @@ class RemoteSource:
 
     url: str
     files: Mapping[str, RemoteFile]
-    _folder: _Folder = field(compare=False, repr=False)
+    _folder: _Folder | None = field(compare=False, repr=False)
 
     @property
     def folder(self) -> str:
         """Where its small files are on this machine, absolute."""
+        assert self._folder is not None, "they are where the model was opened"
         return self._folder.path
+
+    def __reduce__(self) -> tuple[type[RemoteSource], tuple[object, ...]]:
+        """For another process, which reads tensors of it and nothing else."""
+        return RemoteSource, (self.url, dict(self.files), None)
 
     def read(self, name: str, start: int, stop: int, take: Take) -> None:
         """Hands a byte range of a file on.
