@@ -144,6 +144,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coordinator, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(coordinator, "WAKE_SECONDS", 0.01)
     monkeypatch.setattr(coordinator, "REPEAT_SECONDS", 0.3)
+    monkeypatch.setattr(coordinator, "REPEAT_FACTOR", 0.0)
     monkeypatch.setattr(coordinator, "SILENT_SECONDS", 30.0)
 
 
@@ -375,7 +376,7 @@ def test_two_workers_that_make_other_bytes(
     def wrong(future: FakeFuture) -> None:
         result = future.make()
         tensors = tuple(replace(tensor, checksum="0" * 32) for tensor in result.tensors)
-        gate.wait(5)
+        gate.wait(60)
         future.finish(replace(result, tensors=tensors))
 
     def right(future: FakeFuture) -> None:
@@ -392,9 +393,9 @@ def test_two_workers_that_make_other_bytes(
     def waits_for_b(self: Any, check: Callable[[], None]) -> None:
         """The run is not over before the other result comes."""
         original(self, check)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while self._attempts and time.monotonic() < deadline:
-            self._happened(self._events.get(timeout=5))
+            self._happened(self._events.get(timeout=60))
 
     monkeypatch.setattr(coordinator._Run, "to_the_end", waits_for_b)
     with pytest.raises(LazymergeError, match="was made twice, and b has made other bytes"):
