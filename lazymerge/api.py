@@ -23,7 +23,7 @@ from .engine.plan import (
     plan_recipe_file,
 )
 from .engine.report import Observer, RunReport
-from .engine.run import run_plan
+from .engine.run import Workforce, run_plan
 from .engine.verification import Checked, Verification, verify_output
 from .errors import InputError
 from .inspection.checkpoint import Inspection, inspect_checkpoint
@@ -118,6 +118,8 @@ def run(
     recheck: bool = False,
     hash_inputs: bool = False,
     statistics: bool = False,
+    cluster: str | None = None,
+    worker_memory: int | str | None = None,
 ) -> RunReport:
     """Runs a plan into a folder, or goes on with what an earlier run of it has left there.
 
@@ -130,6 +132,9 @@ def run(
     recheck: read what an earlier run has finished before believing it.
     hash_inputs: read all inputs once before, so that any change of them is noticed.
     statistics: gather on the way what the merge did to every tensor, for `report`.
+    cluster: a Dask cluster that makes the tensors: "local:4", "tls://host:8786".
+    worker_memory: bound of each of its processes, in bytes or as "4GiB"; by default 60% of what
+        the Dask worker has.
 
     Raises:
         InputError: the folder cannot be used, or integer tensors differ between models.
@@ -156,10 +161,19 @@ def run(
             strict=strict,
             recheck=recheck,
             hash_inputs=hash_inputs,
+            workforce=None if cluster is None else _workforce(cluster, worker_memory),
         )
         for each in outputs
     ]
     return reports[-1]
+
+
+def _workforce(cluster: str, worker_memory: int | str | None) -> Workforce:
+    from .cluster.connection import parse_address
+    from .cluster.coordinator import DaskWorkforce
+
+    limit = parse_size(worker_memory) if isinstance(worker_memory, str) else worker_memory
+    return DaskWorkforce(parse_address(cluster), limit_bytes=limit)
 
 
 def plan_intermediate(plan: Plan, name: str) -> Plan:
@@ -199,10 +213,21 @@ def plan_of_unfinished(
 
 
 def resume(
-    output: Path | str, *, memory: int | str | None = None, observer: Observer | None = None
+    output: Path | str,
+    *,
+    memory: int | str | None = None,
+    observer: Observer | None = None,
+    cluster: str | None = None,
+    worker_memory: int | str | None = None,
 ) -> RunReport:
     """Goes on with an unfinished output. As `plan_of_unfinished`, then `run`."""
-    return run(plan_of_unfinished(output, memory=memory), output, observer=observer)
+    return run(
+        plan_of_unfinished(output, memory=memory),
+        output,
+        observer=observer,
+        cluster=cluster,
+        worker_memory=worker_memory,
+    )
 
 
 def status(output: Path | str) -> OutputStatus:

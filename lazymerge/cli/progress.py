@@ -6,9 +6,9 @@ import heapq
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engine.baseline import resident_bytes
 from ..engine.plan import Plan
@@ -80,8 +80,10 @@ class Progress(Silent):
         now = time.monotonic()
         with self._lock:
             self.tensors += 1
-            seconds = now - self._begun.pop(tensor, now)
-            heapq.heappush(self.slowest, (seconds, tensor))
+            began = self._begun.pop(tensor, None)
+            seconds = 0.0 if began is None else now - began
+            if began is not None:
+                heapq.heappush(self.slowest, (seconds, tensor))
             if len(self.slowest) > MOST_SLOWEST:
                 heapq.heappop(self.slowest)
         if self._log is not None:
@@ -263,7 +265,16 @@ def done_line(plan: Plan, report: RunReport) -> RenderableType:
         f" in {format_seconds(report.seconds)}: {made} tensors{earlier}, "
         f"{format_bytes(report.bytes_written)} written, "
         f"{format_bytes(moved / report.seconds)}/s, "
-        f"peak memory {format_memory(report.measured_bytes)} "
-        f"(projected {format_memory(plan.memory.projected_bytes)}, "
+        f"peak memory {format_memory(report.measured_bytes)} ",
+        _of_a_worker(report.cluster)
+        if report.cluster
+        else f"(projected {format_memory(plan.memory.projected_bytes)}, "
         f"limit {format_memory(plan.memory.limit_bytes)})",
     )
+
+
+def _of_a_worker(cluster: Mapping[str, Any]) -> str:
+    workers, groups, repeated = (cluster[key] for key in ("workers", "groups", "repeated"))
+    again = f", {repeated} more than once" if repeated else ""
+    one = "worker" if workers == 1 else "workers"
+    return f"of a worker ({workers} {one} made {groups} groups of tensors{again})"

@@ -61,6 +61,7 @@ def workforce_of(
     if cluster is None:
         return None
     import logging
+    import warnings
 
     from ..cluster.connection import parse_address
     from ..cluster.coordinator import DaskWorkforce
@@ -69,12 +70,15 @@ def workforce_of(
 
     address = parse_address(cluster)
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters of it is told
+    warnings.filterwarnings("ignore", module="distributed")
     if address.is_open:
-        messages().print(
-            f"[yellow]notice[/yellow] {address.text} is not encrypted, and whoever reaches that "
-            "port can run anything as the workers' user: give it certificates and use tls://",
-            soft_wrap=True,
+        from rich.text import Text
+
+        text = (
+            f" {address.text} is not encrypted, and whoever reaches that port can run anything as "
+            "the workers' user: give it certificates and use tls://"
         )
+        messages().print(Text.assemble(("notice", "yellow"), text), soft_wrap=True)
     return DaskWorkforce(
         address,
         limit_bytes=None if memory is None else parse_size(memory),

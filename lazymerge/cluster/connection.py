@@ -35,6 +35,12 @@ CONNECT_SECONDS = 30.0
 CLOSE_SECONDS = 10.0
 """For the end of a cluster of this machine's own."""
 
+NO_PAGES: dict[str, list[str]] = {
+    "distributed.scheduler.http.routes": [],
+    "distributed.worker.http.routes": [],
+}
+"""Pages of Dask's own about a cluster, which a local one does without."""
+
 GPU = "GPU"
 """The Dask resource that workers with an accelerator have: `dask worker … --resources "GPU=1"`."""
 
@@ -84,6 +90,7 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
         LazymergeError: no scheduler answers.
     """
     try:
+        import dask
         import distributed
         import distributed.security
     except ImportError as error:
@@ -103,6 +110,7 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
     scratch = tempfile.mkdtemp(prefix="lazymerge-dask-")
     try:
         with (
+            dask.config.set(NO_PAGES),
             distributed.LocalCluster(
                 n_workers=address.local_workers,
                 threads_per_worker=threads or max(1, default_workers() // address.local_workers),
@@ -111,9 +119,10 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
                 security=distributed.security.Security.temporary(),
                 protocol="tls://",
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",
                 local_directory=scratch,
                 silence_logs=50,
+                env={"PYTHONWARNINGS": "ignore"},
                 resources={GPU: 1} if device != "cpu" else None,
             ) as cluster,
             distributed.Client(cluster, set_as_default=False) as client,

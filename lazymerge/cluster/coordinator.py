@@ -466,7 +466,6 @@ class _Run:
         self._pace = max(self._pace, result.seconds / max(1, self._division.work_bytes(number)))
         self._progress(number, result.bytes_read, result.bytes_written, result.tensors[0].name)
         for tensor in result.tensors:
-            self._account.began(tensor.name)
             self._account.finished(tensor)
         self._made.add(number)
         self._sums[number] = sums

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from .nonfinite import NonfiniteTensor
@@ -21,7 +22,8 @@ class Observer(Protocol):
         """What is being done from now on."""
 
     def began(self, tensor: str) -> None:
-        """Work on an output tensor begins; called from the workers' threads."""
+        """Work on an output tensor begins; called from the workers' threads. Not of tensors that
+        others make."""
 
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
         """A block was done, or several at once."""
@@ -70,6 +72,8 @@ class RunReport:
     measured_bytes: the process's peak resident set.
     measured_vram_bytes: the most that was allocated on an accelerator; device: its name.
     nonfinite: the output tensors that hold inf or nan, in the order of the output.
+    cluster: where others made the tensors: the address, and how many workers made how many groups,
+        of which some were made more than once. measured_bytes is then that of the largest worker.
     """
 
     output: str
@@ -81,3 +85,4 @@ class RunReport:
     device: str | None = None
     nonfinite: tuple[NonfiniteTensor, ...] = ()
     resumed_tensors: int = 0
+    cluster: Mapping[str, Any] | None = None

@@ -575,6 +575,7 @@ def _run(
         device=None if device is None else device.name,
         nonfinite=examine(plan, folder, done.nonfinite),
         resumed_tensors=len(before),
+        cluster=made.facts.get("cluster"),
     )
     try:
         checksums = {name: record.checksum for name, record in before.items()}
