@@ -256,9 +256,8 @@ class _Run:
                         self._happened(self._events.get_nowait())
         finally:
             self._ended.set()
-            with suppress(Exception):  # the scheduler may be gone
-                for attempt in self._attempts.values():
-                    attempt.future.cancel(asynchronous=True)
+            for attempt in self._attempts.values():
+                attempt.future.release()
 
     def _keep_looking(self) -> None:
         """Asks which workers there are, until the run ends."""
@@ -334,8 +333,7 @@ class _Run:
             is_gone = attempt.worker not in self._workers and self._looked > attempt.began
             if is_gone:
                 del self._attempts[key]
-                with suppress(Exception):
-                    attempt.future.cancel(asynchronous=True)
+                attempt.future.release()
                 self._died(attempt)
             elif now - attempt.told > SILENT_SECONDS and not attempt.is_given_up:
                 self._give_up(attempt)
