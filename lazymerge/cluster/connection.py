@@ -11,10 +11,11 @@ machine that others use too, they reach it.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -31,6 +32,10 @@ ADDRESS = re.compile(r"(tls|tcp)://[^\s/@]+:\d{1,5}")
 
 CONNECT_SECONDS = 30.0
 """For a scheduler to answer; Dask's own default."""
+
+ANSWER_SECONDS = 10.0
+"""For a worker to say which versions it has: the first to ask has it import lazymerge, which takes
+a second or two where the disk is slow."""
 
 CLOSE_SECONDS = 10.0
 """For the end of a cluster of this machine's own."""
@@ -142,24 +147,54 @@ def line_of(error: BaseException) -> str:
     return text[:300] or type(error).__name__
 
 
-def check_versions(client: Client, wanted: Mapping[str, str]) -> None:
-    """Compares the workers' packages with this process's.
+def check_versions(client: Client, wanted: Mapping[str, str]) -> list[str]:
+    """Compares the packages that the workers compute with to this process's.
+
+    Returns the addresses of workers that do not answer. They are no reason to wait: one that hangs
+    has taken nothing else with it. Every worker compares again when it is given something.
 
     Raises:
         InputError: some differ; all of them are named.
+        OSError: the scheduler does not answer.
     """
-    found: Any = client.get_versions(packages=list(wanted))
+    found = client.sync(_asked, client, [*workers_of(client, "cpu")])
     problems = []
-    for worker, facts in sorted(found["workers"].items()):
+    for worker, there in sorted(found.items()):
+        if isinstance(there, Exception):
+            problems.append(f"{worker} cannot say which lazymerge it has: {line_of(there)}")
+            continue
         for package, here in wanted.items():
-            there = facts["packages"].get(package)
-            if there != here:
-                problems.append(f"{worker} has {package} {there or '(none)'}, here it is {here}")
+            if there is not None and there.get(package) != here:
+                has = there.get(package, "(none)")
+                problems.append(f"{worker} has {package} {has}, here it is {here}")
     if problems:
         raise InputError(
             "\n".join(problems[:10])
             + "\nthe output's bytes depend on these versions: install the same on all machines"
         )
+    return sorted(worker for worker, there in found.items() if there is None)
+
+
+async def _asked(client: Client, workers: Sequence[str]) -> dict[str, Any]:
+    """What each worker says of its versions; None: nothing."""
+    from .worker import versions_here
+
+    async def ask(worker: str) -> Any:
+        answers = await client.run(versions_here, workers=[worker], on_error="return")
+        return answers.get(worker)
+
+    asked = {worker: asyncio.ensure_future(ask(worker)) for worker in workers}
+    if asked:
+        await asyncio.wait(asked.values(), timeout=ANSWER_SECONDS)
+    answers: dict[str, Any] = {}
+    for worker, answer in asked.items():
+        is_told = answer.done() and not answer.cancelled()
+        if not is_told:
+            answer.cancel()
+            answers[worker] = None
+        else:
+            answers[worker] = answer.exception() or answer.result()
+    return answers
 
 
 def workers_of(client: Client, device: str) -> dict[str, int]:

@@ -24,16 +24,15 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ..engine.complete import NonfiniteError
-from ..engine.plan import Plan, torch_version
+from ..engine.plan import Plan
 from ..engine.run import Account, Made, outgrows_cache
 from ..engine.stages import TensorTask
 from ..engine.streaming import Stamps
 from ..errors import LazymergeError
 from ..output.writer import ShardWriter, write_error
-from ..version import __version__
 from .connection import ClusterAddress, check_versions, connected, line_of, workers_of
 from .group import Division, GroupResult, Terms
-from .worker import TOPIC, make_group, plugin_digest, token_path
+from .worker import TOPIC, make_group, plugin_digest, token_path, versions_here
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -144,9 +143,10 @@ class DaskWorkforce:
         if not tasks:
             return Made(elsewhere_bytes=0, facts={})
         device = plan.execution.device
-        versions = {"lazymerge": __version__, "torch": torch_version()}
+        versions = versions_here()
         with connected(self._address, threads=self._threads, device=device) as client:
-            check_versions(client, versions)
+            for worker in check_versions(client, versions):
+                account.noted(f"{worker} does not answer; others make what it would")
             terms = Terms(
                 token=secrets.token_hex(8),
                 folder=str(folder.absolute()),
