@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -105,27 +106,68 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
             f"--cluster {address.text} --device {device}: a local cluster has one worker for its "
             "GPU, local:1; for several start workers with dask-cuda, and give their scheduler"
         )
+    with (
+        _local_cluster(distributed, address.local_workers, threads, device) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def _local_cluster(
+    distributed: Any, workers: int, threads: int | None, device: str
+) -> Iterator[Any]:
+    """A cluster of this machine's own, which nobody else can use and of which nothing stays."""
+    import dask
+    from distributed.utils import LoopRunner
+
     scratch = tempfile.mkdtemp(prefix="lazymerge-dask-")
+    settings = {
+        "temporary-directory": scratch,
+        "distributed.scheduler.http.routes": [],  # a port of its own cannot be had without
+        "distributed.worker.http.routes": [],
+    }
+    runner = LoopRunner()
+    with _ctrl_c_for_this_thread():
+        runner.start()
     try:
         with (
+            dask.config.set(settings),
             distributed.LocalCluster(
-                n_workers=address.local_workers,
-                threads_per_worker=threads or max(1, default_workers() // address.local_workers),
+                loop=runner.loop,
+                n_workers=workers,
+                threads_per_worker=threads or max(1, default_workers() // workers),
                 processes=True,
                 memory_limit=None,  # the engine keeps to its own
                 security=distributed.security.Security.temporary(),
                 protocol="tls://",
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
                 local_directory=scratch,
                 silence_logs=50,
                 resources={GPU: 1} if device != "cpu" else None,
             ) as cluster,
-            distributed.Client(cluster, set_as_default=False) as client,
         ):
-            yield client
+            yield cluster
     finally:
+        runner.stop()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _ctrl_c_for_this_thread() -> Iterator[None]:
+    """Threads that are started in the block, and the processes that they start, do not get SIGINT:
+    a terminal sends it to all processes of a command, and each would die with a traceback before
+    the command has them end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
