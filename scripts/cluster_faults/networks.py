@@ -146,16 +146,17 @@ def cut_off_and_overwritten(trial: Trial) -> None:
 def slow(trial: Trial) -> None:
     """Every message between scheduler, workers and command takes 20 to 80 ms, and one in fifty up
     to a second more. A worker is killed on top of that."""
-    cluster = Cluster(trial, nannies=trial.random.random() < 0.5)
+    cluster = Cluster(trial, nannies=False)
     through = _relayed(trial, cluster.port)
     scheduler = f"{cluster.protocol}://127.0.0.1:{through}"
     for _ in range(WORKERS):
         port = free_port()
+        listen = f"{cluster.protocol}://127.0.0.1:{port}"
         contact = f"{cluster.protocol}://127.0.0.1:{_relayed(trial, port)}"
         cluster.add_workers(
             1,
             scheduler=scheduler,
-            options=["--worker-port", str(port), "--contact-address", contact],
+            options=["--listen-address", listen, "--contact-address", contact],
         )
     cluster.wait_for(WORKERS)
     client = trial.run(scheduler)

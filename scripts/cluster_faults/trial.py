@@ -27,8 +27,8 @@ LOOK_SECONDS = 0.01
 PATIENCE_SECONDS = 150.0
 """For anything that a trial waits for: longer than lazymerge waits for workers."""
 
-SEVERAL_TENSORS = 4
-"""Lines of a journal before and between tensors, about."""
+HEAD_LINES = 2
+"""Of a journal: whose it is, and the first process that wrote it."""
 
 
 @dataclass(slots=True)
@@ -175,7 +175,7 @@ class Trial:
         """Share of the tensors that the output's journal says are finished."""
         with suppress(OSError):
             lines = (self.output / ".lazymerge" / "journal").read_bytes().count(b"\n")
-            return max(0, lines - SEVERAL_TENSORS // 2) / self._tensors
+            return max(0, lines - HEAD_LINES) / self._tensors
         return 0.0
 
     @property

@@ -164,7 +164,7 @@ def little_memory(trial: Trial) -> None:
     cluster.wait_for(WORKERS)
     ended = trial.run(cluster.address).ended()
     trial.was_struck = True
-    trial.expect(ended, 3, says="does not fit")
+    trial.expect(ended, 3, says="the smallest limit that works is --memory")
 
 
 def no_plugin(trial: Trial) -> None:
