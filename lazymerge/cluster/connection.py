@@ -11,10 +11,12 @@ machine that others use too, they reach it.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -32,14 +34,12 @@ ADDRESS = re.compile(r"(tls|tcp)://[^\s/@]+:\d{1,5}")
 CONNECT_SECONDS = 30.0
 """For a scheduler to answer; Dask's own default."""
 
+ANSWER_SECONDS = 10.0
+"""For a worker to say which versions it has: the first to ask has it import lazymerge, which takes
+a second or two where the disk is slow."""
+
 CLOSE_SECONDS = 10.0
 """For the end of a cluster of this machine's own."""
-
-NO_PAGES: dict[str, list[str]] = {
-    "distributed.scheduler.http.routes": [],
-    "distributed.worker.http.routes": [],
-}
-"""Pages of Dask's own about a cluster, which a local one does without."""
 
 GPU = "GPU"
 """The Dask resource that workers with an accelerator have: `dask worker … --resources "GPU=1"`."""
@@ -107,29 +107,69 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
             f"--cluster {address.text} --device {device}: a local cluster has one worker for its "
             "GPU, local:1; for several start workers with dask-cuda, and give their scheduler"
         )
+    with (
+        _local_cluster(distributed, address.local_workers, threads, device) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def _local_cluster(
+    distributed: Any, workers: int, threads: int | None, device: str
+) -> Iterator[Any]:
+    """A cluster of this machine's own, which nobody else can use and of which nothing stays."""
+    import dask
+    from distributed.utils import LoopRunner
+
     scratch = tempfile.mkdtemp(prefix="lazymerge-dask-")
+    settings = {
+        "temporary-directory": scratch,
+        "distributed.scheduler.http.routes": [],  # a port of its own cannot be had without
+        "distributed.worker.http.routes": [],
+    }
+    runner = LoopRunner()
+    with _ctrl_c_for_this_thread():
+        runner.start()
     try:
         with (
-            dask.config.set(NO_PAGES),
+            dask.config.set(settings),
             distributed.LocalCluster(
-                n_workers=address.local_workers,
-                threads_per_worker=threads or max(1, default_workers() // address.local_workers),
+                loop=runner.loop,
+                n_workers=workers,
+                threads_per_worker=threads or max(1, default_workers() // workers),
                 processes=True,
                 memory_limit=None,  # the engine keeps to its own
                 security=distributed.security.Security.temporary(),
                 protocol="tls://",
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
                 local_directory=scratch,
                 silence_logs=50,
                 env={"PYTHONWARNINGS": "ignore"},
                 resources={GPU: 1} if device != "cpu" else None,
             ) as cluster,
-            distributed.Client(cluster, set_as_default=False) as client,
         ):
-            yield client
+            yield cluster
     finally:
+        runner.stop()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _ctrl_c_for_this_thread() -> Iterator[None]:
+    """Threads that are started in the block, and the processes that they start, do not get SIGINT:
+    a terminal sends it to all processes of a command, and each would die with a traceback before
+    the command has them end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -151,24 +191,54 @@ def line_of(error: BaseException) -> str:
     return text[:300] or type(error).__name__
 
 
-def check_versions(client: Client, wanted: Mapping[str, str]) -> None:
-    """Compares the workers' packages with this process's.
+def check_versions(client: Client, wanted: Mapping[str, str]) -> list[str]:
+    """Compares the packages that the workers compute with to this process's.
+
+    Returns the addresses of workers that do not answer. They are no reason to wait: one that hangs
+    has taken nothing else with it. Every worker compares again when it is given something.
 
     Raises:
         InputError: some differ; all of them are named.
+        OSError: the scheduler does not answer.
     """
-    found: Any = client.get_versions(packages=list(wanted))
+    found = client.sync(_asked, client, [*workers_of(client, "cpu")])
     problems = []
-    for worker, facts in sorted(found["workers"].items()):
+    for worker, there in sorted(found.items()):
+        if isinstance(there, Exception):
+            problems.append(f"{worker} cannot say which lazymerge it has: {line_of(there)}")
+            continue
         for package, here in wanted.items():
-            there = facts["packages"].get(package)
-            if there != here:
-                problems.append(f"{worker} has {package} {there or '(none)'}, here it is {here}")
+            if there is not None and there.get(package) != here:
+                has = there.get(package, "(none)")
+                problems.append(f"{worker} has {package} {has}, here it is {here}")
     if problems:
         raise InputError(
             "\n".join(problems[:10])
             + "\nthe output's bytes depend on these versions: install the same on all machines"
         )
+    return sorted(worker for worker, there in found.items() if there is None)
+
+
+async def _asked(client: Client, workers: Sequence[str]) -> dict[str, Any]:
+    """What each worker says of its versions; None: nothing."""
+    from .worker import versions_here
+
+    async def ask(worker: str) -> Any:
+        answers = await client.run(versions_here, workers=[worker], on_error="return")
+        return answers.get(worker)
+
+    asked = {worker: asyncio.ensure_future(ask(worker)) for worker in workers}
+    if asked:
+        await asyncio.wait(asked.values(), timeout=ANSWER_SECONDS)
+    answers: dict[str, Any] = {}
+    for worker, answer in asked.items():
+        is_told = answer.done() and not answer.cancelled()
+        if not is_told:
+            answer.cancel()
+            answers[worker] = None
+        else:
+            answers[worker] = answer.exception() or answer.result()
+    return answers
 
 
 def workers_of(client: Client, device: str) -> dict[str, int]:

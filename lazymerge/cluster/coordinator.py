@@ -24,16 +24,15 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ..engine.complete import NonfiniteError
-from ..engine.plan import Plan, torch_version
+from ..engine.plan import Plan
 from ..engine.run import Account, Made, outgrows_cache
 from ..engine.stages import TensorTask
 from ..engine.streaming import Stamps
 from ..errors import LazymergeError
 from ..output.writer import ShardWriter, write_error
-from ..version import __version__
 from .connection import ClusterAddress, check_versions, connected, line_of, workers_of
 from .group import Division, GroupResult, Terms
-from .worker import TOPIC, make_group, plugin_digest, token_path
+from .worker import TOPIC, make_group, plugin_digest, token_path, versions_here
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -144,9 +143,10 @@ class DaskWorkforce:
         if not tasks:
             return Made(elsewhere_bytes=0, facts={})
         device = plan.execution.device
-        versions = {"lazymerge": __version__, "torch": torch_version()}
+        versions = versions_here()
         with connected(self._address, threads=self._threads, device=device) as client:
-            check_versions(client, versions)
+            for worker in check_versions(client, versions):
+                account.noted(f"{worker} does not answer; others make what it would")
             terms = Terms(
                 token=secrets.token_hex(8),
                 folder=str(folder.absolute()),
@@ -256,9 +256,8 @@ class _Run:
                         self._happened(self._events.get_nowait())
         finally:
             self._ended.set()
-            with suppress(Exception):  # the scheduler may be gone
-                for attempt in self._attempts.values():
-                    attempt.future.cancel(asynchronous=True)
+            for attempt in self._attempts.values():
+                attempt.future.release()
 
     def _keep_looking(self) -> None:
         """Asks which workers there are, until the run ends."""
@@ -334,8 +333,7 @@ class _Run:
             is_gone = attempt.worker not in self._workers and self._looked > attempt.began
             if is_gone:
                 del self._attempts[key]
-                with suppress(Exception):
-                    attempt.future.cancel(asynchronous=True)
+                attempt.future.release()
                 self._died(attempt)
             elif now - attempt.told > SILENT_SECONDS and not attempt.is_given_up:
                 self._give_up(attempt)

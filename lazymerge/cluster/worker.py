@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,13 @@ from ..engine.memory import (
     plan_memory,
 )
 from ..engine.needed_ranges import fetch_needs
+from ..engine.plan import torch_version
 from ..engine.streaming import FinishedTensor, Work, stream
 from ..errors import DoesNotFitError, InputError, LazymergeError
 from ..methods.plugins import load_installed, load_plugin
 from ..output.folder import OWN_FOLDER
 from ..output.writer import PARTIAL_SUFFIX, open_own, write_error
+from ..version import __version__
 from .group import Group, GroupResult
 
 USED_SHARE = 0.6
@@ -266,19 +267,22 @@ class _Told:
             )
 
 
+def versions_here() -> dict[str, str]:
+    """Of the packages that decide the output's bytes: of the code that runs, not of what was
+    installed once."""
+    return {"lazymerge": __version__, "torch": torch_version()}
+
+
 def _check_versions(wanted: Mapping[str, str]) -> None:
     """Raises:
     InputError: a package is not the one that the run was planned with.
     """
+    here = versions_here()
     for package, planned in wanted.items():
-        try:
-            here = version(package)
-        except PackageNotFoundError:
-            here = "not there"
-        if here != planned:
+        if here.get(package) != planned:
             raise InputError(
-                f"{package} is {here} here, and {planned} where the run was planned: the output's "
-                "bytes depend on it. Install the same on all machines"
+                f"{package} is {here.get(package, 'not there')} here, and {planned} where the run "
+                "was planned: the output's bytes depend on it. Install the same on all machines"
             )
 
 

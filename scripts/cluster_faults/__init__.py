@@ -1,0 +1,1 @@
+"""What scripts/cluster_matrix.py is made of."""

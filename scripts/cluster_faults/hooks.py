@@ -1,0 +1,127 @@
+"""Loaded by every Dask worker of the matrix (`dask worker --preload`): makes it slow enough to be
+met at work, and has it wait where a trial wants to strike. Nothing of this is in lazymerge.
+
+    TRIAL/workers/PID            a worker: its name, address and parent
+    TRIAL/groups                 a line for every group that a worker has begun or ended
+    TRIAL/gates/MOMENT           put there by a trial: the next worker that comes to this moment
+    TRIAL/gates/MOMENT.PID       …has renamed the gate so, and waits
+    TRIAL/gates/MOMENT.PID.open  …until this is there
+
+    opening   before the shard is opened
+    opened    between that and looking for the run's token
+    half      a tensor is written in part
+    written   all of the group is written, and nobody has been told
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+TRIAL_VARIABLE = "LAZYMERGE_TRIAL"
+
+MOMENTS = ("opening", "opened", "half", "written")
+
+BYTES_PER_S = 20e6
+"""Written by each worker: 268 MB take three of them 4.5 s."""
+
+LOOK_SECONDS = 0.01
+
+
+def dask_setup(worker: Any) -> None:
+    """Called by Dask when the worker starts."""
+    trial = Path(os.environ[TRIAL_VARIABLE])
+    with suppress(ImportError):  # a worker that has no lazymerge
+        install(trial)
+    record = {"name": str(worker.name), "address": worker.address, "parent": os.getppid()}
+    new = trial / "workers" / f".{os.getpid()}"
+    new.write_text(json.dumps(record))
+    new.rename(trial / "workers" / str(os.getpid()))
+
+
+def pass_gate(trial: Path, moment: str) -> None:
+    """Waits at a gate, if there is one that no other worker waits at."""
+    gate = trial / "gates" / moment
+    waiting = gate.with_name(f"{moment}.{os.getpid()}")
+    try:
+        gate.rename(waiting)
+    except FileNotFoundError:
+        return
+    while not waiting.with_name(f"{waiting.name}.open").exists():
+        time.sleep(LOOK_SECONDS)
+
+
+def install(trial: Path) -> None:
+    """Puts the hooks into lazymerge, in this process."""
+    from lazymerge.cluster import worker as module
+    from lazymerge.engine.finite import MASKS
+    from lazymerge.engine.worker import Worker
+
+    class GatedWriter(module.RangeWriter):
+        def __init__(self, group: Any) -> None:
+            pass_gate(trial, "opening")
+            super().__init__(group)
+
+        def write(self, tensor: str, data: memoryview, offset: int) -> None:
+            if (trial / "gates" / "half").exists():
+                half = len(data) // 2 | 1  # bytes: in the middle of an element
+                super().write(tensor, data[:half], offset)
+                pass_gate(trial, "half")
+                super().write(tensor, data[half:], offset + half)
+            else:
+                super().write(tensor, data, offset)
+
+    class SlowTold(module._Told):
+        def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
+            super().moved(bytes_read, bytes_written, tensor)
+            time.sleep(bytes_written / BYTES_PER_S)
+
+    write_at_once = Worker._write_at_once
+
+    def write_half_first(
+        self: Any, frame: Any, job: Any, stage: Any, start: int, stop: int
+    ) -> list[Any]:
+        """Native kernels write a whole tensor, or a span of it, at once."""
+        if (trial / "gates" / "half").exists() and stop - start > 1:
+            descriptor, first_byte = self._writer.place(stage.name)
+            begin = first_byte + self._bytes_of(stage, 0, start)
+            self._sink.begin(descriptor, begin, MASKS[stage.dtype])
+            frame.write(start, (start + stop) // 2, self._sink)
+            pass_gate(trial, "half")
+        return write_at_once(self, frame, job, stage, start, stop)
+
+    Worker._write_at_once = write_half_first  # type: ignore[method-assign]
+    find_token, make = module.token_path, module._make
+
+    def find_token_later(folder: Path, token: str) -> Path:
+        pass_gate(trial, "opened")
+        return find_token(folder, token)
+
+    def make_and_tell(group: Any) -> Any:
+        _note(trial, f"begins {group.number} {group.token}")
+        try:
+            told = make(group)
+        except BaseException as error:
+            _note(trial, f"fails {group.number} {group.token} {' '.join(str(error).split())[:300]}")
+            raise
+        _note(trial, f"ends {group.number} {group.token}")
+        pass_gate(trial, "written")
+        return told
+
+    names: dict[str, Any] = vars(module)
+    names.update(
+        RangeWriter=GatedWriter, _Told=SlowTold, token_path=find_token_later, _make=make_and_tell
+    )
+    from cluster_faults.mutations import mutate_worker
+
+    mutate_worker(names)
+
+
+def _note(trial: Path, text: str) -> None:
+    line = f"{time.time():.3f} {os.getpid()} {text}\n"
+    with (trial / "groups").open("a") as file:
+        file.write(line)
