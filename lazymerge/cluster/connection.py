@@ -90,7 +90,6 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
         LazymergeError: no scheduler answers.
     """
     try:
-        import dask
         import distributed
         import distributed.security
     except ImportError as error:

@@ -12,6 +12,8 @@ and where a result comes twice its checksums are compared.
 
 from __future__ import annotations
 
+import asyncio
+import pickle
 import secrets
 import threading
 import time
@@ -32,7 +34,7 @@ from ..errors import LazymergeError
 from ..output.writer import ShardWriter, write_error
 from .connection import ClusterAddress, check_versions, connected, line_of, workers_of
 from .group import Division, GroupResult, Terms
-from .worker import TOPIC, make_group, plugin_digest, token_path, versions_here
+from .worker import TOPIC, make_packed_group, plugin_digest, token_path, versions_here
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -185,6 +187,21 @@ def _shown_to_workers(folder: Path, token: str) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+async def _results(
+    client: Client, futures: Sequence[Future[GroupResult]]
+) -> list[GroupResult | BaseException]:
+    """What workers have given back, or why it does not come: all at once, for asking for one result
+    after the other takes a round trip each."""
+    waits = [
+        asyncio.wait_for(client.gather(future, asynchronous=True), RESULT_SECONDS)
+        for future in futures
+    ]
+    results: list[GroupResult | BaseException] = await asyncio.gather(
+        *waits, return_exceptions=True
+    )
+    return results
+
+
 class _Run:
     """The groups of one run, and who makes them."""
 
@@ -205,6 +222,7 @@ class _Run:
         self._address = address
         self._queue = deque(range(len(division)))
         self._attempts: dict[str, _Attempt] = {}
+        self._ended_attempts: list[_Attempt] = []
         self._made: set[int] = set()
         self._sums: dict[int, Mapping[str, str]] = {}
         self._moved: dict[int, tuple[int, int]] = {}
@@ -254,6 +272,7 @@ class _Run:
                     self._happened(self._events.get(timeout=WAKE_SECONDS))
                     while True:
                         self._happened(self._events.get_nowait())
+                self._take_ended()
         finally:
             self._ended.set()
             for attempt in self._attempts.values():
@@ -268,7 +287,8 @@ class _Run:
 
     def _happened(self, event: Any) -> None:
         if isinstance(event, str):
-            self._ended_attempt(self._attempts.pop(event, None))
+            if event in self._attempts:
+                self._ended_attempts.append(self._attempts.pop(event))
         elif isinstance(event, _Looked):
             self._looked, self._workers = event.at, event.workers
         else:
@@ -370,43 +390,55 @@ class _Run:
         if self._client.status != "running":
             return  # it comes back, or not: _check_cluster
         busy = {attempt.worker for attempt in self._attempts.values()}
+        slow: Iterator[int] | None = None
         for worker in self._workers:
             if worker in busy or self._bad[worker] >= MOST_FAILURES:
                 continue
-            number = self._next_for(worker)
+            number = self._next_queued(worker)
+            if number is None:
+                slow = self._slow_groups() if slow is None else slow
+                number = next(slow, None)
             if number is not None:
                 self._submit(number, worker)
 
-    def _next_for(self, worker: str) -> int | None:
-        """The group that a worker is to make; None if there is none for it."""
+    def _next_queued(self, worker: str) -> int | None:
+        """The group that a worker is to make; None if none is left for it."""
         for number in self._queue:
             if not self._is_hopeless(number, worker):
                 self._queue.remove(number)
                 return number
-        now = time.monotonic()
-        for attempt in sorted(self._attempts.values(), key=lambda attempt: attempt.began):
-            number = attempt.number
-            usual = self._pace * self._division.work_bytes(number)
-            is_slow = now - attempt.began > max(REPEAT_SECONDS, REPEAT_FACTOR * usual)
-            together = [a for a in self._attempts.values() if a.number == number]
-            is_slow &= all(now - a.began > REPEAT_SECONDS for a in together)
-            if is_slow and number not in self._made and len(together) < MOST_ATTEMPTS:
-                return number
         return None
+
+    def _slow_groups(self) -> Iterator[int]:
+        """Groups that take longer than others of their size, longest running first."""
+        attempts = sorted(self._attempts.values(), key=lambda attempt: attempt.began)
+        together: dict[int, list[_Attempt]] = {}
+        for attempt in attempts:
+            together.setdefault(attempt.number, []).append(attempt)
+        now = time.monotonic()
+        for number, same in together.items():
+            if number in self._made or len(same) >= MOST_ATTEMPTS:
+                continue
+            usual = self._pace * self._division.work_bytes(number)
+            first, last = same[0].began, same[-1].began
+            if now - first > REPEAT_FACTOR * usual and now - last > REPEAT_SECONDS:
+                yield number
 
     def _is_hopeless(self, number: int, worker: str) -> bool:
         """Whether a worker has failed to make a group that others may be able to."""
         failed = {address for address, _ in self._failures.get(number, ())}
-        others = [w for w in self._workers if self._bad[w] < MOST_FAILURES and w not in failed]
-        return worker in failed and bool(others)
+        if worker not in failed:
+            return False
+        return any(self._bad[w] < MOST_FAILURES and w not in failed for w in self._workers)
 
     def _submit(self, number: int, worker: str) -> None:
         key = f"lazymerge-{self._token}-{number}-{self._submitted}"
         self._submitted += 1
         self._used.add(worker)
         future = self._client.submit(
-            make_group,
-            self._division.group(number),
+            make_packed_group,
+            # in bytes: the scheduler would take a group apart, and put it together again
+            pickle.dumps(self._division.group(number)),
             key=key,
             workers=[worker],
             resources={"GPU": 1} if self._device != "cpu" else None,
@@ -416,28 +448,35 @@ class _Run:
         self._attempts[key] = _Attempt(number, worker, future, now, now)
         future.add_done_callback(lambda _: self._events.put(key))
 
-    def _ended_attempt(self, attempt: _Attempt | None) -> None:
+    def _take_ended(self) -> None:
+        """Looks at what has come of the attempts that have ended since.
+
+        Raises:
+            LazymergeError: that is the end of the run.
+        """
+        ended, self._ended_attempts = self._ended_attempts, []
+        if not ended:
+            return
+        given = self._client.sync(_results, self._client, [attempt.future for attempt in ended])
+        for attempt, result in zip(ended, given, strict=True):
+            self._has_ended(attempt, result)
+
+    def _has_ended(self, attempt: _Attempt, result: GroupResult | BaseException) -> None:
         """A worker has made its group, or has not.
 
         Raises:
             LazymergeError: that is the end of the run.
         """
-        if attempt is None:
-            return
         from distributed import KilledWorker
 
-        future = attempt.future
-        if future.status == "cancelled":  # the scheduler was started anew
+        if attempt.future.status == "cancelled":  # the scheduler was started anew
             self._give_up(attempt)
-            return
-        try:
-            result = future.result(timeout=RESULT_SECONDS)
-        except KilledWorker:
+        elif isinstance(result, KilledWorker):
             self._died(attempt)
-        except NonfiniteError:
-            raise
-        except Exception as error:
-            self._failed(attempt, error)
+        elif isinstance(result, NonfiniteError) or not isinstance(result, GroupResult | Exception):
+            raise result
+        elif isinstance(result, Exception):
+            self._failed(attempt, result)
         else:
             self._bad[attempt.worker] = 0
             self._done(attempt, result)

@@ -13,6 +13,7 @@ writes, seen through whatever filesystem; and a shard that a later run makes is 
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import threading
 import time
@@ -67,8 +68,14 @@ def token_path(folder: Path, token: str) -> Path:
     return folder / OWN_FOLDER / f"cluster-{token}"
 
 
+def make_packed_group(packed: bytes) -> GroupResult:
+    """As make_group, of its pickle; called by Dask, in a worker."""
+    group: Group = pickle.loads(packed)
+    return make_group(group)
+
+
 def make_group(group: Group) -> GroupResult:
-    """Makes a group's tensors; called by Dask, in a worker.
+    """Makes a group's tensors.
 
     Raises:
         LazymergeError: reading or writing fails; the message names this machine.
