@@ -469,7 +469,8 @@ class _Run:
         """
         from distributed import KilledWorker
 
-        if attempt.future.status == "cancelled":  # the scheduler was started anew
+        is_cancelled = isinstance(result, asyncio.CancelledError)
+        if attempt.future.status == "cancelled" or is_cancelled:  # the scheduler was started anew
             self._give_up(attempt)
         elif isinstance(result, KilledWorker):
             self._died(attempt)

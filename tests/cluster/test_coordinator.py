@@ -3,7 +3,9 @@ come back; each at a moment that the test chooses."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -59,14 +61,14 @@ class FakeFuture:
         for callback in self._callbacks:
             callback(self)
 
-    def result(self, timeout: float) -> GroupResult:
+    def result(self) -> GroupResult:
         if isinstance(self._result, BaseException):
             raise self._result
         assert isinstance(self._result, GroupResult)
         return self._result
 
-    def cancel(self, asynchronous: bool) -> None:
-        self.status = "cancelled"
+    def release(self) -> None:
+        pass
 
 
 def good(future: FakeFuture) -> None:
@@ -97,13 +99,19 @@ class FakeClient:
         self.behaviours: dict[str, Behaviour] = {}
         self.given: list[tuple[int, str]] = []
         self.status = "running"
+        self.versions: dict[str, dict[str, str]] = {}
         self.tell: Callable[[Any], None] = lambda event: None
 
-    def get_versions(self, packages: list[str]) -> dict[str, Any]:
-        from importlib.metadata import version
+    def sync(self, function: Any, *arguments: Any) -> Any:
+        return asyncio.run(function(*arguments))
 
-        facts = {"packages": {package: version(package) for package in packages}}
-        return {"workers": dict.fromkeys(self.workers, facts)}
+    async def gather(self, future: FakeFuture, asynchronous: bool) -> GroupResult:
+        assert asynchronous
+        return future.result()
+
+    async def run(self, function: Any, workers: list[str], on_error: str) -> dict[str, Any]:
+        assert on_error == "return"
+        return {worker: self.versions.get(worker, function()) for worker in workers}
 
     def scheduler_info(self, n_workers: int) -> dict[str, Any]:
         assert n_workers == -1
@@ -113,7 +121,8 @@ class FakeClient:
     def subscribe_topic(self, topic: str, handler: Callable[[Any], None]) -> None:
         self.tell = handler
 
-    def submit(self, function: Any, given: Group, **options: Any) -> FakeFuture:
+    def submit(self, function: Any, packed: bytes, **options: Any) -> FakeFuture:
+        given: Group = pickle.loads(packed)
         (worker,) = options["workers"]
         self.given.append((given.number, worker))
         return FakeFuture(self, given, worker)
@@ -396,6 +405,7 @@ def test_two_workers_that_make_other_bytes(
         deadline = time.monotonic() + 60
         while self._attempts and time.monotonic() < deadline:
             self._happened(self._events.get(timeout=60))
+            self._take_ended()
 
     monkeypatch.setattr(coordinator._Run, "to_the_end", waits_for_b)
     with pytest.raises(LazymergeError, match="was made twice, and b has made other bytes"):
@@ -421,11 +431,7 @@ def test_another_version_on_a_worker(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = FakeClient("a", "b")
-    right = client.get_versions(["lazymerge", "torch"])["workers"]["a"]
-    wrong = {"packages": {"torch": "1.0"}}
-    monkeypatch.setattr(
-        client, "get_versions", lambda packages: {"workers": {"a": right, "b": wrong}}
-    )
+    client.versions["b"] = {"torch": "1.0"}
     with pytest.raises(InputError) as error:
         run(plan, client, tmp_path / "out", monkeypatch)
     lines = str(error.value).splitlines()
