@@ -68,9 +68,20 @@ def check_no_intermediates(
     in_stores = [place for place in (output, *intermediates.values()) if is_address(str(place))]
     if intermediates and in_stores:
         raise InputError(
-            f"merges that others use are written beside each other in folders, and {in_stores[0]} "
-            "is in a store: leave --write-intermediate out, or give a folder as output"
+            f"merges that others use are written into folders, and so is what they lead to; "
+            f"{in_stores[0]} is an address"
         )
+
+
+def check_address(plan: Plan, address: StoreAddress, *, overwrite: bool) -> None:
+    """As `check_prefix`, of what is there now. An output of the plan that is complete is let pass.
+
+    Raises:
+        InputError: a run of the plan may not write there, or the store does not answer.
+    """
+    contents = look(Store(address))
+    if complete_in_store(plan, contents) is None:
+        check_prefix(plan, address, contents, overwrite=overwrite)
 
 
 def complete_in_store(plan: Plan, contents: StoreContents) -> dict[str, Any] | None:

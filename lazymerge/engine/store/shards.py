@@ -87,11 +87,13 @@ def store_shards(
     ordered = in_order_of_files(work, shards)
     needs = store_needs(work.graph, shards, work.execution.device)
     room = store_room(work.memory.store_bytes, needs)
-    uploads = ShardUploads(
+    recorded = _Recorded(told)
+    uploads = recorded.uploads = ShardUploads(
         Store(target.address),
         shards,
         target.fingerprint,
         made,
+        recorded.sent,
         window_bytes=room.window_bytes,
         least_bytes=needs.least_bytes,
         uploads=room.uploads,
@@ -106,7 +108,7 @@ def store_shards(
             ordered,
             uploads,
             stamps,
-            _Recorded(told, uploads),
+            recorded,
             where=str(target.address),
             check=check_both,
             device=device,
@@ -132,22 +134,30 @@ def in_order_of_files(work: Work, shards: Sequence[Shard]) -> Work:
 
 
 class _Recorded:
-    """Hands on what is told, and keeps what is known of finished tensors."""
+    """Hands on what is told, and keeps what is known of finished tensors. Bytes are written when
+    they have been uploaded."""
 
-    def __init__(self, told: Told, uploads: ShardUploads) -> None:
+    uploads: ShardUploads
+
+    def __init__(self, told: Told) -> None:
         self._told = told
-        self._uploads = uploads
+        self._last = ""
 
     def began(self, tensor: str) -> None:
         self._told.began(tensor)
 
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
-        self._told.moved(bytes_read, bytes_written, tensor)
+        self._last = tensor
+        self._told.moved(bytes_read, 0, tensor)
+
+    def sent(self, size_bytes: int) -> None:
+        """Some bytes have been uploaded."""
+        self._told.moved(0, size_bytes, self._last)
 
     def finished(self, tensor: FinishedTensor) -> None:
         self._told.finished(tensor)
         record = TensorRecord(tensor.checksum, tensor.is_nonfinite, tuple(tensor.statistics))
-        self._uploads.finished(tensor.name, record)
+        self.uploads.finished(tensor.name, record)
 
 
 def _close_later(error: AbandonedError, uploads: ShardUploads) -> None:

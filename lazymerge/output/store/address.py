@@ -62,12 +62,12 @@ def local_place(output: str | Path) -> Path:
     Raises:
         InputError: it is given by an address, and this is done with folders only.
     """
-    place = place_of(output)
-    if isinstance(place, StoreAddress):
+    if is_address(output):
         raise InputError(
-            f"{place} is in a store; this works on folders only: fetch a copy of it first"
+            f"{str(output)[:200]} is an address; this works on folders only: fetch a copy of the "
+            "output first"
         )
-    return place
+    return Path(output)
 
 
 def store_address(output: str | Path) -> StoreAddress:
@@ -84,7 +84,9 @@ def store_address(output: str | Path) -> StoreAddress:
             f"{SCHEME}://bucket/prefix only"
         )
     if isinstance(output, Path):  # which makes one slash of two
-        raise InputError(f"the output {text!r} is an address: give it as text, not as a Path")
+        raise InputError(
+            f"the output {text!r} is an address: it must be given as text, and not as a Path"
+        )
     try:
         parts = urlsplit(text)
         has_password = "@" in parts.netloc

@@ -192,18 +192,8 @@ class Store:
         """
         conditions = {"IfNoneMatch": "*"} if only_if_absent else {}
         conditions |= {"IfMatch": only_if} if only_if else {}
-
-        async def work() -> str:
-            answer = await self._request(
-                "put_object",
-                Key=self.address.key(name),
-                Body=io.BytesIO(content),
-                Metadata=dict(metadata or {}),
-                **conditions,
-            )
-            return str(answer["ETag"])
-
-        return self._persistently(name, work)
+        with io.BytesIO(content) as body:
+            return self._send(name, "put_object", body, Metadata=dict(metadata or {}), **conditions)
 
     def remove(self, names: Sequence[str]) -> None:
         """Removes objects that may be there."""
@@ -228,24 +218,23 @@ class Store:
         answer = self._call(name, "create_multipart_upload", Key=key, Metadata=dict(metadata))
         return Upload(name, str(answer["UploadId"]))
 
-    def upload_part(self, upload: Upload, number: int, content: bytes) -> str:
+    def upload_part(self, upload: Upload, number: int, body: io.BytesIO) -> str:
         """Uploads a part; returns its ETag. number: from 1.
 
         Raises:
             NoUploadError: there is no such upload any more.
         """
+        return self._send(upload.name, "upload_part", body, UploadId=upload.id, PartNumber=number)
+
+    def _send(self, name: str, method: str, body: io.BytesIO, **arguments: Any) -> str:
+        """Sends an object, or a part of one; returns its ETag."""
 
         async def work() -> str:
-            answer = await self._request(
-                "upload_part",
-                Key=self.address.key(upload.name),
-                UploadId=upload.id,
-                PartNumber=number,
-                Body=io.BytesIO(content),
-            )
+            body.seek(0)
+            answer = await self._request(method, Key=self.address.key(name), Body=body, **arguments)
             return str(answer["ETag"])
 
-        return self._persistently(upload.name, work)
+        return self._persistently(name, work)
 
     def complete(self, upload: Upload, etags: Mapping[int, str]) -> None:
         """Makes an object of the parts that were uploaded: it is there whole from now on.

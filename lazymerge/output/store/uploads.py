@@ -21,6 +21,7 @@ and that the next run aborts.
 from __future__ import annotations
 
 import ctypes
+import io
 import mmap
 import os
 import threading
@@ -111,6 +112,7 @@ class ShardUploads:
         shards: Sequence[Shard],
         fingerprint: str,
         made: Made,
+        sent: Callable[[int], None],
         *,
         window_bytes: int,
         least_bytes: int,
@@ -119,12 +121,14 @@ class ShardUploads:
         """shards: in the order in which their tensors are made. fingerprint: of the plan.
 
         made: is told of every complete shard, from threads of this object's own.
+        sent: is told of bytes that have been uploaded, from these threads too.
         window_bytes: what may be in memory of them. least_bytes: as `least_window_bytes` gives it.
         uploads: parts on their way at a time, each in memory beside the window.
         """
         self._store = store
         self._fingerprint = fingerprint
         self._made = made
+        self._sent = sent
         self._window = max(window_bytes, least_bytes)
         self._zone = least_bytes
         self._shards: list[_Open] = []
@@ -342,17 +346,24 @@ class ShardUploads:
         if len(opened.missing) == 1:
             etag = self._store.put(opened.shard.file, content, metadata=self._metadata())
         else:
-            try:
-                etag = self._store.upload_part(self._upload_of(opened), part + 1, content)
-            except NoUploadError:
-                raise LazymergeError(
-                    f"{self._store.address.url(opened.shard.file)}: its upload was aborted: by "
-                    "another run, or by a rule of the bucket's. Run it again; shards that are "
-                    "complete stay"
-                ) from None
+            # closed at the end: the client may refer to it for longer
+            with io.BytesIO(content) as body:
+                del content
+                etag = self._upload_part(opened, part, body)
         with self._changed:
             opened.etags[part + 1] = etag
             self._complete_if_ready(opened)
+        self._sent(size)
+
+    def _upload_part(self, opened: _Open, part: int, body: io.BytesIO) -> str:
+        try:
+            return self._store.upload_part(self._upload_of(opened), part + 1, body)
+        except NoUploadError:
+            raise LazymergeError(
+                f"{self._store.address.url(opened.shard.file)}: its upload was aborted: by "
+                "another run, or by a rule of the bucket's. Run it again; shards that are "
+                "complete stay"
+            ) from None
 
     def _metadata(self) -> Mapping[str, str]:
         return {FINGERPRINT_KEY: self._fingerprint}
