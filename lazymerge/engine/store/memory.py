@@ -39,25 +39,14 @@ class StoreNeeds:
 
     @property
     def smallest_bytes(self) -> int:
-        """With which a run can go on: one upload at a time."""
-        return CLIENT_BYTES + self.least_bytes + self.part_bytes
+        """With which a run can go on."""
+        return CLIENT_BYTES + self.least_bytes
 
     def useful_bytes(self, workers: int) -> int:
         """More brings nothing: all workers write, and all uploads are busy with another part ready
         for each."""
-        ahead = workers * self.span_bytes + 2 * (MOST_UPLOADS - 1) * self.part_bytes
+        ahead = workers * self.span_bytes + 2 * MOST_UPLOADS * self.part_bytes
         return self.smallest_bytes + min(ahead, self.total_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class StoreRoom:
-    """How it is used. window_bytes: for what is written, and not uploaded yet.
-
-    uploads: parts on their way at a time, each of them memory beside that.
-    """
-
-    window_bytes: int
-    uploads: int
 
 
 def store_needs(graph: Graph, shards: Sequence[Shard], device: DeviceClass) -> StoreNeeds:
@@ -77,17 +66,6 @@ def spans_of(graph: Graph, device: DeviceClass) -> Mapping[str, int]:
         elements = SPAN_BLOCKS * elements_per_block(device, row_elements(graph, write))
         found[write.name] = min(elements, write.element_count) * DTYPES[write.dtype].item_bytes
     return found
-
-
-def store_room(store_bytes: int, needs: StoreNeeds) -> StoreRoom:
-    """How memory is shared between what is written and what is on its way.
-
-    store_bytes: as the plan has them.
-    """
-    left = max(0, store_bytes - needs.smallest_bytes)
-    more = min(MOST_UPLOADS - 1, left // max(1, 2 * needs.part_bytes))
-    window = needs.least_bytes + left - more * needs.part_bytes
-    return StoreRoom(window, 1 + more)
 
 
 def held_beside_client(resident_bytes: int) -> int:

@@ -18,7 +18,7 @@ from ...output.store.records import ShardRecord, TensorRecord
 from ...output.store.uploads import Made, ShardUploads
 from ..device.interface import Device
 from ..streaming import AbandonedError, FinishedTensor, Stamps, Told, Work, stream
-from .memory import store_needs, store_room
+from .memory import CLIENT_BYTES, store_needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,6 @@ def store_shards(
     """
     ordered = in_order_of_files(work, shards)
     needs = store_needs(work.graph, shards, work.execution.device)
-    room = store_room(work.memory.store_bytes, needs)
     recorded = _Recorded(told)
     uploads = recorded.uploads = ShardUploads(
         Store(target.address),
@@ -94,9 +93,8 @@ def store_shards(
         target.fingerprint,
         made,
         recorded.sent,
-        window_bytes=room.window_bytes,
+        window_bytes=work.memory.store_bytes - CLIENT_BYTES,
         least_bytes=needs.least_bytes,
-        uploads=room.uploads,
     )
 
     def check_both() -> None:

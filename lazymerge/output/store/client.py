@@ -13,11 +13,11 @@ own messages may hold of them.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ...checkpoint.transport import AbsentError, PassingError, Take, persistently
 from ...errors import InputError, LazymergeError
@@ -73,6 +73,23 @@ class Upload:
 
     name: str
     id: str
+
+
+class Body(Protocol):
+    """What is sent: a file for the client, which forms checksums of it and may have to send it
+    again; and, for what sends it, its pieces."""
+
+    def read(self, count: int = -1) -> bytes:
+        """The next bytes."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Goes to a place."""
+
+    def tell(self) -> int:
+        """Where it is."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """All of it, from where it is."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +193,7 @@ class Store:
     def put(
         self,
         name: str,
-        content: bytes,
+        content: bytes | Body,
         *,
         metadata: Mapping[str, str] | None = None,
         only_if_absent: bool = False,
@@ -192,8 +209,8 @@ class Store:
         """
         conditions = {"IfNoneMatch": "*"} if only_if_absent else {}
         conditions |= {"IfMatch": only_if} if only_if else {}
-        with io.BytesIO(content) as body:
-            return self._send(name, "put_object", body, Metadata=dict(metadata or {}), **conditions)
+        noted = dict(metadata or {})
+        return self._send(name, "put_object", content, Metadata=noted, **conditions)
 
     def remove(self, names: Sequence[str]) -> None:
         """Removes objects that may be there."""
@@ -218,7 +235,7 @@ class Store:
         answer = self._call(name, "create_multipart_upload", Key=key, Metadata=dict(metadata))
         return Upload(name, str(answer["UploadId"]))
 
-    def upload_part(self, upload: Upload, number: int, body: io.BytesIO) -> str:
+    def upload_part(self, upload: Upload, number: int, body: Body) -> str:
         """Uploads a part; returns its ETag. number: from 1.
 
         Raises:
@@ -226,10 +243,11 @@ class Store:
         """
         return self._send(upload.name, "upload_part", body, UploadId=upload.id, PartNumber=number)
 
-    def _send(self, name: str, method: str, body: io.BytesIO, **arguments: Any) -> str:
+    def _send(self, name: str, method: str, content: bytes | Body, **arguments: Any) -> str:
         """Sends an object, or a part of one; returns its ETag."""
 
         async def work() -> str:
+            body = io.BytesIO(content) if isinstance(content, bytes) else content
             body.seek(0)
             answer = await self._request(method, Key=self.address.key(name), Body=body, **arguments)
             return str(answer["ETag"])

@@ -1,12 +1,12 @@
 """Shards on their way into a store: what workers have written leaves memory as it is uploaded.
 
 Every shard is a file in memory (memfd_create) of its full size, empty at first. Workers write
-spans at their places, as into any other file. A part of which all bytes are there is read, a hole
-takes its place, and it is uploaded, several parts at a time.
+spans at their places, as into any other file. A part of which all bytes are there is uploaded,
+several at a time, and then a hole takes its place.
 
     shard in memory    ··············▓▓▓▓▓▓▓▓▓▓▓▓░░░░░░░░░░░░·······
-                        uploaded     │ complete │ being       │ not begun
-                                     │ parts    │ written
+                        uploaded     │ on its   │ being       │ not begun
+                                     │ way      │ written
 
 Before a worker begins a span it asks for room (`await_room`), and waits while the parts that are
 begun fill the window. A span near the first part that is still in memory need not wait: else
@@ -21,11 +21,10 @@ and that the next run aborts.
 from __future__ import annotations
 
 import ctypes
-import io
 import mmap
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from typing import cast
 
 from ...errors import LazymergeError
 from ..layout import Placement, Shard, shard_header
-from .client import NoUploadError, Store, StoredObject, Upload
+from .client import PIECE_BYTES, NoUploadError, Store, StoredObject, Upload
 from .records import FINGERPRINT_KEY, ShardRecord, TensorRecord, new_record
 
 PART_BYTES = 16 << 20
@@ -116,14 +115,12 @@ class ShardUploads:
         *,
         window_bytes: int,
         least_bytes: int,
-        uploads: int,
     ) -> None:
         """shards: in the order in which their tensors are made. fingerprint: of the plan.
 
         made: is told of every complete shard, from threads of this object's own.
         sent: is told of bytes that have been uploaded, from these threads too.
         window_bytes: what may be in memory of them. least_bytes: as `least_window_bytes` gives it.
-        uploads: parts on their way at a time, each in memory beside the window.
         """
         self._store = store
         self._fingerprint = fingerprint
@@ -150,14 +147,13 @@ class ShardUploads:
         }
         self._left = len(self._shards)
         self._lowest = (0, 0)
-        self._moved: set[int] = set()
+        self._gone: set[int] = set()
         self._held = 0
         self._changed = threading.Condition()
         self._closing = False
         self._failed: BaseException | None = None
-        self._pool = ThreadPoolExecutor(uploads, "upload")
+        self._pool = ThreadPoolExecutor(MOST_UPLOADS, "upload")
         self.most_held_bytes = 0
-        self.uploads = uploads
 
     # as a writer
 
@@ -279,8 +275,8 @@ class ShardUploads:
         number, part = self._lowest
         while number < len(self._shards):
             opened = self._shards[number]
-            while part < len(opened.missing) and opened.first + part in self._moved:
-                self._moved.remove(opened.first + part)
+            while part < len(opened.missing) and opened.first + part in self._gone:
+                self._gone.remove(opened.first + part)
                 part += 1
             if part < len(opened.missing):
                 break
@@ -337,25 +333,21 @@ class ShardUploads:
 
     def _upload(self, opened: _Open, part: int) -> None:
         size, offset = opened.size(part), part * opened.part_bytes
-        content = _read_all(opened.descriptor, size, offset)
+        body = _Part(opened.descriptor, offset, size)
+        if len(opened.missing) == 1:
+            etag = self._store.put(opened.shard.file, body, metadata=self._metadata())
+        else:
+            etag = self._upload_part(opened, part, body)
         _make_hole(opened.descriptor, offset, size)
         with self._changed:
             self._held -= size
-            self._moved.add(opened.first + part)
-            self._changed.notify_all()
-        if len(opened.missing) == 1:
-            etag = self._store.put(opened.shard.file, content, metadata=self._metadata())
-        else:
-            # closed at the end: the client may refer to it for longer
-            with io.BytesIO(content) as body:
-                del content
-                etag = self._upload_part(opened, part, body)
-        with self._changed:
+            self._gone.add(opened.first + part)
             opened.etags[part + 1] = etag
             self._complete_if_ready(opened)
+            self._changed.notify_all()
         self._sent(size)
 
-    def _upload_part(self, opened: _Open, part: int, body: io.BytesIO) -> str:
+    def _upload_part(self, opened: _Open, part: int, body: _Part) -> str:
         try:
             return self._store.upload_part(self._upload_of(opened), part + 1, body)
         except NoUploadError:
@@ -418,12 +410,40 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _read_all(descriptor: int, size: int, offset: int) -> bytes:
-    """A part of a file in memory, in one piece: a read of at most 2 GB gives all of it."""
-    content = os.pread(descriptor, size, offset)
-    if len(content) != size:
-        raise LazymergeError(f"{len(content):,} bytes of a part of {size:,} are in memory")
-    return content
+class _Part:
+    """A byte range of a file in memory, as the store's client reads it and what sends it asks for
+    it. Nothing of it is copied but the piece that is on its way."""
+
+    def __init__(self, descriptor: int, start: int, size_bytes: int) -> None:
+        self._descriptor = descriptor
+        self._start = start
+        self._size = size_bytes
+        self._at = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, count: int = -1) -> bytes:
+        """The next bytes."""
+        left = self._size - self._at
+        data = os.pread(
+            self._descriptor, left if count < 0 else min(count, left), self._start + self._at
+        )
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Goes to a place."""
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Where it is."""
+        return self._at
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while piece := self.read(PIECE_BYTES):
+            yield piece
 
 
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1  # linux/falloc.h
