@@ -24,6 +24,10 @@ from .engine.plan import (
 )
 from .engine.report import Observer, RunReport
 from .engine.run import Workforce, run_plan
+from .engine.store.contents import check_no_intermediates, unfinished_plan
+from .engine.store.run import run_into_store
+from .engine.store.status import store_status
+from .engine.store.verification import verify_in_store
 from .engine.verification import Checked, Verification, verify_output
 from .errors import InputError
 from .inspection.checkpoint import Inspection, inspect_checkpoint
@@ -31,6 +35,7 @@ from .inspection.scan import Scanned, scan_checkpoint
 from .inspection.suspicions import Suspicion
 from .inspection.suspicions import suspicions as find_suspicions
 from .output.status import OutputStatus, output_status
+from .output.store.address import StoreAddress, local_place, place_of
 from .sizes import format_bytes, parse_size
 
 
@@ -123,7 +128,8 @@ def run(
 ) -> RunReport:
     """Runs a plan into a folder, or goes on with what an earlier run of it has left there.
 
-    output: a folder that is empty, does not exist, or holds an unfinished output of the same plan.
+    output: a folder that is empty, does not exist, or holds an unfinished output of the same plan;
+        or the address of such a prefix in an object store, "s3://bucket/prefix".
     intermediates: folders of merges that the recipe uses, by name: they are written too, before it.
     overwrite: replace what an earlier merge has left there.
     fsync: wait until the data is on disk before files get their final names.
@@ -145,6 +151,18 @@ def run(
     none, the files it has made are removed.
     """
     plan = plan.with_statistics() if statistics else plan
+    place = place_of(output)
+    if isinstance(place, StoreAddress):
+        check_no_intermediates(place, intermediates or {})
+        return run_into_store(
+            plan,
+            place,
+            overwrite=overwrite,
+            observer=observer,
+            strict=strict,
+            recheck=recheck,
+            hash_inputs=hash_inputs,
+        )
     outputs = parts.outputs_of(plan, output, intermediates or {})
     is_one = len(outputs) == 1
     if not is_one:
@@ -201,15 +219,16 @@ def plan_of_unfinished(
         InputError: there is nothing unfinished, or recipe, inputs or version have changed since.
         DoesNotFitError: the memory does not suffice.
     """
-    return unfinished.plan_of_unfinished(
-        output,
-        Resources(
-            limit_bytes=parse_size(memory) if isinstance(memory, str) else memory,
-            vram_limit_bytes=parse_size(vram) if isinstance(vram, str) else vram,
-            workers=workers,
-            read_mode=read_mode,
-        ),
+    resources = Resources(
+        limit_bytes=parse_size(memory) if isinstance(memory, str) else memory,
+        vram_limit_bytes=parse_size(vram) if isinstance(vram, str) else vram,
+        workers=workers,
+        read_mode=read_mode,
     )
+    place = place_of(output)
+    if isinstance(place, StoreAddress):
+        return unfinished_plan(place, resources)
+    return unfinished.plan_of_unfinished(place, resources)
 
 
 def resume(
@@ -236,7 +255,8 @@ def status(output: Path | str) -> OutputStatus:
     Raises:
         InputError: it is no output of lazymerge.
     """
-    return output_status(output)
+    place = place_of(output)
+    return store_status(place) if isinstance(place, StoreAddress) else output_status(place)
 
 
 def inspect(
@@ -297,8 +317,13 @@ def verify(
     resources = Resources(
         limit_bytes=parse_size(memory) if isinstance(memory, str) else memory, workers=workers
     )
+    place = place_of(output)
+    if isinstance(place, StoreAddress):
+        return verify_in_store(
+            place, recompute=recompute, seed=seed, resources=resources, checked=checked
+        )
     return verify_output(
-        output, recompute=recompute, seed=seed, resources=resources, checked=checked
+        place, recompute=recompute, seed=seed, resources=resources, checked=checked
     )
 
 
@@ -311,7 +336,7 @@ def report(output: Path | str) -> OutputReport:
     Raises:
         InputError: it is no complete output, or its documents are damaged.
     """
-    return report_of(output)
+    return report_of(local_place(output))
 
 
 def diff(

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from ..output.store.address import StoreAddress, is_address
 from ..recipe import Recipe, part_named
 
 OPTION = "--write-intermediate"
@@ -27,24 +28,31 @@ IntermediateOption = Annotated[
 
 
 def folders_asked(
-    asked: Sequence[str] | None, recipe: Recipe, output: Path | None
+    asked: Sequence[str] | None, recipe: Recipe, output: Path | StoreAddress | None
 ) -> dict[str, Path]:
     """Where merges are to be written, by name.
 
     asked: as given, NAME or NAME=FOLDER. output: OUT, None where it is not given.
 
     Raises:
-        InputError: the recipe uses no merge of a name, one is asked for twice, or it is not said
-            where it is to go.
+        InputError: the recipe uses no merge of a name, one is asked for twice, it is not said
+            where it is to go, or it is to go into a store, or OUT is.
     """
+    for place in (output, *(text.partition("=")[2] for text in asked or ())):
+        if asked and place is not None and is_address(str(place)):
+            raise InputError(
+                f"{OPTION} writes into folders, beside OUT, which must be one too; {place} is an "
+                "address"
+            )
     names = [str(merge.name) for merge in recipe.merges]
+    folder_of_output = output if isinstance(output, Path) else None
     folders: dict[str, Path] = {}
     for text in asked or ():
         name, folder = _apart(text, names)
         part_named(recipe, name)
         if name in folders:
             raise InputError(f"{OPTION} {name} is given twice; a merge is written once")
-        folders[name] = _beside(output, name) if folder is None else _given(name, folder)
+        folders[name] = _beside(folder_of_output, name) if folder is None else _given(name, folder)
     return folders
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .options import JsonOption, OutputArgument
+from ..output.store.address import local_place
+from .options import FolderArgument, JsonOption
 from .running import NoSyncOption
 
 
 def join(
-    output: OutputArgument, no_fsync: NoSyncOption = False, as_json: JsonOption = False
+    output: FolderArgument, no_fsync: NoSyncOption = False, as_json: JsonOption = False
 ) -> None:
     """Make one output of the parts that `plan --split` has named and `run` has merged."""
     from dataclasses import asdict
@@ -15,7 +16,7 @@ def join(
     from ..engine.splitting import join_parts
     from .console import messages, print_json
 
-    joined = join_parts(output, fsync=not no_fsync)
+    joined = join_parts(local_place(output), fsync=not no_fsync)
     if as_json:
         print_json(asdict(joined))
         return

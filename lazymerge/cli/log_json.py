@@ -20,6 +20,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..engine.intermediates import Output
+    from ..engine.plan import Plan
     from ..engine.report import RunReport
 
 STDERR = "-"
@@ -61,12 +62,22 @@ class JsonLog:
 
     def planned(self, output: Output, suspicions: Sequence[Mapping[str, Any]]) -> None:
         """What is going to be made. suspicions: what looks wrong about it."""
-        plan = output.plan
+        self.plan_made(output.plan, str(output.folder), output.name, suspicions)
+
+    def plan_made(
+        self,
+        plan: Plan,
+        place: str,
+        part: str | None,
+        suspicions: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """The same. place: of the output. part: name of the merge, where it is one that others
+        use."""
         self.event(
             "plan",
-            output=str(output.folder),
+            output=place,
             recipe=plan.recipe.path,
-            part=output.name,
+            part=part,
             fingerprint=plan.fingerprint,
             tensors=len(plan.tensors),
             bytes_read=plan.bytes_read,

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     switch = argparse.BooleanOptionalAction
     made.add_argument("config_file", type=Path)
-    made.add_argument("out_path", type=Path)
+    made.add_argument("out_path")
     used = made.add_argument_group("options that do what they do in mergekit-yaml")
     used.add_argument("--cuda", action=switch, default=False, help="Compute on the GPU.")
     used.add_argument("--device", metavar="NAME", help="cpu or cuda.")
@@ -111,6 +111,7 @@ def run(arguments: Sequence[str]) -> None:
     if chosen.num_threads is not None and chosen.num_threads < 1:
         raise InputError(f"--num-threads {chosen.num_threads}: at least one is needed")
     from .. import api
+    from ..output.store.address import place_of
     from .console import messages
     from .running import run_and_report
 
@@ -131,7 +132,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     run_and_report(
         made,
-        chosen.out_path,
+        place_of(chosen.out_path),
         overwrite=chosen.overwrite,
         no_fsync=False,
         strict=False,

@@ -30,7 +30,10 @@ class DeviceChoice(str, Enum):
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML) or saved plan (JSON).")
 ]
-OutputArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder.")]
+OutputArgument = Annotated[
+    str, typer.Argument(metavar="OUT", help="Output folder, or s3://bucket/prefix.")
+]
+FolderArgument = Annotated[str, typer.Argument(metavar="OUT", help="Output folder.")]
 MemoryOption = Annotated[
     str | None,
     typer.Option(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..output.store.address import StoreAddress, place_of
 from ..sizes import format_bytes
 from .intermediates import IntermediateOption, as_options, folders_asked
 from .options import (
@@ -61,7 +62,8 @@ EXPORTS = "Pictures"
 def plan(
     recipe: RecipeArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="OUT", help="Output folder.")
+        str | None,
+        typer.Option("-o", "--output", metavar="OUT", help="Output folder, or s3://bucket/prefix."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
@@ -165,7 +167,15 @@ def plan(
         raise InputError(
             "say where to save the plan (-o OUT or --save FILE), or give --dry-run to only see it"
         )
-    if split is not None and (output is None or save is not None or write_intermediate):
+    where = None if output is None else place_of(output)
+    store = where if isinstance(where, StoreAddress) else None
+    folder = where if isinstance(where, Path) else None
+    if store is not None and save is None and not dry_run:
+        raise InputError(
+            f"plans are saved on the local disk: give --save FILE, or --dry-run to only see what "
+            f"goes to {store}"
+        )
+    if split is not None and (folder is None or save is not None or write_intermediate):
         raise InputError(
             "--split writes the parts into OUT: give -o OUT, and neither --save nor "
             "--write-intermediate"
@@ -195,34 +205,41 @@ def plan(
         )
 
     made = planned(recipe)
+    if store is not None:
+        made = made.into_store()
 
     from ..engine.intermediates import check_outputs, outputs_of
     from ..engine.plan import read_folders
     from ..output.folder import check_output_folder
 
-    folders = folders_asked(write_intermediate, made.recipe, output)
-    outputs = outputs_of(made, output or Path("OUT"), folders)
-    place = output or Path()
-    if output is not None and split is None:
+    folders = folders_asked(write_intermediate, made.recipe, where)
+    outputs = outputs_of(made, folder or Path("OUT"), folders)
+    place = folder or Path()
+    if folder is not None and split is None:
         # a dry run may look at what would replace an earlier output; a plan is not saved into one
-        check_output_folder(output, read_folders(made), overwrite=dry_run)
+        check_output_folder(folder, read_folders(made), overwrite=dry_run)
         check_outputs(outputs, overwrite=True)
+    if store is not None:
+        from ..engine.store.contents import check_address
+
+        check_address(made, store, overwrite=dry_run)
     shown = outputs[-1].plan
     if dot is not None or mermaid is not None:
         _draw(shown, tensor, dot, mermaid)
     in_text = not as_json and not printed
-    measures = measure if measure is not None else dry_run and in_text
+    # how fast a store takes what is written only a run can tell
+    measures = store is None and (measure if measure is not None else dry_run and in_text)
 
     def estimated(plan: Plan) -> Estimate | None:
         return estimate_of(plan, place, touches_files=bool(measure)) if measures else None
 
     estimate = estimated(shown)
     if html is not None:
-        write_page(outputs, place, html, estimate, is_given=output is not None)
+        write_page(outputs, place, html, estimate, is_given=folder is not None)
     if as_json:
         from .console import print_json
 
-        print_json(plan_document(outputs, place, estimate))
+        print_json(plan_document(outputs, place, estimate, store))
     elif in_text:
         from .console import results
         from .plan_view import plan_view
@@ -232,7 +249,8 @@ def plan(
             plan_view(
                 shown,
                 place,
-                is_given=output is not None,
+                is_given=folder is not None,
+                store=store,
                 before=outputs[:-1],
                 estimated=estimate,
                 shows_models=models,
@@ -256,10 +274,10 @@ def plan(
             )
     if dry_run:
         return
-    if split is not None and output is not None:
-        _write_parts(made, output, split)
+    if split is not None and folder is not None:
+        _write_parts(made, folder, split)
         return
-    _save(made, save, output, as_options(folders))
+    _save(made, save, where, as_options(folders))
 
 
 def _write_parts(made: Plan, output: Path, count: int) -> None:
@@ -276,11 +294,11 @@ def _write_parts(made: Plan, output: Path, count: int) -> None:
     )
 
 
-def _save(made: Plan, save: Path | None, output: Path | None, options: str) -> None:
+def _save(made: Plan, save: Path | None, output: Path | StoreAddress | None, options: str) -> None:
     from .console import messages
 
     if save is None:
-        assert output is not None
+        assert isinstance(output, Path)
         from ..output.folder import PLAN_PATH
 
         save = output / PLAN_PATH
@@ -374,18 +392,22 @@ def _draw(plan: Plan, tensor: str | None, dot: Path | None, mermaid: Path | None
 
 
 def plan_document(
-    outputs: Sequence[Output], place: Path, estimate: Estimate | None
+    outputs: Sequence[Output],
+    place: Path,
+    estimate: Estimate | None,
+    store: StoreAddress | None = None,
 ) -> dict[str, Any]:
     """The plan for JSON, as `lazymerge schema --plan` describes it."""
     from ..inspection.findings import suspicions_of
     from ..output.folder import free_disk_bytes
 
     plan = outputs[-1].plan
-    needed = sum(each.plan.bytes_written for each in outputs)
+    needed = 0 if store is not None else sum(each.plan.bytes_written for each in outputs)
     document: dict[str, Any] = {
         **plan.as_dict(),
         "suspicions": [each.as_dict() for each in suspicions_of(plan)],
         "disk": {"needed_bytes": needed, "free_bytes": free_disk_bytes(place)},
+        **({} if store is None else {"store": str(store)}),
     }
     if estimate is not None:
         document["estimate"] = estimate.as_dict()

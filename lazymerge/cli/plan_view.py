@@ -14,7 +14,8 @@ from ..inspection.estimate import Estimate
 from ..inspection.findings import Finding, findings_of
 from ..inspection.layers import ABSENT, common_values, models_of, per_model_parameters
 from ..output.folder import free_disk_bytes
-from ..sizes import format_bytes, format_count
+from ..output.store.address import StoreAddress
+from ..sizes import format_bytes, format_count, format_memory
 from .plan_time import time_lines
 from .running import notices_of
 
@@ -49,6 +50,7 @@ def plan_view(
     place: Path,
     *,
     is_given: bool,
+    store: StoreAddress | None = None,
     before: Sequence[Output] = (),
     estimated: Estimate | None = None,
     shows_models: bool = False,
@@ -59,11 +61,16 @@ def plan_view(
     before: merges that are written too, before it.
     place: the output folder, or where it will be looked for disk space.
     is_given: whether the user has named an output folder.
+    store: where the output goes, if not into a folder.
     estimated: how long it takes, if that was measured.
     shows_models, shows_notices: all of them, however many lines that takes.
     """
     facts = _grid()
     for label, shown in _facts(plan, before, place, is_given, estimated, shows_models):
+        if store is not None and label in ("takes", "disk"):  # only a run can tell how long
+            if label == "disk":
+                facts.add_row("output", _stored(plan, store))
+            continue
         facts.add_row(label, shown)
     findings = findings_of(plan, notices_of(plan, before))
     return _Screen(_title(plan), facts, findings, shows_all=shows_notices)
@@ -198,6 +205,13 @@ def _disk(plan: Plan, before: Sequence[Output], place: Path, is_given: bool) -> 
         f"needs {format_bytes(needed)}, {format_bytes(free)} free at {where}",
         ("" if free > needed else "  not enough", "bold red"),
     )
+
+
+def _stored(plan: Plan, store: StoreAddress) -> Text:
+    from rich.text import Text
+
+    held = format_memory(plan.memory.store_bytes)
+    return Text(f"goes to {store}, {held} of memory for it on its way; no disk needed")
 
 
 def _passes(plan: Plan) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import JsonOption, OutputArgument
+from ..output.store.address import local_place
+from .options import FolderArgument, JsonOption
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -25,19 +26,20 @@ HtmlOption = Annotated[
 ]
 
 
-def report(output: OutputArgument, as_json: JsonOption = False, html: HtmlOption = None) -> None:
+def report(output: FolderArgument, as_json: JsonOption = False, html: HtmlOption = None) -> None:
     """Say what a merge did: change by layer, what of each model is in it, what the run took.
 
     Changes are known of merges that were made with run --stats.
     """
     from ..engine.output_report import report_of
 
-    found = report_of(output)
+    folder = local_place(output)
+    found = report_of(folder)
     if html is not None:
         from ..output.manifest import MANIFEST_NAME, read_document
         from ..page.changes import merge_document
 
-        write_changes(merge_document(found), html, read_document(output / MANIFEST_NAME))
+        write_changes(merge_document(found), html, read_document(folder / MANIFEST_NAME))
     if as_json:
         from .console import print_json
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from .log_json import LogJsonOption
 from .options import (
     JsonOption,
@@ -23,6 +26,11 @@ from .running import (
     run_and_report,
     workforce_of,
 )
+from .status import status
+
+if TYPE_CHECKING:
+    from ..cluster.coordinator import DaskWorkforce
+    from ..engine.plan import Plan
 
 
 def resume(
@@ -47,36 +55,32 @@ def resume(
     from rich.text import Text
 
     from .. import api
-    from ..engine.complete import tidy_up
-    from ..engine.finishing import faults
-    from ..engine.plan import Resources
-    from ..engine.unfinished import plan_again, run_again
-    from ..errors import LazymergeError
-    from ..output.folder import is_unfinished
-    from ..output.manifest import MANIFEST_NAME, read_document
+    from ..output.store.address import StoreAddress, place_of
     from .console import messages
-    from .status import status
 
-    if (output / MANIFEST_NAME).is_file() and not is_unfinished(output):
-        document = read_document(output / MANIFEST_NAME)
-        wrong = faults(document, output, small_files=False)
-        if wrong:
-            again = f"make it again: {run_again(document, output)} --overwrite"
-            raise LazymergeError("\n".join([*wrong, again]))
-        if faults(document, output):  # small files are missing: they are written again
-            load_plugins(plugin)
-            made = plan_again(document, output / MANIFEST_NAME, Resources())
-            run_and_report(
-                made,
-                output,
-                no_fsync=no_fsync,
-                strict=strict,
-                quiet=quiet,
-                as_json=as_json,
-                log_json=log_json,
-            )
+    def run_again(made: Plan, workforce: DaskWorkforce | None = None) -> None:
+        run_and_report(
+            made,
+            place,
+            no_fsync=no_fsync,
+            strict=strict,
+            recheck=recheck,
+            quiet=quiet,
+            as_json=as_json,
+            log_json=log_json,
+            workforce=workforce,
+        )
+
+    place = place_of(output)
+    if isinstance(place, StoreAddress):
+        is_complete = api.status(output).state == "complete"
+    else:
+        is_complete = _is_complete(place)
+        stale = _stale_plan(place, plugin) if is_complete else None
+        if stale is not None:
+            run_again(stale)
             return
-        tidy_up(output)
+    if is_complete:
         if as_json:
             status(output, as_json=True)
         elif not quiet:
@@ -90,14 +94,37 @@ def resume(
     if not quiet:  # the folder says which, and it may come from somebody else
         folders = ", ".join(checkpoint.folder for checkpoint in made.checkpoints.values())
         messages().print(Text(f"reads {folders}"), soft_wrap=True)
-    run_and_report(
-        made,
-        output,
-        no_fsync=no_fsync,
-        strict=strict,
-        recheck=recheck,
-        quiet=quiet,
-        as_json=as_json,
-        log_json=log_json,
-        workforce=workforce,
-    )
+    run_again(made, workforce)
+
+
+def _is_complete(folder: Path) -> bool:
+    from ..output.folder import is_unfinished
+    from ..output.manifest import MANIFEST_NAME
+
+    return (folder / MANIFEST_NAME).is_file() and not is_unfinished(folder)
+
+
+def _stale_plan(folder: Path, plugin: list[Path] | None) -> Plan | None:
+    """The plan of a complete output that lacks small files, which are to be written again; None
+    where nothing is to be done, and it has been tidied up.
+
+    Raises:
+        LazymergeError: it lacks more than that.
+    """
+    from ..engine.complete import tidy_up
+    from ..engine.finishing import faults
+    from ..engine.plan import Resources
+    from ..engine.unfinished import plan_again, run_again
+    from ..errors import LazymergeError
+    from ..output.manifest import MANIFEST_NAME, read_document
+
+    document = read_document(folder / MANIFEST_NAME)
+    wrong = faults(document, folder, small_files=False)
+    if wrong:
+        again = f"make it again: {run_again(document, folder)} --overwrite"
+        raise LazymergeError("\n".join([*wrong, again]))
+    if faults(document, folder):
+        load_plugins(plugin)
+        return plan_again(document, folder / MANIFEST_NAME, Resources())
+    tidy_up(folder)
+    return None

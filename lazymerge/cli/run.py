@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..output.store.address import place_of
 from .intermediates import IntermediateOption, folders_asked
 from .log_json import LogJsonOption
 from .options import (
@@ -39,7 +39,10 @@ from .running import (
 
 def run(
     recipe: RecipeArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output folder.")],
+    output: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="OUT", help="Output folder, or s3://bucket/prefix."),
+    ],
     memory: MemoryOption = None,
     workers: WorkersOption = None,
     read_mode: ReadModeOption = ReadModeChoice.pread,
@@ -72,6 +75,7 @@ def run(
 ) -> None:
     """Merge models by a recipe or a saved plan into OUT; go on where an earlier run has ended."""
     workforce = workforce_of(cluster, memory, workers, plugin)
+    place = place_of(output)
     made = plan_of(
         recipe,
         memory,
@@ -88,8 +92,8 @@ def run(
     )
     run_and_report(
         made,
-        output,
-        intermediates=folders_asked(write_intermediate, made.recipe, output),
+        place,
+        intermediates=folders_asked(write_intermediate, made.recipe, place),
         overwrite=overwrite,
         no_fsync=no_fsync,
         strict=strict,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..engine.report import RunReport
     from ..engine.run import Workforce
     from ..inspection.suspicions import Suspicion
+    from ..output.store.address import StoreAddress
     from .log_json import JsonLog
 
 MOST_SHOWN = 3
@@ -89,7 +90,7 @@ def workforce_of(
 
 def run_and_report(
     made: Plan,
-    output: Path,
+    output: Path | StoreAddress,
     *,
     intermediates: Mapping[str, Path] | None = None,
     overwrite: bool = False,
@@ -108,9 +109,25 @@ def run_and_report(
     log_json: file that a log for machines is appended to.
     workforce: who makes the tensors; None: this process.
     """
+    from ..output.store.address import StoreAddress
     from .log_json import STDERR, json_log
 
     with json_log(log_json) as log:
+        if isinstance(output, StoreAddress):
+            from .running_store import run_into_store_and_report
+
+            run_into_store_and_report(
+                made,
+                output,
+                log,
+                overwrite=overwrite,
+                strict=strict,
+                recheck=recheck,
+                hash_inputs=hash_inputs,
+                quiet=quiet or log_json == STDERR,
+                as_json=as_json,
+            )
+            return
         _run_and_report(
             made,
             output,
@@ -166,7 +183,7 @@ def _run_and_report(
 
         for notice in notices_of(outputs[-1].plan, outputs[:-1]):
             console.print(Text.assemble(("notice", "yellow"), f" {notice}"), soft_wrap=True)
-        _show_suspicions(dict.fromkeys(each for of_one in found for each in of_one), console)
+        show_suspicions(dict.fromkeys(each for of_one in found for each in of_one), console)
     if not is_one:
         check_outputs(outputs, overwrite=overwrite)
     same = "the same command, without --overwrite" if overwrite else "the same command"
@@ -207,7 +224,7 @@ def _run_and_report(
         if log is not None:
             log.done(report)
         if not as_json and not quiet:
-            _report(each.plan, report)
+            tell_report(each.plan, report)
     if as_json:
         from .console import print_json
 
@@ -217,9 +234,11 @@ def _run_and_report(
 
 
 def _document(output: Output, report: RunReport, found: Sequence[Suspicion]) -> dict[str, object]:
-    """What came of one output, for JSON."""
+    return document_of(output.plan, report, found)
 
-    plan = output.plan
+
+def document_of(plan: Plan, report: RunReport, found: Sequence[Suspicion]) -> dict[str, object]:
+    """What came of one output, for JSON."""
     return {
         **asdict(report),
         "memory": plan.memory.as_dict(),
@@ -235,7 +254,7 @@ def suspicions_of(plan: Plan) -> list[Suspicion]:
     return list(suspicions(plan))
 
 
-def _show_suspicions(found: Iterable[Suspicion], console: Console) -> None:
+def show_suspicions(found: Iterable[Suspicion], console: Console) -> None:
     """Every mistake, and so many of the notes that they do not hide them."""
     from rich.text import Text
 
@@ -266,7 +285,8 @@ def notices_of(plan: Plan, before: Sequence[Output]) -> list[str]:
     return [*plan.notices, *more]
 
 
-def _report(made: Plan, report: RunReport) -> None:
+def tell_report(made: Plan, report: RunReport) -> None:
+    """Says what came of a run."""
     from rich.text import Text
 
     from .console import messages

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def status(output: OutputArgument, as_json: JsonOption = False) -> None:
     """Say how far a merge is: what is done, what is left, whether a process is at work on it."""
-    from ..output.status import output_status
+    from .. import api
 
-    found = output_status(output)
+    found = api.status(output)
     if as_json:
         from dataclasses import asdict
 
@@ -31,7 +31,7 @@ def status(output: OutputArgument, as_json: JsonOption = False) -> None:
     console = results()
     console.print(_view(found))
     if found.state == "unfinished":
-        console.print(f"go on with: lazymerge resume {shlex.quote(str(output))}", soft_wrap=True)
+        console.print(f"go on with: lazymerge resume {shlex.quote(output)}", soft_wrap=True)
 
 
 def _view(found: OutputStatus) -> RenderableType:

@@ -50,9 +50,7 @@ def verify(
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
     from rich.text import Text
 
-    from ..output.status import output_status
-
-    total = output_status(output).total_bytes
+    total = api.status(output).total_bytes
     began = time.perf_counter()
     with Progress(
         BarColumn(),

@@ -27,6 +27,7 @@ class Execution:
         with; None: none are gathered. Bytes do not depend on it.
     streams: models of the Hub that are not in its cache are read over the network while they are
         merged, and not downloaded first.
+    stores: the output goes into an object store.
     """
 
     read_mode: ReadMode = DEFAULT_READ_MODE
@@ -35,6 +36,7 @@ class Execution:
     vram_limit_bytes: int | None = None
     streams: bool = False
     reference_files: frozenset[str] | None = None
+    stores: bool = False
 
     @property
     def gathers(self) -> bool:

@@ -32,6 +32,7 @@ from .stages import (
     statistics_bytes,
     temporary_bytes,
 )
+from .store.memory import StoreNeeds
 
 MIB = 1 << 20
 
@@ -74,6 +75,8 @@ class MemoryPlan:
     smallest_limit_bytes: the limit with which one worker would do.
     vram: what it occupies of an accelerator, where one computes.
     fetch_bytes: inputs that lie elsewhere, on their way or being merged.
+    store_bytes: of an output that goes into a store: what is being written or on its way, and the
+        store's client.
     """
 
     limit_bytes: int
@@ -87,6 +90,7 @@ class MemoryPlan:
     smallest_limit_bytes: int
     vram: VramPlan | None = None
     fetch_bytes: int = 0
+    store_bytes: int = 0
 
     @property
     def projected_bytes(self) -> int:
@@ -96,6 +100,7 @@ class MemoryPlan:
             + self.statistics_bytes
             + self.mapped_bytes
             + self.fetch_bytes
+            + self.store_bytes
         )
 
     def as_dict(self) -> dict[str, object]:
@@ -121,8 +126,20 @@ def _with_window(memory: MemoryPlan, fetches: FetchNeeds) -> MemoryPlan:
     return replace(memory, fetch_bytes=memory.fetch_bytes + min(left, more))
 
 
+def _with_uploads(memory: MemoryPlan, needs: StoreNeeds) -> MemoryPlan:
+    """The plan, with what is left of the limit for more parts on their way, as far as they are of
+    use."""
+    left = memory.limit_bytes - memory.projected_bytes
+    more = needs.useful_bytes(memory.workers) - memory.store_bytes
+    return replace(memory, store_bytes=memory.store_bytes + max(0, min(left, more)))
+
+
 def _fetched_text(fetch_bytes: int) -> str:
     return f", {format_memory(fetch_bytes)} of inputs that are fetched" if fetch_bytes else ""
+
+
+def _stored_text(store_bytes: int) -> str:
+    return f", {format_memory(store_bytes)} of output that is uploaded" if store_bytes else ""
 
 
 def table_bytes(graph: Graph) -> int:
@@ -191,6 +208,7 @@ def plan_memory(
     beside_bytes: int = 0,
     planning_bytes: int = 0,
     fetches: FetchNeeds | None = None,
+    store: StoreNeeds | None = None,
 ) -> MemoryPlan:
     """Chooses the number of workers that fits the limit.
 
@@ -199,6 +217,7 @@ def plan_memory(
     beside_bytes: what the plan holds beside the graph.
     planning_bytes: what planning has taken for a while, when there were no buffers yet.
     fetches: what must be held of inputs that lie elsewhere; None: there are none.
+    store: what must be held of an output that goes into a store; None: it is a folder.
 
     Raises:
         DoesNotFitError: even one worker does not fit; the message names the smallest limit that
@@ -258,18 +277,20 @@ def plan_memory(
             hungriest=hungriest,
             smallest_limit_bytes=smallest,
             fetch_bytes=0 if fetches is None else CONNECTION_BYTES + count * fetches.job_bytes,
+            store_bytes=0 if store is None else store.smallest_bytes,
         )
 
     smallest = -(-plan(1, 0).projected_bytes // MIB) * MIB
     for count in range(min(max(1, workers), MOST_WORKERS), 0, -1):
         chosen = plan(count, smallest)
         if chosen.projected_bytes <= limit_bytes:
+            chosen = chosen if store is None else _with_uploads(chosen, store)
             return chosen if fetches is None else _with_window(chosen, fetches)
     raise DoesNotFitError(
         f"the merge needs {format_memory(smallest)} of memory with one worker, the limit is "
         f"{format_memory(limit_bytes)}: {format_memory(reserved)} for Python and its libraries, "
         f"{format_memory(arena_bytes)} of buffers (most for {hungriest}), "
         f"{format_memory(plan(1, 0).statistics_bytes)} of statistics"
-        f"{_fetched_text(plan(1, 0).fetch_bytes)}; "
+        f"{_fetched_text(plan(1, 0).fetch_bytes)}{_stored_text(plan(1, 0).store_bytes)}; "
         f"the smallest limit that works is --memory {smallest // MIB}MiB"
     )

@@ -100,8 +100,15 @@ def count_nonfinite(
     return inf, nan
 
 
-def examine(plan: Plan, folder: Path, names: Mapping[str, None]) -> tuple[NonfiniteTensor, ...]:
+def examine(
+    plan: Plan,
+    folder: Path,
+    names: Mapping[str, None],
+    stored: Mapping[str, Distant] | None = None,
+) -> tuple[NonfiniteTensor, ...]:
     """Counts what is not finite in some tensors of a complete output, and in their inputs.
+
+    stored: the output's shards by name, where they are not in the folder.
 
     Raises:
         LazymergeError: a file cannot be read.
@@ -117,16 +124,21 @@ def examine(plan: Plan, folder: Path, names: Mapping[str, None]) -> tuple[Nonfin
     }
     with closing(InputFiles()) as files:
         return tuple(
-            _examine(plan, folder, write, places[write.name], files)
+            _examine(plan, folder, write, places[write.name], files, stored or {})
             for write in plan.graph.writes
             if write.name in names
         )
 
 
 def _examine(
-    plan: Plan, folder: Path, write: Write, place: TensorInfo, files: InputFiles
+    plan: Plan,
+    folder: Path,
+    write: Write,
+    place: TensorInfo,
+    files: InputFiles,
+    stored: Mapping[str, Distant],
 ) -> NonfiniteTensor:
-    inf, nan = count_nonfinite(files, str(folder / place.file), place)
+    inf, nan = count_nonfinite(files, str(folder / place.file), place, stored.get(place.file))
     references = {model.folder: reference for reference, model in plan.checkpoints.items()}
     inputs = {
         references.get(read.folder, read.folder): sum(

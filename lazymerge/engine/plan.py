@@ -51,6 +51,7 @@ from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memor
 from .needed_ranges import FetchNeeds, FileChunks, chunks_of, fetch_needs, path_of
 from .remote_inputs import Distant, remote_inputs
 from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
+from .store.memory import StoreNeeds, store_needs
 from .tokenizer import TokenizerPlan, plan_tokenizer
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
@@ -70,6 +71,7 @@ class Resources:
     vram_limit_bytes: bound of what is allocated on an accelerator.
     gathers: whether statistics of what is written are gathered; nor does it depend on this.
     streams: models of the Hub are read over the network while they are merged, not downloaded.
+    stores: the output goes into an object store, and what is on its way there is memory.
     """
 
     limit_bytes: int | None = None
@@ -80,6 +82,7 @@ class Resources:
     vram_limit_bytes: int | None = None
     gathers: bool = False
     streams: bool = False
+    stores: bool = False
 
     @property
     def execution(self) -> Execution:
@@ -103,6 +106,7 @@ class Resources:
             device=device,
             vram_limit_bytes=self.vram_limit_bytes,
             streams=self.streams,
+            stores=self.stores,
         )
 
 
@@ -164,6 +168,7 @@ class Plan:
             vram_limit_bytes=self.execution.vram_limit_bytes,
             gathers=self.execution.gathers,
             streams=self.execution.streams,
+            stores=self.execution.stores,
         )
 
     @property
@@ -363,7 +368,11 @@ class Plan:
         Raises:
             DoesNotFitError: the memory does not suffice.
         """
-        resources = replace(resources, gathers=resources.gathers or self.execution.gathers)
+        resources = replace(
+            resources,
+            gathers=resources.gathers or self.execution.gathers,
+            stores=resources.stores or self.execution.stores,
+        )
         execution = _execution(resources, self.recipe, self.checkpoints)
         return replace(
             self,
@@ -374,6 +383,7 @@ class Plan:
                 execution,
                 self.tokenizer,
                 _fetch_needs(self.graph, self.tasks, self.checkpoints, execution),
+                _store_needs(self.graph, self.shards, execution),
             ),
             execution=execution,
         )
@@ -387,6 +397,15 @@ class Plan:
         if self.execution.gathers:
             return self
         return self.with_resources(replace(self.resources, gathers=True))
+
+    def into_store(self) -> Plan:
+        """The same merge, its output going into an object store.
+
+        Raises:
+            DoesNotFitError: the memory does not suffice for that.
+            InputError: an accelerator is to compute it.
+        """
+        return self.with_resources(replace(self.resources, stores=True))
 
     def in_this_process(self, held_bytes: int) -> Plan:
         """The same merge, run by a process that occupies so much already.
@@ -406,6 +425,7 @@ class Plan:
             beside_bytes=0 if self.tokenizer is None else self.tokenizer.held_bytes,
             planning_bytes=0 if self.tokenizer is None else self.tokenizer.planning_bytes,
             fetches=_fetch_needs(self.graph, self.tasks, self.checkpoints, self.execution),
+            store=_store_needs(self.graph, self.shards, self.execution),
         )
         return replace(self, memory=memory)
 
@@ -983,6 +1003,7 @@ def _memory(
     execution: Execution,
     tokenizer: TokenizerPlan | None,
     fetches: FetchNeeds | None,
+    store: StoreNeeds | None = None,
 ) -> MemoryPlan:
     limit, workers = resources.limit_bytes, resources.workers
     on_device = execution.device != "cpu"
@@ -1000,7 +1021,26 @@ def _memory(
         beside_bytes=0 if tokenizer is None else tokenizer.held_bytes,
         planning_bytes=0 if tokenizer is None else tokenizer.planning_bytes,
         fetches=fetches,
+        store=store,
     )
+
+
+def _store_needs(
+    graph: Graph, shards: tuple[Shard, ...], execution: Execution
+) -> StoreNeeds | None:
+    """What must be held of an output on its way into a store; None where it is a folder.
+
+    Raises:
+        InputError: an accelerator is to compute it.
+    """
+    if not execution.stores:
+        return None
+    if execution.device != "cpu":
+        raise InputError(
+            f"--device {execution.device} writes to folders only: leave it out, or merge into a "
+            "folder and copy that"
+        )
+    return store_needs(graph, shards, execution.device)
 
 
 def _fetch_needs(

@@ -108,7 +108,7 @@ def stream(
     stamps: Stamps,
     told: Told,
     *,
-    where: Path,
+    where: Path | str,
     check: Callable[[], None] = lambda: None,
     device: Device | None = None,
     strict: bool = False,

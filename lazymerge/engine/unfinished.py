@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..errors import InputError, LazymergeError, RecipeError, brief
 from ..output.checksum import file_checksum
 from ..output.folder import is_unfinished
 from ..output.manifest import MANIFEST_NAME, MERGE_PATH, count, read_document
+from ..output.store.address import StoreAddress
 from ..recipe import Recipe
 from ..recipe.tokenizer import BASE, UNION
 from ..version import __version__
@@ -51,7 +52,7 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_again(document: Mapping[str, Any], where: Path, resources: Resources) -> Plan:
+def plan_again(document: Mapping[str, Any], where: Path | str, resources: Resources) -> Plan:
     """The plan that an output was made by, or was being made by.
 
     document: as beginning_of_manifest gives it. where: the file that it stands in.
@@ -134,19 +135,34 @@ def plan_of_unfinished(output: Path | str, resources: Resources | None = None) -
             else f"holds no unfinished merge (there is no {MERGE_PATH} in it)"
         )
         raise InputError(f"{output} {state}")
+    path = folder / MERGE_PATH
+    return plan_to_resume(folder, path, lambda: read_document(path), resources or Resources())
+
+
+def plan_to_resume(
+    output: Path | StoreAddress,
+    where: Path | str,
+    read: Callable[[], Mapping[str, Any]],
+    resources: Resources,
+) -> Plan:
+    """The plan that an unfinished output was begun by.
+
+    read: gives what the output says of what it is made from. where: that it says so.
+
+    Raises as plan_of_unfinished.
+    """
     document: Mapping[str, Any] = {}
     try:
-        document = read_document(folder / MERGE_PATH)
+        document = read()
         gathers = document.get("statistics") is True
-        wanted = replace(resources or Resources(), gathers=gathers)
-        return plan_again(document, folder / MERGE_PATH, wanted)
+        return plan_again(document, where, replace(resources, gathers=gathers))
     except InputError as error:
         own = (
             "\na method of your own needs --plugin again" if isinstance(error, RecipeError) else ""
         )
         raise InputError(
             f"{output} cannot be resumed: {error}{own}\nto begin anew: "
-            f"{run_again(document, folder)} --overwrite"
+            f"{run_again(document, output)} --overwrite"
         ) from error
 
 
@@ -157,13 +173,20 @@ def check_is_same_merge(plan: Plan, output: Path) -> None:
         InputError: it was not; the message names the difference.
     """
     anew = "give --overwrite to throw it away and begin anew, or choose another folder"
-    remedy = f"go on with what was begun: lazymerge resume {shlex.quote(str(output))}; or {anew}"
     try:
         document = read_document(output / MERGE_PATH)
     except InputError as error:
         raise InputError(
             f"{output} holds an unfinished merge, and nothing says of what: {error}\n{anew}"
         ) from error
+    check_is_of_plan(plan, document, output)
+
+
+def check_is_of_plan(plan: Plan, document: Mapping[str, Any], output: Path | StoreAddress) -> None:
+    """The same. document: what the output says of what it is made from."""
+    kind = "folder" if isinstance(output, Path) else "prefix"
+    anew = f"give --overwrite to throw it away and begin anew, or choose another {kind}"
+    remedy = f"go on with what was begun: lazymerge resume {shlex.quote(str(output))}; or {anew}"
     if document.get("fingerprint") != plan.fingerprint:
         if _first_changed_file(document.get("models")) is not None:  # that cannot be gone on with
             remedy = anew
@@ -182,7 +205,7 @@ def was_begun_with_statistics(output: Path) -> bool:
     return read_document(output / MERGE_PATH).get("statistics") is True
 
 
-def run_again(document: Mapping[str, Any], output: Path) -> str:
+def run_again(document: Mapping[str, Any], output: Path | StoreAddress) -> str:
     """The command that made an output, without options.
 
     document: its manifest, or the beginning of one.
@@ -329,7 +352,9 @@ def _files_difference(
     return None
 
 
-def _tokenizer_path(recipe: Recipe, document: Mapping[str, Any], where: Path) -> dict[str, str]:
+def _tokenizer_path(
+    recipe: Recipe, document: Mapping[str, Any], where: Path | str
+) -> dict[str, str]:
     """Where the tokenizer's source was, if it is not a model of the recipe.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -79,12 +79,7 @@ def verify_output(
             "(lazymerge status tells how far one is)"
         )
     manifest = read_document(path)
-    try:
-        entries = {name: _entry(entry) for name, entry in manifest["tensors"].items()}
-        if manifest["checksum"] != CHECKSUM:
-            raise ValueError("its checksums are of another kind")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({brief(error)})") from error
+    entries = entries_of(manifest, path)
     problems = faults(manifest, folder)
     if sum(entry.size_bytes for entry in entries.values()) != manifest["output"].get("bytes"):
         problems.append(f"{path} does not list all bytes")
@@ -99,7 +94,7 @@ def verify_output(
         seed = Random().getrandbits(32) if seed is None else seed
         names = sorted(entries)
         drawn = tuple(Random(seed).sample(names, min(recompute, len(names))))
-        problems += _recompute(manifest, path, drawn, entries, resources or Resources())
+        problems += merged_again(manifest, path, drawn, entries, resources or Resources())
     edited = _edited(manifest["files"], folder)
     return Verification(len(entries), size, tuple(problems), edited, drawn, seed)
 
@@ -118,7 +113,9 @@ def _edited(files: dict[str, str], folder: Path) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class Entry:
+    """A tensor, as a manifest has it."""
+
     file: str
     dtype: str
     shape: tuple[int, ...]
@@ -129,8 +126,27 @@ class _Entry:
     def size_bytes(self) -> int:
         return prod(self.shape) * DTYPES[self.dtype].item_bytes
 
+    @property
+    def span_bytes(self) -> int:
+        """Length of the spans that its checksum is made of."""
+        return self.span_elements * DTYPES[self.dtype].item_bytes
 
-def _entry(entry: Any) -> _Entry:
+
+def entries_of(manifest: Mapping[str, Any], where: Path | str) -> dict[str, Entry]:
+    """A manifest's tensors, by name. where: it is.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        if manifest["checksum"] != CHECKSUM:
+            raise ValueError("its checksums are of another kind")
+        return {name: _entry(entry) for name, entry in manifest["tensors"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where} is damaged ({brief(error)})") from error
+
+
+def _entry(entry: Any) -> Entry:
     file, dtype, checksum = entry["file"], entry["dtype"], entry["checksum"]
     shape, span = entry["shape"], entry["span_elements"]
     if not all(isinstance(text, str) for text in (file, dtype, checksum)) or dtype not in DTYPES:
@@ -140,11 +156,11 @@ def _entry(entry: Any) -> _Entry:
     numbers = [*shape, span]
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or not span or len(shape) > 64:
         raise TypeError("a tensor's entry")
-    return _Entry(file, dtype, tuple(shape), span, checksum)
+    return Entry(file, dtype, tuple(shape), span, checksum)
 
 
 def _check_file(
-    path: Path, entries: dict[str, _Entry], problems: list[str], checked: Checked
+    path: Path, entries: dict[str, Entry], problems: list[str], checked: Checked
 ) -> int:
     """Compares one shard's tensors; returns the bytes read."""
     try:
@@ -170,29 +186,44 @@ def _check_file(
     return size
 
 
-def _check_tensor(descriptor: int, found: TensorInfo | None, entry: _Entry) -> str | None:
-    if found is None:
-        return "is missing"
-    if (found.dtype, found.shape) != (entry.dtype, entry.shape):
-        return (
-            f"is {found.dtype} of shape {list(found.shape)}, "
-            f"the manifest says {entry.dtype} of shape {list(entry.shape)}"
-        )
-    span_bytes = entry.span_elements * DTYPES[entry.dtype].item_bytes
+def _check_tensor(descriptor: int, found: TensorInfo | None, entry: Entry) -> str | None:
+    if found is None or not is_like(found, entry):
+        return unlike(found, entry)
     try:
-        checksum = tensor_checksum(descriptor, found.start, found.stop_exclusive, span_bytes)
+        checksum = tensor_checksum(descriptor, found.start, found.stop_exclusive, entry.span_bytes)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None if checksum == entry.checksum else "has other bytes than were written"
 
 
-def _recompute(
+def is_like(found: TensorInfo, entry: Entry) -> bool:
+    """Whether a tensor is of the dtype and shape that the manifest says."""
+    return (found.dtype, found.shape) == (entry.dtype, entry.shape)
+
+
+def unlike(found: TensorInfo | None, entry: Entry) -> str:
+    """What is wrong with one that is not."""
+    if found is None:
+        return "is missing"
+    return (
+        f"is {found.dtype} of shape {list(found.shape)}, "
+        f"the manifest says {entry.dtype} of shape {list(entry.shape)}"
+    )
+
+
+def merged_again(
     manifest: dict[str, Any],
-    where: Path,
+    where: Path | str,
     names: Collection[str],
-    entries: dict[str, _Entry],
+    entries: Mapping[str, Entry],
     resources: Resources,
 ) -> list[str]:
+    """Merges some tensors again; one sentence for each that comes out otherwise.
+
+    manifest: of the output. where: it is.
+
+    Raises as verify_output.
+    """
     whole = plan_again(manifest, where, resources)
     if {tensor.name for tensor in whole.tensors} != entries.keys():
         raise InputError(f"{where} is damaged: its tensors are not those of its recipe")

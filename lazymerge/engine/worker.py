@@ -14,7 +14,7 @@ from ..checkpoint.tensor import DTYPES
 from ..graph.graph import Graph
 from ..graph.node import Reduce, Write
 from ..graph.operation import reduce_operation
-from ..output.writer import Writer
+from ..output.writer import PacedWriter, Writer
 from .arena import Arena
 from .device.frame import Lane
 from .execution import Execution
@@ -82,6 +82,7 @@ class Worker:
         self._graph = graph
         self._scheduler = scheduler
         self._writer = writer
+        self._paced = writer if isinstance(writer, PacedWriter) else None
         self._files = files
         self.arena = Arena(arena_bytes)
         self._lane = lane
@@ -111,6 +112,19 @@ class Worker:
 
     def _run(self, job: Job) -> list[Any] | None:
         """The partial results of a job's blocks; None if everything has been stopped."""
+        stage = job.task.stages[job.stage]
+        if self._paced is None or not isinstance(stage, Write):
+            return self._fetch_and_compute(job)
+        first, last = job.pieces[0][0][0], job.pieces[-1][-1][1]
+        place = stage.name, self._bytes_of(stage, 0, first), self._bytes_of(stage, 0, last)
+        if not self._paced.await_room(*place, lambda: self._scheduler.is_stopped):
+            return None
+        partials = self._fetch_and_compute(job)
+        if partials is not None:
+            self._paced.written(*place)
+        return partials
+
+    def _fetch_and_compute(self, job: Job) -> list[Any] | None:
         if self._fetcher is None:
             return self._compute(job)
         try:

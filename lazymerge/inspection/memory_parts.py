@@ -91,6 +91,7 @@ def memory_parts(plan: Plan) -> MemoryParts:
         MemoryPart("statistics", memory.statistics_bytes, "partial results of reductions"),
         MemoryPart("mapped pages", memory.mapped_bytes, "windows of the inputs"),
         MemoryPart("fetched inputs", memory.fetch_bytes, "from the network, being merged or ahead"),
+        MemoryPart("uploads", memory.store_bytes, "output on its way, and the store's client"),
     ]
     return MemoryParts(
         memory=memory,

@@ -404,12 +404,23 @@ def _wait_for_name(descriptor: int) -> Owner | None:
     return owner
 
 
-def _write_owner(descriptor: int) -> None:
+def this_owner() -> Owner:
+    """This process."""
     session = this_session()
     started = _start_ticks(session.pid)
-    owner = Owner(session.pid, session.host, session.boot, started, _pid_namespace())
+    return Owner(session.pid, session.host, session.boot, started, _pid_namespace())
+
+
+def _write_owner(descriptor: int) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(asdict(owner)).encode() + b"\n", 0)
+    os.pwrite(descriptor, json.dumps(asdict(this_owner())).encode() + b"\n", 0)
+
+
+def runs_here(owner: Owner) -> bool | None:
+    """Whether a process runs on this machine; None if it could not be seen from here."""
+    if not owner.boot or owner.boot != boot_id() or owner.namespace != _pid_namespace():
+        return None
+    return owner.started == _start_ticks(owner.pid) and _exists(owner.pid)
 
 
 def _is_alive(owner: Owner, descriptor: int, is_free: bool | None) -> bool:
@@ -420,8 +431,9 @@ def _is_alive(owner: Owner, descriptor: int, is_free: bool | None) -> bool:
     if owner.boot and owner.boot == boot_id():
         if is_free:
             return False
-        if owner.namespace == _pid_namespace():
-            return owner.started == _start_ticks(owner.pid) and _exists(owner.pid)
+        runs = runs_here(owner)
+        if runs is not None:
+            return runs
     is_named_alike = owner.host == this_session().host
     if is_named_alike and not owner.boot and is_free:
         return False  # a machine that does not tell when it was started, and does lock
@@ -471,9 +483,17 @@ def _pid_namespace() -> str:
 
 def _owner(descriptor: int) -> Owner | None:
     try:
-        record: Any = json.loads(os.pread(descriptor, _MAX_OWNER_BYTES, 0))
+        return owner_of(os.pread(descriptor, _MAX_OWNER_BYTES, 0))
+    except OSError:
+        return None
+
+
+def owner_of(text: bytes) -> Owner | None:
+    """Whose a lock is that holds this; None if it does not say."""
+    try:
+        record: Any = json.loads(text)
         owner = Owner(**record)
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         return None
     kinds = (int, str, str, int, str)
     values = (owner.pid, owner.host, owner.boot, owner.started, owner.namespace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def _status(folder: Path) -> OutputStatus:
         raise InputError(f"{folder} is no output of lazymerge: it has no {MANIFEST_NAME}")
     document = read_document(path)
     try:
-        facts = _facts(document)
+        facts = facts_of(document)
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({brief(error)})") from error
     if not unfinished:
@@ -110,7 +111,12 @@ def _status(folder: Path) -> OutputStatus:
     )
 
 
-def _facts(document: dict[str, Any]) -> dict[str, Any]:
+def facts_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest, or the beginning of one, says of any output.
+
+    Raises:
+        AttributeError, KeyError, TypeError: it is damaged.
+    """
     part = document["recipe"].get("part")
     facts = {
         "recipe": document["recipe"]["path"],

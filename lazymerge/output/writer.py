@@ -10,9 +10,9 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..errors import DoesNotFitError, LazymergeError
 from .identity import FileIdentity, file_identity
@@ -35,6 +35,24 @@ class Writer(Protocol):
 
     def failure(self, tensor: str, error: OSError, size_bytes: int) -> LazymergeError:
         """What `write` would raise for an error. size_bytes: what was still to be written."""
+
+
+@runtime_checkable
+class PacedWriter(Writer, Protocol):
+    """One that has room for a part of its files only: it is asked before anything is written, and
+    told afterwards. Byte ranges are within a tensor."""
+
+    def await_room(
+        self, tensor: str, start: int, stop: int, is_stopped: Callable[[], bool]
+    ) -> bool:
+        """Waits until a byte range may be written; False: all has been stopped.
+
+        Raises:
+            LazymergeError: what was written before cannot be kept.
+        """
+
+    def written(self, tensor: str, start: int, stop: int) -> None:
+        """Says that a byte range has been written."""
 
 
 class ShardWriter:

@@ -22,7 +22,7 @@ Watch = Callable[[int, str], None]
 
 
 @contextmanager
-def explained_bus_errors(output: Path) -> Iterator[Watch]:
+def explained_bus_errors(output: Path | str) -> Iterator[Watch]:
     """While this lasts, a bus error ends the process with a message and exit code 1. Without the
     native kernels Python's own says less: where the threads were.
 
