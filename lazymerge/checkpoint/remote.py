@@ -109,6 +109,12 @@ class RemoteSource:
         """
         read_range(_transport(scheme_of(self.url)), self.files[name], start, stop, take)
 
+    def identity(self, name: str) -> RemoteFile:
+        """A file at its version, told from all others that there are anywhere."""
+        file = self.files[name]
+        place = _transport(scheme_of(self.url)).place(self.url)
+        return replace(file, url=f"{place} {file.url}")
+
     def check(self, name: str) -> None:
         """Checks that a file is what it was, where reading cannot tell.
 

@@ -14,6 +14,8 @@ from ..errors import InputError
 from ..sizes import format_bytes
 from .intermediates import IntermediateOption, as_options, folders_asked
 from .options import (
+    CacheLimitOption,
+    CacheOption,
     DeviceOption,
     JsonOption,
     MemoryOption,
@@ -26,6 +28,7 @@ from .options import (
     StreamOption,
     TruncateOption,
     VramOption,
+    WholeFilesOption,
     WorkersOption,
     plan_of,
 )
@@ -154,6 +157,9 @@ def plan(
     seed: SeedOption = None,
     plugin: PluginOption = None,
     stream: StreamOption = False,
+    cache: CacheOption = None,
+    cache_limit: CacheLimitOption = None,
+    whole_files: WholeFilesOption = False,
     write_intermediate: IntermediateOption = None,
 ) -> None:
     """Say what a merge will do: what goes in and comes out, time, memory, disk, what looks wrong.
@@ -192,6 +198,9 @@ def plan(
             seed,
             plugin,
             stream=stream,
+            cache=cache,
+            cache_limit=cache_limit,
+            whole_files=whole_files,
         )
 
     made = planned(recipe)
@@ -387,6 +396,10 @@ def plan_document(
         "suspicions": [each.as_dict() for each in suspicions_of(plan)],
         "disk": {"needed_bytes": needed, "free_bytes": free_disk_bytes(place)},
     }
+    state = plan.cache_state
+    if state is not None:
+        free = free_disk_bytes(Path(state.folder))
+        document["cache_disk"] = {"needed_bytes": state.grows_bytes, "free_bytes": free}
     if estimate is not None:
         document["estimate"] = estimate.as_dict()
     if len(outputs) > 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .log_json import LogJsonOption
 from .options import (
+    CacheLimitOption,
+    CacheOption,
     JsonOption,
     MemoryOption,
     OutputArgument,
@@ -23,6 +25,8 @@ def resume(
     workers: WorkersOption = None,
     read_mode: ReadModeOption = ReadModeChoice.pread,
     vram: VramOption = None,
+    cache: CacheOption = None,
+    cache_limit: CacheLimitOption = None,
     plugin: PluginOption = None,
     no_fsync: NoSyncOption = False,
     strict: StrictOption = False,
@@ -75,7 +79,13 @@ def resume(
         return
     load_plugins(plugin)
     made = api.plan_of_unfinished(
-        output, memory=memory, workers=workers, read_mode=read_mode.value, vram=vram
+        output,
+        memory=memory,
+        workers=workers,
+        read_mode=read_mode.value,
+        vram=vram,
+        cache=cache,
+        cache_limit=cache_limit,
     )
     if not quiet:  # the folder says which, and it may come from somebody else
         folders = ", ".join(checkpoint.folder for checkpoint in made.checkpoints.values())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .blocks import DeviceClass
 from .native import library
+from .network import Network
 
 ReadMode = Literal["mmap", "pread"]
 Kernels = Literal["native", "torch"]
@@ -27,6 +28,7 @@ class Execution:
         with; None: none are gathered. Bytes do not depend on it.
     streams: models of the Hub that are not in its cache are read over the network while they are
         merged, and not downloaded first.
+    network: how inputs that lie elsewhere are fetched.
     """
 
     read_mode: ReadMode = DEFAULT_READ_MODE
@@ -35,6 +37,7 @@ class Execution:
     vram_limit_bytes: int | None = None
     streams: bool = False
     reference_files: frozenset[str] | None = None
+    network: Network = field(default_factory=Network)
 
     @property
     def gathers(self) -> bool:

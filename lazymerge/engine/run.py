@@ -47,13 +47,14 @@ from .download import download
 from .fetching import Fetcher
 from .finishing import manifest, write_beside_weights
 from .inputs import InputFiles, changed_error
-from .memory import CONNECTION_BYTES, available_memory_bytes
+from .memory import available_memory_bytes
 from .native.bus_error import explained_bus_errors
 from .nonfinite import examine
 from .plan import Plan
 from .preparing import Prepared, check_output, prepare
 from .readahead import ReadAhead
 from .recent import Recent
+from .remote_reading import open_fetcher, tell_of_cache
 from .report import Observer, RunReport, Silent
 from .scheduler import Scheduler
 from .stages import TensorTask
@@ -461,7 +462,7 @@ def _run(
         began=observer.began,
     )
     numbers = {task.write.name: number for number, task in enumerate(tasks)}
-    fetcher = _fetcher(plan, tasks, scheduler)
+    fetcher = _fetcher(plan, tasks, scheduler, observer)
     files = InputFiles(stamps, None if fetcher is None else fetcher.descriptors)
     is_mapped = plan.execution.read_mode == "mmap"
     recent = Recent(8 * plan.memory.workers)
@@ -502,6 +503,8 @@ def _run(
     except BaseException:
         _close_inputs(files, fetcher)
         raise
+    if fetcher is not None:
+        tell_of_cache(fetcher, observer.noted)
     _close_inputs(files, fetcher)
     # what is fetched is memory, though not of the resident set
     held_bytes = 0 if fetcher is None else fetcher.most_held_bytes
@@ -545,18 +548,20 @@ def _run(
     return report
 
 
-def _fetcher(plan: Plan, tasks: Sequence[TensorTask], scheduler: Scheduler) -> Fetcher | None:
+def _fetcher(
+    plan: Plan, tasks: Sequence[TensorTask], scheduler: Scheduler, observer: Observer
+) -> Fetcher | None:
     """What has the inputs that lie elsewhere, where there are some."""
     if not plan.remote_inputs:
         return None
-    budget = plan.memory.fetch_bytes - CONNECTION_BYTES
-    return Fetcher(
+    return open_fetcher(
         plan.graph,
         tasks,
         plan.remote_inputs,
-        budget,
-        plan.memory.workers,
+        plan.execution.network,
+        plan.memory,
         lambda: scheduler.is_stopped,
+        observer.noted,
     )
 
 
