@@ -22,6 +22,9 @@ from .transport import (
 PASSING_STATUSES = frozenset({408, 425, 429})
 """Of 4xx, those that say to come again: RFC 9110 and 8470, RFC 6585."""
 
+MISDIRECTED = frozenset({"InvalidURL", "NonHttpUrlClientError", "TooManyRedirects"})
+"""Errors of the client that an answer leads to; not all are in every version of it."""
+
 NO_VERSION = "without version"
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -99,7 +102,7 @@ class HttpTransport:
                 f"{url}: the server's certificate is not accepted ({_short(found)}). Correct the "
                 "address, or have the certificate's issuer trusted (SSL_CERT_FILE)"
             )
-        if isinstance(error, aiohttp.TooManyRedirects | aiohttp.InvalidURL):
+        if {each.__name__ for each in type(error).__mro__} & MISDIRECTED:
             return LazymergeError(
                 f"{url}: the server sends it on to where nothing can be read "
                 f"({type(error).__name__}). Correct the address"
