@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from ..errors import InputError, LazymergeError
 from . import transport
@@ -45,24 +46,6 @@ class _ObjectStorage:
     def __init__(self, filesystem: Any) -> None:
         self._filesystem = filesystem
 
-    def names(self, url: str) -> dict[str, RemoteFile] | None:
-        with self._explained(url):
-            entries = self._filesystem.ls(url, detail=True, refresh=True)
-        files = {}
-        for entry in entries:
-            name = str(entry["name"]).rstrip("/").rpartition("/")[2]
-            if entry["type"] == "file" and name:
-                files[name] = RemoteFile(f"{url}/{name}", int(entry["size"]), self._pin(entry))
-        return files
-
-    def begin(self, url: str, count: int) -> tuple[RemoteFile, bytes]:
-        with self._explained(url):
-            facts = self._filesystem.info(url, refresh=True)
-            file = RemoteFile(url, int(facts["size"]), self._pin(facts))
-        start = bytearray()
-        self.read(file, 0, min(count, file.size_bytes), start.extend)
-        return file, bytes(start)
-
     def read(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
         failed: list[BaseException] = []
 
@@ -85,11 +68,8 @@ class _ObjectStorage:
     def check(self, file: RemoteFile) -> None:
         """Every answer has been looked at."""
 
-    def _pin(self, facts: Mapping[str, Any]) -> str:
-        """What names a version. facts: of a file."""
-        raise NotImplementedError
-
     async def _get(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
+        """Hands a byte range on, by one request."""
         raise NotImplementedError
 
     @contextmanager
@@ -137,8 +117,23 @@ class S3Transport(_ObjectStorage):
     def place(self, url: str) -> str:
         return str(self._filesystem.s3.meta.endpoint_url)
 
-    def _pin(self, facts: Mapping[str, Any]) -> str:
-        return str(facts.get("ETag") or facts.get("LastModified") or "without version")
+    def names(self, url: str) -> dict[str, RemoteFile] | None:
+        with self._explained(url):
+            entries = self._filesystem.ls(url, detail=True, refresh=True)
+        files = {}
+        for entry in entries:
+            name = str(entry["name"]).rstrip("/").rpartition("/")[2]
+            if entry["type"] == "file" and name:
+                files[name] = RemoteFile(f"{url}/{name}", int(entry["size"]), _etag(entry))
+        return files
+
+    def begin(self, url: str, count: int) -> tuple[RemoteFile, bytes]:
+        with self._explained(url):
+            facts = self._filesystem.info(url, refresh=True)
+            file = RemoteFile(url, int(facts["size"]), _etag(facts))
+        start = bytearray()
+        self.read(file, 0, min(count, file.size_bytes), start.extend)
+        return file, bytes(start)
 
     async def _get(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
         bucket, key, _ = self._filesystem.split_path(file.url)
@@ -159,32 +154,73 @@ class S3Transport(_ObjectStorage):
 
 
 class GsTransport(_ObjectStorage):
-    """Google Cloud Storage. Every request asks for the generation that was planned with."""
+    """Google Cloud Storage, by its JSON API and the session of gcsfs. Every request asks for the
+    generation that was planned with.
+
+    gcsfs's own requests are made again for half a minute, and logged, whatever went wrong.
+    """
 
     def place(self, url: str) -> str:
         return str(self._filesystem._location)
 
-    def _pin(self, facts: Mapping[str, Any]) -> str:
-        generation = str(facts.get("generation") or "")
-        if not re.fullmatch(r"\d{1,20}", generation):
-            raise PassingError("the storage names no generation of it")
-        return generation
+    def names(self, url: str) -> dict[str, RemoteFile] | None:
+        with self._explained(url):
+            return in_its_thread(self._list(url))
 
-    async def _get(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
+    def begin(self, url: str, count: int) -> tuple[RemoteFile, bytes]:
+        with self._explained(url):
+            facts = in_its_thread(self._json(_object_path(url), {"fields": "size,generation"}))
+            file = _of_facts(url, facts)
+        start = bytearray()
+        self.read(file, 0, min(count, file.size_bytes), start.extend)
+        return file, bytes(start)
+
+    async def _list(self, url: str) -> dict[str, RemoteFile]:
+        bucket, _, folder = url.partition("://")[2].partition("/")
+        prefix = f"{folder}/" if folder else ""
+        fields = "items(name,size,generation),nextPageToken"
+        wanted = {"prefix": prefix, "delimiter": "/", "fields": fields}
+        files: dict[str, RemoteFile] = {}
+        while True:
+            page = await self._json(f"/storage/v1/b/{quote(bucket, safe='')}/o", wanted)
+            for facts in page.get("items", ()):
+                name = str(facts["name"]).removeprefix(prefix)
+                if name:
+                    files[name] = _of_facts(f"{url}/{name}", facts)
+            if not page.get("nextPageToken"):
+                return files
+            wanted["pageToken"] = str(page["nextPageToken"])
+
+    async def _json(self, path: str, wanted: Mapping[str, str]) -> dict[str, Any]:
+        async with await self._ask(f"{path}?{urlencode(wanted)}", {}) as answer:
+            answer.raise_for_status()
+            found = await answer.json()
+        if not isinstance(found, dict):
+            raise TypeError("an answer")
+        return found
+
+    async def _ask(self, path: str, headers: Mapping[str, str]) -> Any:
+        """A request that has been made, to be entered."""
         import aiohttp  # type: ignore[import-not-found, unused-ignore]
+        from yarl import URL
 
         filesystem = self._filesystem
         await filesystem._set_session()
-        address = f"{filesystem.url(file.url)}&generation={file.pin}"
-        headers = filesystem._get_headers({"Range": f"bytes={start}-{stop - 1}"})
         timeout = aiohttp.ClientTimeout(
             total=None,
             sock_connect=transport.CONNECT_SECONDS,
             sock_read=transport.SILENCE_SECONDS,
         )
-        async with filesystem.session.get(address, headers=headers, timeout=timeout) as answer:
-            if answer.status == 404:
-                raise AbsentError(file.url)
+        return filesystem.session.get(
+            URL(f"{filesystem._location}{path}", encoded=True),
+            headers=filesystem._get_headers(dict(headers)),
+            timeout=timeout,
+        )
+
+    async def _get(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
+        path = f"/download{_object_path(file.url)}?alt=media&generation={file.pin}"
+        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        async with await self._ask(path, headers) as answer:
             answer.raise_for_status()
             found = answer.headers.get("Content-Range") or ""
             if answer.status != 206 or found != f"bytes {start}-{stop - 1}/{file.size_bytes}":
@@ -195,6 +231,28 @@ class GsTransport(_ObjectStorage):
             ):
                 take(piece)
                 left -= len(piece)
+
+
+def _object_path(url: str) -> str:
+    """Of an object, in the JSON API."""
+    bucket, _, name = url.partition("://")[2].partition("/")
+    return f"/storage/v1/b/{quote(bucket, safe='')}/o/{quote(name, safe='')}"
+
+
+def _of_facts(url: str, facts: Mapping[str, Any]) -> RemoteFile:
+    """A file as the JSON API describes it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    size, generation = str(facts.get("size")), str(facts.get("generation"))
+    if not (re.fullmatch(r"\d{1,18}", size) and re.fullmatch(r"\d{1,20}", generation)):
+        raise ValueError("an object without size or generation")
+    return RemoteFile(url, int(size), generation)
+
+
+def _etag(facts: Mapping[str, Any]) -> str:
+    return str(facts.get("ETag") or facts.get("LastModified") or "without version")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -212,10 +270,9 @@ def _status(error: BaseException) -> int | None:
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if isinstance(found, int):
                 return found
-        for name in ("status", "code"):  # of aiohttp, of gcsfs
-            found = getattr(each, name, None)
-            if str(found).isdecimal() and 100 <= int(str(found)[:4]) < 600:
-                return int(str(found))
+        status = getattr(each, "status", None)  # of aiohttp's ClientResponseError
+        if isinstance(status, int):
+            return status
     return None
 
 

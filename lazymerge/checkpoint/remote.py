@@ -35,7 +35,16 @@ from .folder import (
 from .header import FIRST_READ_BYTES, Header, parse_header
 from .remote_reference import check_url, scheme_of
 from .tensor import Checkpoint
-from .transport import AbsentError, RemoteFile, Take, Transport, begin, read_range, transport_of
+from .transport import (
+    AbsentError,
+    RemoteFile,
+    Take,
+    Transport,
+    begin,
+    persistently,
+    read_range,
+    transport_of,
+)
 from .wording import quoted
 
 REQUESTS_AT_ONCE = 8
@@ -208,7 +217,7 @@ class _Opening:
         Raises:
             AbsentError: there is no such folder.
         """
-        self._listed = self._transport.names(self._url)
+        self._listed = persistently(self._url, lambda: self._transport.names(self._url))
         if self._listed is not None:
             names = [name for name in self._listed if is_plain_name(name) and name.isprintable()]
             if not names:

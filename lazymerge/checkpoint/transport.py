@@ -45,6 +45,9 @@ SILENCE_SECONDS = 30.0
 
 PIECE_BYTES = 1 << 18
 
+MOST_AT_ONCE = 100
+"""Requests: what aiohttp allows, too."""
+
 _T = TypeVar("_T")
 
 
@@ -218,6 +221,10 @@ def transport_of(scheme: str) -> Transport:
         if scheme in ("http", "https"):  # a netrc file and proxies, unless FSSPEC_HTTP says else
             given = (conf.get(scheme) or conf.get("http") or {}).get("client_kwargs") or {}
             options["client_kwargs"] = {"trust_env": True, **given}
+        elif scheme == "s3":  # what may pass is asked for again by `persistently`
+            given = (conf.get(scheme) or {}).get("config_kwargs") or {}
+            own = {"retries": {"total_max_attempts": 1}, "max_pool_connections": MOST_AT_ONCE}
+            options["config_kwargs"] = {**own, **given}
         filesystem = fsspec.filesystem(scheme, **options)
     except ImportError as error:
         also = " gcsfs" if scheme == "gs" else ""

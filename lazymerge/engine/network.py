@@ -11,14 +11,14 @@ import mmap
 import os
 from dataclasses import dataclass, field
 
+from ..checkpoint.transport import MOST_AT_ONCE
 from ..errors import InputError
 from ..sizes import parse_size
 
 CONNECTIONS = 8
 """Requests at a time."""
 
-MOST_CONNECTIONS = 256
-"""More are no courtesy to a server, and each takes memory."""
+MOST_CONNECTIONS = MOST_AT_ONCE
 
 MAX_GAP_BYTES = 1 << 20
 """Bytes that nobody wants are fetched rather than asking twice: 10 ms at 100 MB/s, where a request
