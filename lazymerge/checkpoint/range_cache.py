@@ -139,7 +139,11 @@ def check_cache_folder(folder: str) -> None:
 
 
 class RangeCache:
-    """A cache of byte ranges. Safe to use from several threads."""
+    """A cache of byte ranges. Safe to use from several threads.
+
+    found_bytes, brought_bytes: what `read` had from it, and what had to be fetched for it.
+    problem: why nothing more is kept.
+    """
 
     def __init__(self, folder: str, limit_bytes: int | None, piece_bytes: int) -> None:
         """Opens a cache, and makes it where there is none.
@@ -158,6 +162,7 @@ class RangeCache:
         self._mutex = threading.RLock()
         self._is_full = False
         self.found_bytes = 0
+        self.brought_bytes = 0
         self.problem: str | None = None
         try:
             self._make()
@@ -234,6 +239,8 @@ class RangeCache:
             missing = deque([piece])
             while waiting and not self._has(shelf, waiting[0]):
                 missing.append(waiting.popleft())
+            with self._mutex:
+                self.brought_bytes += missing[-1][1] - missing[0][0]
             if keeps:
                 self._fetch(shelf, missing, take, fetch)
             else:
@@ -262,6 +269,10 @@ class RangeCache:
                 f"{file.url.rpartition(' ')[2]}: the cache {self.folder} has no room for "
                 f"{format_bytes(stop - start)} of it ({why}). Give it more (--cache-limit)"
             )
+
+    def has(self, file: RemoteFile, start: int, stop: int) -> bool:
+        """Whether there is a byte range, by names and sizes."""
+        return not self._missing(self._shelf(file), start, stop)
 
     def _missing(self, shelf: Shelf, start: int, stop: int) -> list[Range]:
         pieces = cut(start, stop, self._piece_bytes)

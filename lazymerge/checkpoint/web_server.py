@@ -135,17 +135,21 @@ def _short(text: str) -> str:
 
 
 async def _hand_on(content: Any, file: RemoteFile, start: int, stop: int, take: Take) -> None:
-    """Hands the bytes of an answer on; of all of a file, those of the range."""
-    skipped = 0 if file.has_ranges else start
-    while skipped:
-        piece = await content.read(min(transport.PIECE_BYTES, skipped))
-        if not piece:
-            return
-        skipped -= len(piece)
+    """Hands the bytes of an answer on; of all of a file, those of the range.
+
+    Piece by piece as they were received: joined, they took a fourth more of the processor.
+    """
     left = stop - start
-    while left > 0 and (piece := await content.read(min(transport.PIECE_BYTES, left))):
-        take(piece)
-        left -= len(piece)
+    skipped = 0 if file.has_ranges else start
+    while left > 0:
+        received, _ = await content.readchunk()
+        if not received:
+            return
+        piece = memoryview(received)[skipped:][:left]
+        skipped = max(0, skipped - len(received))
+        if piece:
+            take(piece)
+            left -= len(piece)
 
 
 def _answered(

@@ -124,22 +124,23 @@ def network_facts(
         return []
     size = sum(layout.size_bytes for layout in chunks.values())
     places = ", ".join(dict.fromkeys(files[path].place for path in chunks))
-    kept = "; nothing of it is kept" if state is None else ""
-    facts = [
-        (
-            "network",
-            f"{format_bytes(size)} of {len(chunks)} file{'' if len(chunks) == 1 else 's'} of "
-            f"{places}, at most {format_memory(memory.fetch_bytes)} at a time{kept}",
-        )
-    ]
+    of_files = f"of {_files(len(chunks))} of {places}"
+    if state is None:
+        text = f"{format_bytes(size)} {of_files}, at most {_at_a_time(memory)}"
+        facts = [("network", f"{text}; nothing of it is kept")]
+    elif state.held_bytes == size:
+        facts = [("network", f"nothing: all {format_bytes(size)} {of_files} are in the cache")]
+    else:
+        left = format_bytes(size - state.held_bytes)
+        facts = [("network", f"{left} {of_files}, at most {_at_a_time(memory)}")]
     whole = {path: files[path] for path in chunks if not files[path].has_ranges}
     if whole:
         in_memory = any(is_held_whole(file, network) for file in whole.values())
-        count = f"{len(whole)} file{'' if len(whole) == 1 else 's'}"
+        whole_bytes = sum(file.size_bytes for file in whole.values())
         facts.append(
             (
                 "whole",
-                f"{count} ({format_bytes(sum(file.size_bytes for file in whole.values()))}) come "
+                f"{_files(len(whole))} ({format_bytes(whole_bytes)}) come "
                 f"from beginning to end only: read into {'memory' if in_memory else 'the cache'} "
                 "before the merge begins",
             )
@@ -153,10 +154,14 @@ def _cache_text(state: CacheState, size: int) -> str:
     limit = f"limit {format_bytes(state.limit_bytes)}"
     if state.held_bytes == size:
         return f"{state.folder} has all of it; {limit}"
-    has = f"has {format_bytes(state.held_bytes)} of it" if state.held_bytes else "has nothing of it"
-    then = (
-        "will have all of it"
-        if state.kept_bytes == size
-        else f"will have {format_bytes(state.kept_bytes)} of it"
-    )
-    return f"{state.folder} {has}, {then} after the run; {limit}"
+    has = f"has {format_bytes(state.held_bytes)} more, " if state.held_bytes else ""
+    kept = "all" if state.kept_bytes == size else format_bytes(state.kept_bytes)
+    return f"{state.folder} {has}will have {kept} of it after the run; {limit}"
+
+
+def _files(count: int) -> str:
+    return f"{count} file" if count == 1 else f"{count} files"
+
+
+def _at_a_time(memory: MemoryPlan) -> str:
+    return f"{format_memory(memory.fetch_bytes)} at a time"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -48,14 +49,19 @@ def open_fetcher(
                 network.cache_folder, network.cache_limit_bytes, needed_ranges.CHUNK_BYTES
             )
             undo.callback(cache.close)
-        if whole:
-            size = sum(file.size_bytes for file in whole.values())
-            where = "memory" if in_memory else "the cache"
-            noted(f"{format_bytes(size)} of files that come whole are read into {where} first")
-        if cache is not None:
-            cached = {path: file for path, file in whole.items() if path not in in_memory}
-            fill_cache(cache, cached, layouts, network.connections)
+        _tell_of_whole(in_memory, "memory", noted)
         held = load(in_memory, layouts, network.connections)
+        for descriptor in held.values():
+            undo.callback(os.close, descriptor)
+        if cache is not None:
+            missing = {
+                path: file
+                for path, file in whole.items()
+                if path not in held
+                and not cache.has(file.identity, layouts[path].starts[0], layouts[path].stops[-1])
+            }
+            _tell_of_whole(missing, "the cache", noted)
+            fill_cache(cache, missing, layouts, network.connections)
         undo.pop_all()
     held_bytes = sum(layouts[path].held_bytes for path in held)
     return Fetcher(
@@ -72,11 +78,20 @@ def open_fetcher(
     )
 
 
+def _tell_of_whole(files: Mapping[str, Distant], where: str, noted: Callable[[str], None]) -> None:
+    if files:
+        size = format_bytes(sum(file.size_bytes for file in files.values()))
+        noted(f"{size} of files that come whole are read into {where} first")
+
+
 def tell_of_cache(fetcher: Fetcher, noted: Callable[[str], None]) -> None:
     """Says what came from the cache, and what is wrong with it."""
     cache = fetcher.cache
     if cache is None:
         return
-    noted(f"{format_bytes(cache.found_bytes)} of what was read came from the cache {cache.folder}")
+    found, brought = cache.found_bytes, cache.brought_bytes
+    if found:
+        share = "all" if not brought else format_bytes(found)
+        noted(f"{share} of {format_bytes(found + brought)} came from the cache {cache.folder}")
     if cache.problem is not None:
         noted(f"the cache {cache.folder} could not be written to: {cache.problem}")
