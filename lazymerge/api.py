@@ -14,6 +14,7 @@ from .engine.blocks import DeviceClass
 from .engine.comparison import Comparison
 from .engine.download import missing_files
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
+from .engine.network import network
 from .engine.output_report import OutputReport, report_of
 from .engine.plan import (
     DEFAULT_MAX_SHARD_BYTES,
@@ -52,6 +53,11 @@ def plan(
     seed: int | None = None,
     statistics: bool = False,
     stream: bool = False,
+    cache: Path | str | None = None,
+    cache_limit: int | str | None = None,
+    whole_files: bool = False,
+    connections: int | None = None,
+    max_gap: int | str | None = None,
 ) -> Plan:
     """Plans a merge from headers alone; reads no tensor data and writes nothing.
 
@@ -69,6 +75,13 @@ def plan(
     statistics: the run is to gather what the merge does to every tensor, for `report`.
     stream: models of the Hub that are not in its cache are read over the network while they are
         merged, and not downloaded first.
+    cache: folder where what is fetched of inputs that lie elsewhere is kept for later runs.
+    cache_limit: that it may occupy, in bytes or as "100GB"; by default half of what is free there.
+    whole_files: files of servers that send no ranges are read from beginning to end, into the cache
+        or else into memory.
+    connections: requests at a time; by default 8, or LAZYMERGE_CONNECTIONS.
+    max_gap: bytes between two ranges that are fetched with them, or as "4MiB"; by default 1 MiB, or
+        LAZYMERGE_MAX_GAP.
 
     Raises:
         RecipeError: the recipe is wrong; all its problems are named with their lines.
@@ -83,6 +96,7 @@ def plan(
         read_mode=read_mode,
         gathers=statistics,
         streams=stream,
+        network=network(cache, cache_limit, whole_files, connections, max_gap),
     )
     if Path(recipe).suffix == ".json":
         if seed is not None:
@@ -212,8 +226,14 @@ def plan_of_unfinished(
     workers: int | None = None,
     read_mode: ReadMode = DEFAULT_READ_MODE,
     vram: int | str | None = None,
+    cache: Path | str | None = None,
+    cache_limit: int | str | None = None,
+    connections: int | None = None,
+    max_gap: int | str | None = None,
 ) -> Plan:
     """The plan that an unfinished output was begun by; `run` it into the same folder to go on.
+
+    As of `plan`.
 
     Raises:
         InputError: there is nothing unfinished, or recipe, inputs or version have changed since.
@@ -224,6 +244,7 @@ def plan_of_unfinished(
         vram_limit_bytes=parse_size(vram) if isinstance(vram, str) else vram,
         workers=workers,
         read_mode=read_mode,
+        network=network(cache, cache_limit, False, connections, max_gap),
     )
     place = place_of(output)
     if isinstance(place, StoreAddress):

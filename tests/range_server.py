@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ class RangeServer:
     answers: statuses in place of the next answers for a file. cuts: of the next answers for a file,
     how many bytes are sent before the connection is reset. broken_from: of files, from which byte
     on they are never sent.
+    redirects: where files are said to be instead. headers: sent with every answer besides.
     log: path and range of every request.
     """
 
@@ -48,6 +50,8 @@ class RangeServer:
     answers: dict[str, list[int]] = field(default_factory=dict)
     cuts: dict[str, list[int]] = field(default_factory=dict)
     broken_from: dict[str, int] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
     log: list[tuple[str, str | None]] = field(default_factory=list)
     most_at_once: int = 0
     at_once: int = 0
@@ -95,6 +99,12 @@ class _Handler(BaseHTTPRequestHandler):
             expected = base64.b64encode(f"somebody:{server.password}".encode()).decode()
             if self.headers.get("Authorization") != f"Basic {expected}":
                 status = 401
+        if path in server.redirects:
+            self.send_response(302)
+            self.send_header("Location", server.redirects[path])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if status is not None or not file.is_file():
             self.send_response(status or 404)
             self.send_header("Content-Length", "0")
@@ -115,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
             etag = f'"{hashlib.sha256(stamp.encode()).hexdigest()[:20]}"'
         if etag:
             self.send_header("ETag", etag)
+        for name, value in server.headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(max(0, stop - start)))
         self.end_headers()
         with server.lock:
@@ -150,10 +162,13 @@ class _Listening(ThreadingHTTPServer):
 
 
 @contextmanager
-def range_server(root: Path) -> Iterator[RangeServer]:
-    """A server of a folder's files, while the block runs."""
+def range_server(root: Path, tls: ssl.SSLContext | None = None) -> Iterator[RangeServer]:
+    """A server of a folder's files, while the block runs. tls: with what it speaks TLS."""
     listening = _Listening(("127.0.0.1", 0), _Handler)
-    server = RangeServer(root, f"http://127.0.0.1:{listening.server_address[1]}")
+    if tls is not None:
+        listening.socket = tls.wrap_socket(listening.socket, server_side=True)
+    scheme = "http" if tls is None else "https"
+    server = RangeServer(root, f"{scheme}://127.0.0.1:{listening.server_address[1]}")
     listening.of_test = server  # type: ignore[attr-defined]
     thread = threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True)
     thread.start()

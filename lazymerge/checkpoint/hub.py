@@ -25,7 +25,7 @@ from typing import Any
 
 from ..errors import InputError, LazymergeError
 from .hub_reference import SCHEME, HubReference, is_commit
-from .transport import PassingError, RemoteFile, Take, changed_error, read_range
+from .transport import PassingError, RemoteFile, Take, UnusableError, changed_error, read_range
 from .wording import quoted
 
 RETRIES = 2
@@ -159,6 +159,15 @@ class HubFile:
     source: HubSource
     name: str
 
+    @property
+    def identity(self) -> RemoteFile:
+        """What tells the file, at its commit, from all others: the Hub that is asked, too."""
+        from huggingface_hub import constants
+
+        source = self.source
+        url = f"{constants.ENDPOINT} {source.repository}/{self.name}"
+        return RemoteFile(url, source.sizes[self.name], source.commit)
+
     def read_range(self, start: int, stop: int, take: Take) -> None:
         """Hands a byte range on, piece by piece.
 
@@ -209,7 +218,7 @@ class HubFile:
     def _check(self, file: RemoteFile, start: int, response: Any) -> None:
         """Checks that an answer is the range that was asked for."""
         if response.status_code != 206:
-            raise InputError(
+            raise UnusableError(
                 f"{file.url}: this Hub sends no ranges of files, only whole ones. Leave --stream "
                 "out: the model is downloaded then"
             )

@@ -35,7 +35,16 @@ from .folder import (
 from .header import FIRST_READ_BYTES, Header, parse_header
 from .remote_reference import check_url, scheme_of
 from .tensor import Checkpoint
-from .transport import AbsentError, RemoteFile, Take, Transport, begin, read_range, transport_of
+from .transport import (
+    AbsentError,
+    RemoteFile,
+    Take,
+    Transport,
+    begin,
+    persistently,
+    read_range,
+    transport_of,
+)
 from .wording import quoted
 
 REQUESTS_AT_ONCE = 8
@@ -113,6 +122,12 @@ class RemoteSource:
             InputError: the file is not what it was. LazymergeError: it cannot be read.
         """
         read_range(_transport(scheme_of(self.url)), self.files[name], start, stop, take)
+
+    def identity(self, name: str) -> RemoteFile:
+        """A file at its version, told from all others that there are anywhere."""
+        file = self.files[name]
+        place = _transport(scheme_of(self.url)).place(self.url)
+        return replace(file, url=f"{place} {file.url}")
 
     def check(self, name: str) -> None:
         """Checks that a file is what it was, where reading cannot tell.
@@ -207,7 +222,7 @@ class _Opening:
         Raises:
             AbsentError: there is no such folder.
         """
-        self._listed = self._transport.names(self._url)
+        self._listed = persistently(self._url, lambda: self._transport.names(self._url))
         if self._listed is not None:
             names = [name for name in self._listed if is_plain_name(name) and name.isprintable()]
             if not names:

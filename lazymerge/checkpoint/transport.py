@@ -3,11 +3,16 @@
     begin    one request: what a file is now (size, pin), and its first bytes
     read     a ranged request, handed on piece by piece as it arrives; nothing is kept
 
+web_server.py and object_storage.py do so for the kinds of storage.
+
 A pin says which version of a file is meant: its ETag, or what else the storage names it by. Every
 answer is held against it, so that no two versions of a file are ever mixed.
 
 What fails for a reason that may pass (a broken connection, a short answer, 429, 5xx) is asked for
-again, from where it broke off, with growing pauses. Credentials are the filesystems' own affair
+again, from where it broke off, with growing pauses. What does not is an error at once: a host that
+is not known, or whose first connection is refused, a certificate that is not accepted, a 4xx.
+
+Credentials are the filesystems' own affair
 (netrc and FSSPEC_HTTP for http, AWS_* for s3, …) and nothing here sees them; messages name a file
 by the reference that the user wrote, which may hold none.
 """
@@ -15,7 +20,6 @@ by the reference that the user wrote, which may hold none.
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -41,7 +45,9 @@ SILENCE_SECONDS = 30.0
 
 PIECE_BYTES = 1 << 18
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+MOST_AT_ONCE = 100
+"""Requests: what aiohttp allows, too."""
+
 _T = TypeVar("_T")
 
 
@@ -56,6 +62,10 @@ class PassingError(Exception):
         self.pause_seconds = pause_seconds
 
 
+class UnusableError(InputError):
+    """A file is not what it was, or not to be had as it was planned: going on is of no use."""
+
+
 class AbsentError(Exception):
     """There is no such file, or the storage does not tell."""
 
@@ -65,12 +75,13 @@ class RemoteFile:
     """A file that lies elsewhere, at one version.
 
     url: as messages and plans name it; without credentials. size_bytes: of all of it.
-    pin: which version it is.
+    pin: which version it is. has_ranges: parts of it can be asked for; else only all of it.
     """
 
     url: str
     size_bytes: int
     pin: str
+    has_ranges: bool = True
 
 
 class Reader(Protocol):
@@ -101,6 +112,10 @@ class Transport(Reader, Protocol):
         Raises as begin does.
         """
 
+    def place(self, url: str) -> str:
+        """What tells a file from those of the same address elsewhere: the storage's own address,
+        where `url` holds none."""
+
     def check(self, file: RemoteFile) -> None:
         """Checks that a file is what it was, where `read` cannot tell.
 
@@ -122,7 +137,7 @@ def read_range(reader: Reader, file: RemoteFile, start: int, stop: int, take: Ta
     """`Reader.read`, gone on with where it broke off while there is hope.
 
     Raises:
-        InputError: the file is not there any more, or not what it was.
+        UnusableError: the file is not there any more, or not what it was.
         LazymergeError: it cannot be read.
     """
     done = start
@@ -151,6 +166,10 @@ def read_range(reader: Reader, file: RemoteFile, start: int, stop: int, take: Ta
         persistently(file.url, once)
     except AbsentError:
         raise changed_error(file) from None
+    except UnusableError:
+        raise
+    except InputError as error:  # it could be read, and may be again: what is merged stays
+        raise LazymergeError(str(error)) from None
 
 
 class _ProgressError(PassingError):
@@ -180,9 +199,9 @@ def persistently(url: str, once: Callable[[], _T]) -> _T:
             pause = FIRST_PAUSE_SECONDS if tries == 0 else min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def changed_error(file: RemoteFile) -> InputError:
+def changed_error(file: RemoteFile) -> UnusableError:
     """What to raise for a file that is another one than was planned with."""
-    return InputError(
+    return UnusableError(
         f"{file.url}: has changed since the merge was planned (it was {file.pin}, "
         f"{file.size_bytes:,} bytes). Plan the recipe again"
     )
@@ -202,6 +221,10 @@ def transport_of(scheme: str) -> Transport:
         if scheme in ("http", "https"):  # a netrc file and proxies, unless FSSPEC_HTTP says else
             given = (conf.get(scheme) or conf.get("http") or {}).get("client_kwargs") or {}
             options["client_kwargs"] = {"trust_env": True, **given}
+        elif scheme == "s3":  # what may pass is asked for again by `persistently`
+            given = (conf.get(scheme) or {}).get("config_kwargs") or {}
+            own = {"retries": {"total_max_attempts": 1}, "max_pool_connections": MOST_AT_ONCE}
+            options["config_kwargs"] = {**own, **given}
         filesystem = fsspec.filesystem(scheme, **options)
     except ImportError as error:
         also = " gcsfs" if scheme == "gs" else ""
@@ -209,237 +232,15 @@ def transport_of(scheme: str) -> Transport:
             f"what lies at {scheme}:// takes packages that are not installed ({_line(error)}). "
             f"Install them: pip install 'lazymerge[remote]'{also}"
         ) from None
+    from .object_storage import GsTransport, S3Transport
+    from .web_server import HttpTransport
+
     if scheme in ("http", "https"):
         return HttpTransport(filesystem)
-    if scheme == "s3":
-        return S3Transport(filesystem)
-    return ListedTransport(filesystem)
+    return S3Transport(filesystem) if scheme == "s3" else GsTransport(filesystem)
 
 
-class HttpTransport:
-    """Web servers, by the session of fsspec's own filesystem for them."""
-
-    def __init__(self, filesystem: Any) -> None:
-        self._filesystem = filesystem
-
-    def begin(self, url: str, count: int) -> tuple[RemoteFile, bytes]:
-        start = bytearray()
-
-        def take(piece: Any) -> None:
-            start.extend(piece)
-
-        file = _run(self._get(url, None, 0, count, take))
-        if len(start) < min(count, file.size_bytes):
-            raise PassingError(f"the answer ended after {len(start):,} bytes")
-        return file, bytes(start)
-
-    def read(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
-        _run(self._get(file.url, file, start, stop, take))
-
-    def names(self, url: str) -> None:
-        return None
-
-    def check(self, file: RemoteFile) -> None:
-        """Every answer has been looked at."""
-
-    async def _get(
-        self, url: str, known: RemoteFile | None, start: int, stop: int, take: Take
-    ) -> RemoteFile:
-        import aiohttp  # type: ignore[import-not-found, unused-ignore]
-
-        session = await self._filesystem.set_session()
-        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS
-        )
-        address = self._filesystem.encode_url(url)
-        try:
-            async with session.get(address, headers=headers, timeout=timeout) as answer:
-                file = _answered(url, known, answer.status, answer.headers, start)
-                if answer.status == 416:  # an empty file has no ranges
-                    return file
-                left = min(stop, file.size_bytes) - start
-                while left > 0 and (piece := await answer.content.read(min(PIECE_BYTES, left))):
-                    take(piece)
-                    left -= len(piece)
-                return file
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise PassingError(_client_problem(error)) from None
-
-
-def _client_problem(error: BaseException) -> str:
-    """What a client's error says, without the address that was asked: redirects sign theirs."""
-    text = str(getattr(error, "strerror", None) or "") or type(error).__name__
-    return f"the connection failed ({text[:100]})"
-
-
-def _answered(
-    url: str, known: RemoteFile | None, status: int, headers: Any, start: int
-) -> RemoteFile:
-    """The file that an answer is of.
-
-    known: what it must be. start: the first byte that was asked for.
-
-    Raises as Transport.read.
-    """
-    if status == 429 or status >= 500:
-        after = headers.get("Retry-After") or ""
-        raise PassingError(f"the server answers {status}", float(after) if after.isdigit() else 0.0)
-    if status in (404, 410):
-        raise AbsentError(url)
-    if status in (401, 403):
-        raise InputError(
-            f"{url}: may not be read (the server answers {status}). Log in (a netrc file), or "
-            "correct the address"
-        )
-    pin = headers.get("ETag") or headers.get("Last-Modified") or "without version"
-    if status == 416 and (headers.get("Content-Range") or "").strip() == "bytes */0":
-        file = RemoteFile(url, 0, pin)
-    elif status == 200:
-        if known is None and headers.get("Content-Length") == "0":
-            return RemoteFile(url, 0, pin)
-        raise InputError(
-            f"{url}: the server sends no ranges of files, only whole ones. Download the model and "
-            "give its folder, or use another server"
-        )
-    elif status != 206:
-        raise LazymergeError(f"{url}: the server answers {status}")
-    else:
-        match = _CONTENT_RANGE.fullmatch((headers.get("Content-Range") or "").strip())
-        if match is None or int(match[1]) != start:
-            raise PassingError("the server answers with another range than was asked for")
-        file = RemoteFile(url, int(match[3]), pin)
-    if known is not None and (file.size_bytes, file.pin) != (known.size_bytes, known.pin):
-        raise changed_error(known)
-    return file
-
-
-class ListedTransport:
-    """Any storage that fsspec has a filesystem for: ranges by `cat_file`, versions by `info`.
-
-    Answers do not say which version they are of, so that files are looked at again when all has
-    been read.
-    """
-
-    def __init__(self, filesystem: Any) -> None:
-        self._filesystem = filesystem
-
-    def begin(self, url: str, count: int) -> tuple[RemoteFile, bytes]:
-        with _Explained(url):
-            file = self._file(url, self._filesystem.info(url, refresh=True))
-        start = bytearray()
-        self.read(file, 0, min(count, file.size_bytes), start.extend)
-        return file, bytes(start)
-
-    def read(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
-        if stop <= start:
-            return
-        with _Explained(file.url):
-            data = self._filesystem.cat_file(file.url, start=start, end=stop)
-        if len(data) > stop - start:
-            raise PassingError(f"{len(data):,} bytes came where {stop - start:,} were asked for")
-        take(data)
-
-    def names(self, url: str) -> dict[str, RemoteFile] | None:
-        with _Explained(url):
-            entries = self._filesystem.ls(url, detail=True, refresh=True)
-        files = {}
-        for entry in entries:
-            name = str(entry["name"]).rstrip("/").rpartition("/")[2]
-            if entry["type"] == "file" and name:
-                files[name] = self._file(f"{url}/{name}", entry)
-        return files
-
-    def check(self, file: RemoteFile) -> None:
-        with _Explained(file.url):
-            now = self._file(file.url, self._filesystem.info(file.url, refresh=True))
-        if now != file:
-            raise changed_error(file)
-
-    def _file(self, url: str, facts: Any) -> RemoteFile:
-        for key in ("ETag", "etag", "generation", "VersionId", "md5Hash", "updated", "mtime"):
-            if facts.get(key):
-                return RemoteFile(url, int(facts["size"]), str(facts[key]))
-        for key in ("LastModified", "created"):
-            if facts.get(key):
-                return RemoteFile(url, int(facts["size"]), str(facts[key]))
-        return RemoteFile(url, int(facts["size"]), "without version")
-
-
-class S3Transport(ListedTransport):
-    """S3 and what speaks like it. Every request asks for the version that was planned with."""
-
-    def read(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
-        if stop > start:
-            with _Explained(file.url, file):
-                _run(self._get(file, start, stop, take))
-
-    def check(self, file: RemoteFile) -> None:
-        """Every answer has been looked at."""
-
-    async def _get(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
-        bucket, key, _ = self._filesystem.split_path(file.url)
-        answer = await self._filesystem._call_s3(
-            "get_object",
-            Bucket=bucket,
-            Key=key,
-            Range=f"bytes={start}-{stop - 1}",
-            IfMatch=file.pin,
-        )
-        if answer.get("ETag") != file.pin:
-            raise changed_error(file)
-        async with answer["Body"] as body:
-            left = stop - start
-            while left > 0 and (piece := await body.read(min(PIECE_BYTES, left))):
-                take(piece)
-                left -= len(piece)
-
-
-class _Explained:
-    """Says what goes wrong in a filesystem, without what its messages may hold of credentials."""
-
-    def __init__(self, url: str, known: RemoteFile | None = None) -> None:
-        self._url = url
-        self._known = known
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
-        url = self._url
-        if error is None or isinstance(error, LazymergeError | PassingError | AbsentError):
-            return
-        if not isinstance(error, Exception):
-            return
-        code = _code(error)
-        if code in ("PreconditionFailed", "412") and self._known is not None:
-            raise changed_error(self._known) from None
-        if isinstance(error, FileNotFoundError):
-            raise AbsentError(url) from None
-        name = type(error).__name__
-        if isinstance(error, PermissionError) or "Credentials" in name:
-            raise InputError(
-                f"{url}: may not be read ({name}{f', {code}' if code else ''}). Give the storage's "
-                "own credentials (for s3: AWS_PROFILE, AWS_ACCESS_KEY_ID, …), or correct the "
-                "address"
-            ) from None
-        if isinstance(error, ValueError | TypeError | KeyError | NotImplementedError):
-            raise LazymergeError(f"{url}: cannot be read ({name})") from None
-        raise PassingError(f"the storage fails ({name}{f', {code}' if code else ''})") from None
-
-
-def _code(error: BaseException) -> str:
-    """The storage's own word for what went wrong, if the error or its cause has one."""
-    for each in (error, error.__cause__, error.__context__):
-        response = getattr(each, "response", None)
-        if isinstance(response, dict):
-            code = response.get("Error", {}).get("Code")
-            if isinstance(code, str) and re.fullmatch(r"\w{1,60}", code):
-                return code
-    return ""
-
-
-def _run(work: Coroutine[Any, Any, _T]) -> _T:
+def in_its_thread(work: Coroutine[Any, Any, _T]) -> _T:
     """The result of a coroutine, run in fsspec's thread."""
     import asyncio
 

@@ -87,6 +87,28 @@ StreamOption = Annotated[
     bool,
     typer.Option("--stream", help="Read models of the Hub over the network; download nothing."),
 ]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", metavar="DIR", help="Keep what is fetched of models that lie elsewhere here."
+    ),
+]
+CacheLimitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-limit",
+        metavar="SIZE",
+        help="Bound of the cache, e.g. 100GB.",
+        show_default="half of what is free there",
+    ),
+]
+WholeFilesOption = Annotated[
+    bool,
+    typer.Option(
+        "--whole-files",
+        help="Servers that send no ranges: read their files whole, into the cache or memory.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -104,6 +126,9 @@ def plan_of(
     *,
     statistics: bool = False,
     stream: bool = False,
+    cache: Path | None = None,
+    cache_limit: str | None = None,
+    whole_files: bool = False,
 ) -> Plan:
     """The plan of a recipe, or a saved plan, under the options that plan and run share."""
     from .. import api
@@ -121,6 +146,9 @@ def plan_of(
         seed=seed,
         statistics=statistics,
         stream=stream,
+        cache=cache,
+        cache_limit=cache_limit,
+        whole_files=whole_files,
     )
     gc.freeze()  # a plan of 90,000 tensors has half a million nodes, and stays to the end
     return plan

@@ -15,6 +15,8 @@ from ..output.store.address import StoreAddress, place_of
 from ..sizes import format_bytes
 from .intermediates import IntermediateOption, as_options, folders_asked
 from .options import (
+    CacheLimitOption,
+    CacheOption,
     DeviceOption,
     JsonOption,
     MemoryOption,
@@ -27,6 +29,7 @@ from .options import (
     StreamOption,
     TruncateOption,
     VramOption,
+    WholeFilesOption,
     WorkersOption,
     plan_of,
 )
@@ -156,6 +159,9 @@ def plan(
     seed: SeedOption = None,
     plugin: PluginOption = None,
     stream: StreamOption = False,
+    cache: CacheOption = None,
+    cache_limit: CacheLimitOption = None,
+    whole_files: WholeFilesOption = False,
     write_intermediate: IntermediateOption = None,
 ) -> None:
     """Say what a merge will do: what goes in and comes out, time, memory, disk, what looks wrong.
@@ -202,6 +208,9 @@ def plan(
             seed,
             plugin,
             stream=stream,
+            cache=cache,
+            cache_limit=cache_limit,
+            whole_files=whole_files,
         )
 
     made = planned(recipe)
@@ -409,6 +418,10 @@ def plan_document(
         "disk": {"needed_bytes": needed, "free_bytes": free_disk_bytes(place)},
         **({} if store is None else {"store": str(store)}),
     }
+    state = plan.cache_state
+    if state is not None:
+        free = free_disk_bytes(Path(state.folder))
+        document["cache_disk"] = {"needed_bytes": state.grows_bytes, "free_bytes": free}
     if estimate is not None:
         document["estimate"] = estimate.as_dict()
     if len(outputs) > 1:

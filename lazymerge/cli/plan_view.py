@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.plan import Plan, adapter_text, dtype_shares, dtype_text
+from ..engine.remote_facts import CacheState
 from ..inspection.estimate import Estimate
 from ..inspection.findings import Finding, findings_of
 from ..inspection.layers import ABSENT, common_values, models_of, per_model_parameters
@@ -178,6 +179,9 @@ def _facts(
         yield "download", Text(facts["download"])
     if "network" in facts:
         yield "network", Text(facts["network"])
+    for label in ("whole", "cache"):
+        if label in facts:
+            yield label, Text(facts[label])
     lines = time_lines(plan, estimated)
     if estimated is not None:
         lines[0] += ", after the download" if "download" in facts else ""
@@ -193,6 +197,8 @@ def _facts(
         shown = (of_part["output"], of_part["data"].partition(",")[0], of_part["memory"])
         yield "before it", Text(f"{each.name} in {each.folder}: {'; '.join(shown)}")
     yield "disk", _disk(plan, before, place, is_given)
+    if plan.cache_state is not None:
+        yield "", _cache_disk(plan.cache_state)
 
 
 def _disk(plan: Plan, before: Sequence[Output], place: Path, is_given: bool) -> Text:
@@ -212,6 +218,17 @@ def _stored(plan: Plan, store: StoreAddress) -> Text:
 
     held = format_memory(plan.memory.store_bytes)
     return Text(f"goes to {store}, {held} of memory for it on its way; no disk needed")
+
+
+def _cache_disk(state: CacheState) -> Text:
+    from rich.text import Text
+
+    free = free_disk_bytes(Path(state.folder))
+    return Text.assemble(
+        f"the cache grows by {format_bytes(state.grows_bytes)}, {format_bytes(free)} free at "
+        f"{state.folder}",
+        ("" if free > state.grows_bytes else "  not enough", "bold red"),
+    )
 
 
 def _passes(plan: Plan) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from .log_json import LogJsonOption
 from .options import (
+    CacheLimitOption,
+    CacheOption,
     JsonOption,
     MemoryOption,
     OutputArgument,
@@ -39,6 +41,8 @@ def resume(
     workers: WorkersOption = None,
     read_mode: ReadModeOption = ReadModeChoice.pread,
     vram: VramOption = None,
+    cache: CacheOption = None,
+    cache_limit: CacheLimitOption = None,
     plugin: PluginOption = None,
     no_fsync: NoSyncOption = False,
     strict: StrictOption = False,
@@ -89,7 +93,13 @@ def resume(
     workforce = workforce_of(cluster, memory, workers, plugin)
     load_plugins(plugin)
     made = api.plan_of_unfinished(
-        output, memory=memory, workers=workers, read_mode=read_mode.value, vram=vram
+        output,
+        memory=memory,
+        workers=workers,
+        read_mode=read_mode.value,
+        vram=vram,
+        cache=cache,
+        cache_limit=cache_limit,
     )
     if not quiet:  # the folder says which, and it may come from somebody else
         folders = ", ".join(checkpoint.folder for checkpoint in made.checkpoints.values())

@@ -10,6 +10,8 @@ from ..output.store.address import place_of
 from .intermediates import IntermediateOption, folders_asked
 from .log_json import LogJsonOption
 from .options import (
+    CacheLimitOption,
+    CacheOption,
     DeviceOption,
     JsonOption,
     MemoryOption,
@@ -22,6 +24,7 @@ from .options import (
     StreamOption,
     TruncateOption,
     VramOption,
+    WholeFilesOption,
     WorkersOption,
     plan_of,
 )
@@ -53,6 +56,9 @@ def run(
     seed: SeedOption = None,
     plugin: PluginOption = None,
     stream: StreamOption = False,
+    cache: CacheOption = None,
+    cache_limit: CacheLimitOption = None,
+    whole_files: WholeFilesOption = False,
     write_intermediate: IntermediateOption = None,
     overwrite: Annotated[
         bool,
@@ -89,6 +95,9 @@ def run(
         plugin,
         statistics=stats,
         stream=stream,
+        cache=cache,
+        cache_limit=cache_limit,
+        whole_files=whole_files,
     )
     run_and_report(
         made,

@@ -14,10 +14,10 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..cluster.coordinator import DaskWorkforce
     from ..engine.intermediates import Output
     from ..engine.plan import Plan
     from ..engine.report import RunReport
-    from ..engine.run import Workforce
     from ..inspection.suspicions import Suspicion
     from ..output.store.address import StoreAddress
     from .log_json import JsonLog
@@ -57,7 +57,7 @@ QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing bu
 
 def workforce_of(
     cluster: str | None, memory: str | None, threads: int | None, plugins: list[Path] | None
-) -> Workforce | None:
+) -> DaskWorkforce | None:
     """Who makes the tensors, as --cluster says; None: this process."""
     if cluster is None:
         return None
@@ -101,7 +101,7 @@ def run_and_report(
     quiet: bool,
     as_json: bool,
     log_json: str | None = None,
-    workforce: Workforce | None = None,
+    workforce: DaskWorkforce | None = None,
 ) -> None:
     """Runs a plan, shows how it proceeds and says what came of it.
 
@@ -157,7 +157,7 @@ def _run_and_report(
     hash_inputs: bool,
     quiet: bool,
     as_json: bool,
-    workforce: Workforce | None,
+    workforce: DaskWorkforce | None,
 ) -> None:
     from ..engine.intermediates import check_outputs, clear_earlier, outputs_of
 

@@ -70,13 +70,14 @@ class GroupResult:
     """A group that is made.
 
     number: the group's. worker: address of who made it.
-    tensors: in the order in which they were finished.
+    tensors: in the order in which they were finished. notes: that a person should know.
     bytes_read: in all passes. seconds: that it took. peak_bytes: the worker's peak resident set.
     """
 
     number: int
     worker: str
     tensors: tuple[FinishedTensor, ...]
+    notes: tuple[str, ...]
     bytes_read: int
     bytes_written: int
     seconds: float

@@ -94,6 +94,7 @@ def make_group(group: Group) -> GroupResult:
         number=group.number,
         worker=_dask_worker_address(),
         tensors=tuple(told.tensors),
+        notes=tuple(told.notes),
         bytes_read=told.bytes_read,
         bytes_written=told.bytes_written,
         seconds=time.perf_counter() - began,
@@ -244,6 +245,7 @@ class _Told:
         self._worker = _dask_worker_address()
         self._tensor = ""
         self.tensors: list[FinishedTensor] = []
+        self.notes: list[str] = []
         self.bytes_read = self.bytes_written = 0
 
     def began(self, tensor: str) -> None:
@@ -257,6 +259,9 @@ class _Told:
     def finished(self, tensor: FinishedTensor) -> None:
         with self._lock:
             self.tensors.append(tensor)
+
+    def noted(self, message: str) -> None:
+        self.notes.append(message)
 
     def tell(self) -> None:
         """Says how far the group is, if it is time to; from the thread that waits for others."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .blocks import DeviceClass
 from .native import library
+from .network import Network
 
 ReadMode = Literal["mmap", "pread"]
 Kernels = Literal["native", "torch"]
@@ -28,6 +29,7 @@ class Execution:
     streams: models of the Hub that are not in its cache are read over the network while they are
         merged, and not downloaded first.
     stores: the output goes into an object store.
+    network: how inputs that lie elsewhere are fetched.
     """
 
     read_mode: ReadMode = DEFAULT_READ_MODE
@@ -37,6 +39,7 @@ class Execution:
     streams: bool = False
     reference_files: frozenset[str] | None = None
     stores: bool = False
+    network: Network = field(default_factory=Network)
 
     @property
     def gathers(self) -> bool:

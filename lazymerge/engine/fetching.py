@@ -18,8 +18,6 @@ at once, so that nobody waits for ever. No byte of the output depends on any of 
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import threading
 import time
@@ -27,20 +25,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from ..checkpoint.range_cache import RangeCache, is_keepable
 from ..checkpoint.tensor import DTYPES
 from ..errors import LazymergeError
 from ..graph.graph import Graph
 from ..graph.node import Read, Write
+from .memory_files import empty_file, make_hole, pages, store
 from .needed_ranges import chunks_of, path_of, reads_of_task, rows_between, sampled_bytes
-from .remote_inputs import Distant
+from .network import Network
+from .remote_inputs import CachedInput, Distant
 from .scheduler import Job
 from .stages import TensorTask
-
-CONNECTIONS = 8
-"""Requests at a time."""
 
 MOST_REQUEST_BYTES = 32 << 20
 """Of one request: at 100 MB/s a third of a second, so that 50 ms of waiting cost an eighth."""
@@ -91,22 +88,34 @@ class Fetcher:
         budget_bytes: int,
         workers: int,
         is_stopped: Callable[[], bool],
+        network: Network | None = None,
+        cache: RangeCache | None = None,
+        held: Mapping[str, int] | None = None,
+        held_bytes: int = 0,
     ) -> None:
         """files: that lie elsewhere, by path. budget_bytes: what may be held of them.
 
         workers: that may hold something at a time.
+
+        cache: where what comes is kept. held: files in memory that are there already, by path, of
+        held_bytes. Both are closed with the rest.
         """
+        network = network or Network()
+        self.cache = cache
+        self._held_files = dict(held or {})
         self._share = budget_bytes // workers
         self._sifted: dict[Key, int] = {}
-        self._picking = ThreadPoolExecutor(CONNECTIONS, "picking")
+        self._picking = ThreadPoolExecutor(network.connections, "picking")
         self._graph = graph
         self._tasks = tasks
         self._files = files
+        if cache is not None:
+            self._files = {path: _cached(file, cache) for path, file in files.items()}
         self._budget = budget_bytes
         self._is_stopped = is_stopped
         reads = {read.id: read for task in tasks for read in self._remote_reads(task)}
-        self._layouts = chunks_of(reads.values())
-        self._descriptors = {path: _empty_file(path, files[path]) for path in self._layouts}
+        self._layouts = chunks_of(reads.values(), network.gap_bytes)
+        self._descriptors = {path: empty_file(path, files[path]) for path in self._layouts}
         self._chunks: dict[Key, _Chunk] = {}
         self._urgent: dict[Key, None] = {}
         self._queued: dict[Key, None] = {}
@@ -118,11 +127,13 @@ class Fetcher:
         self._changed = threading.Condition()
         self._closing = False
         self._error: BaseException | None = None
-        self.most_held_bytes = 0
+        self._beside = held_bytes
+        self.most_held_bytes = held_bytes
         self.bytes_fetched = 0
         self.requests = 0
-        count = CONNECTIONS if self._layouts else 0
+        count = network.connections if self._layouts else 0
         self._most_request = max(1, min(MOST_REQUEST_BYTES, budget_bytes // max(1, 2 * count)))
+        self._protect_cached()
         self._ahead = self._all_chunks()
         self._next = next(self._ahead, None)
         self._fill()
@@ -136,7 +147,7 @@ class Fetcher:
     @property
     def descriptors(self) -> Mapping[str, int]:
         """The files in memory, by path."""
-        return self._descriptors
+        return {**self._descriptors, **self._held_files}
 
     def acquire(self, job: Job) -> None:
         """Waits until all that a job reads is there; it stays until `release`.
@@ -213,7 +224,7 @@ class Fetcher:
         with self._changed:
             self._make_room(self._picked_bytes(job))
             self._held += self._picked_bytes(job)
-            self.most_held_bytes = max(self.most_held_bytes, self._held)
+            self._note_held()
             for key in needed:  # what else is there of them must not be let go of meanwhile
                 self._sifted[key] = self._sifted.get(key, 0) + 1
         waiting = [
@@ -241,7 +252,7 @@ class Fetcher:
             offset = self._store(path, descriptor, piece, offset)
 
         self.requests += 1
-        self._files[path].read(offset, read.tensor.start + stop * item_bytes, take)
+        self._files[path].read(offset, read.tensor.start + stop * item_bytes, take, keeps=False)
 
     def _drop(self, job: Job, needed: Mapping[Key, int]) -> None:
         with self._changed:
@@ -294,8 +305,17 @@ class Fetcher:
         self._close_files()
 
     def _close_files(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        for descriptors in (self._descriptors, self._held_files):
+            while descriptors:
+                os.close(descriptors.popitem()[1])
+        if self.cache is not None:
+            self.cache.close()
+
+    def _protect_cached(self) -> None:
+        if self.cache is not None:
+            for path, layout in self._layouts.items():
+                file = self._files[path].identity
+                self.cache.protect(file, zip(layout.starts, layout.stops, strict=True))
 
     # what is read
 
@@ -305,7 +325,7 @@ class Fetcher:
     def _size(self, key: Key) -> int:
         """Memory that a chunk takes, whole pages."""
         layout, number = self._layouts[key[0]], key[1]
-        return _pages(layout.starts[number], layout.stops[number])[1]
+        return pages(layout.starts[number], layout.stops[number])[1]
 
     def _keys_of(self, job: Job) -> dict[Key, int]:
         """The chunks that a job reads from, and how many bytes of each."""
@@ -443,7 +463,10 @@ class Fetcher:
         size = self._size(key)
         self._chunks[key] = _Chunk("queued", size, wanted=wanted)
         self._held += size
-        self.most_held_bytes = max(self.most_held_bytes, self._held)
+        self._note_held()
+
+    def _note_held(self) -> None:
+        self.most_held_bytes = max(self.most_held_bytes, self._held + self._beside)
 
     def _let_go_if_unwanted(self, key: Key) -> None:
         chunk = self._chunks[key]
@@ -461,8 +484,7 @@ class Fetcher:
 
     def _make_hole(self, key: Key) -> None:
         layout = self._layouts[key[0]]
-        pages = _pages(layout.starts[key[1]], layout.stops[key[1]])
-        _make_hole(self._descriptors[key[0]], *pages)
+        make_hole(self._descriptors[key[0]], *pages(layout.starts[key[1]], layout.stops[key[1]]))
 
     def _wait(self) -> None:
         """Waits until something has changed.
@@ -539,17 +561,7 @@ class Fetcher:
         """Puts bytes in their place; returns where the next go."""
         if self._closing:
             raise FetchingStopped
-        data = memoryview(piece).cast("B")
-        while data:
-            try:
-                written = os.pwrite(descriptor, data, offset)
-            except OSError as error:
-                raise LazymergeError(
-                    f"{path}: no memory for what is fetched ({error.strerror}); give --memory "
-                    "less, or free some"
-                ) from error
-            data, offset = data[written:], offset + written
-        return offset
+        return store(path, descriptor, piece, offset)
 
     def _arrived(self, key: Key) -> None:
         with self._changed:
@@ -562,6 +574,10 @@ class Fetcher:
 
 class FetchingStopped(Exception):
     """The run has been stopped; nobody waits for what was asked for."""
+
+
+def _cached(file: Distant, cache: RangeCache) -> Distant:
+    return CachedInput(file, cache) if is_keepable(file.identity) else file
 
 
 def _joined(pieces: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -589,33 +605,3 @@ def _rows_of(read: Read, pieces: Sequence[tuple[int, int]]) -> list[tuple[int, i
                 first, last = int(run[0]), int(run[-1]) + 1
                 found.append((first * read.row_elements, last * read.row_elements))
     return found
-
-
-def _pages(start: int, stop: int) -> tuple[int, int]:
-    """Offset and length of the whole pages that hold a byte range."""
-    first = start // mmap.PAGESIZE * mmap.PAGESIZE
-    return first, -(-stop // mmap.PAGESIZE) * mmap.PAGESIZE - first
-
-
-def _empty_file(path: str, file: Distant) -> int:
-    descriptor = os.memfd_create(os.path.basename(path)[:200], os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, file.size_bytes)
-    return descriptor
-
-
-_PUNCH_HOLE, _KEEP_SIZE = 2, 1  # linux/falloc.h
-
-
-@cache
-def _fallocate() -> Callable[[int, int, int, int], int]:
-    call = ctypes.CDLL(None, use_errno=True).fallocate
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    call.restype = ctypes.c_int
-    return cast("Callable[[int, int, int, int], int]", call)
-
-
-def _make_hole(descriptor: int, start: int, length: int) -> None:
-    """Gives the memory of a range of a file in memory back."""
-    if _fallocate()(descriptor, _PUNCH_HOLE | _KEEP_SIZE, start, length):
-        error = ctypes.get_errno()
-        raise LazymergeError(f"cannot give memory back: {os.strerror(error)}")

@@ -22,7 +22,8 @@ from ..sizes import format_memory
 from .baseline import Libraries, reserved_bytes, resident_bytes
 from .execution import Execution
 from .likeness import Kind
-from .needed_ranges import FetchNeeds
+from .needed_ranges import CHUNK_BYTES, FetchNeeds
+from .network import CONNECTIONS, Network
 from .stages import (
     TorchLayout,
     gathered_bytes,
@@ -109,20 +110,28 @@ class MemoryPlan:
 
 
 CONNECTION_BYTES = 24 * MIB
-"""What requests hold of bytes that have arrived and are not in their place yet, and the threads
+"""What 8 requests hold of bytes that have arrived and are not in their place yet, and the threads
 that wait for them: with 16, ties at the smallest limit took 4 MiB more than planned."""
+
+
+def connection_bytes(network: Network) -> int:
+    """What requests hold, and pieces of a cache that are being checked."""
+    checked = 0 if network.cache_folder is None else CHUNK_BYTES
+    return network.connections * (CONNECTION_BYTES // CONNECTIONS + checked)
+
 
 WINDOW_BYTES = 384 * MIB
 """Of inputs that lie elsewhere, on their way or waiting: more brought nothing with 8 connections of
-100 MB/s and answers after 50 ms."""
+100 MB/s and answers after 50 ms. In proportion where there are more connections."""
 
 
-def _with_window(memory: MemoryPlan, fetches: FetchNeeds) -> MemoryPlan:
+def _with_window(memory: MemoryPlan, fetches: FetchNeeds, network: Network) -> MemoryPlan:
     """The plan, with what is left of the limit for what is fetched ahead, as far as it is of use: a
     tensor that is read twice stays, and what follows is on its way."""
     left = memory.limit_bytes - memory.projected_bytes
-    useful = min(WINDOW_BYTES + 2 * fetches.task_bytes, fetches.total_bytes)
-    more = max(0, CONNECTION_BYTES + useful - memory.fetch_bytes)
+    window = WINDOW_BYTES * max(1, network.connections // CONNECTIONS)
+    useful = min(window + 2 * fetches.task_bytes, fetches.total_bytes) + fetches.whole_bytes
+    more = max(0, connection_bytes(network) + useful - memory.fetch_bytes)
     return replace(memory, fetch_bytes=memory.fetch_bytes + min(left, more))
 
 
@@ -134,8 +143,16 @@ def _with_uploads(memory: MemoryPlan, needs: StoreNeeds) -> MemoryPlan:
     return replace(memory, store_bytes=memory.store_bytes + max(0, min(left, more)))
 
 
-def _fetched_text(fetch_bytes: int) -> str:
-    return f", {format_memory(fetch_bytes)} of inputs that are fetched" if fetch_bytes else ""
+def _fetched_text(fetch_bytes: int, fetches: FetchNeeds | None) -> str:
+    if fetches is None:
+        return ""
+    whole = (
+        f" ({format_memory(fetches.whole_bytes)} of files that come whole; with --cache DIR they "
+        "need no memory)"
+        if fetches.whole_bytes
+        else ""
+    )
+    return f", {format_memory(fetch_bytes)} of inputs that are fetched{whole}"
 
 
 def _stored_text(store_bytes: int) -> str:
@@ -276,7 +293,13 @@ def plan_memory(
             mapped_bytes=count * window_bytes if is_mapped else 0,
             hungriest=hungriest,
             smallest_limit_bytes=smallest,
-            fetch_bytes=0 if fetches is None else CONNECTION_BYTES + count * fetches.job_bytes,
+            fetch_bytes=(
+                0
+                if fetches is None
+                else connection_bytes(execution.network)
+                + count * fetches.job_bytes
+                + fetches.whole_bytes
+            ),
             store_bytes=0 if store is None else store.smallest_bytes,
         )
 
@@ -285,12 +308,12 @@ def plan_memory(
         chosen = plan(count, smallest)
         if chosen.projected_bytes <= limit_bytes:
             chosen = chosen if store is None else _with_uploads(chosen, store)
-            return chosen if fetches is None else _with_window(chosen, fetches)
+            return chosen if fetches is None else _with_window(chosen, fetches, execution.network)
     raise DoesNotFitError(
         f"the merge needs {format_memory(smallest)} of memory with one worker, the limit is "
         f"{format_memory(limit_bytes)}: {format_memory(reserved)} for Python and its libraries, "
         f"{format_memory(arena_bytes)} of buffers (most for {hungriest}), "
         f"{format_memory(plan(1, 0).statistics_bytes)} of statistics"
-        f"{_fetched_text(plan(1, 0).fetch_bytes)}{_stored_text(plan(1, 0).store_bytes)}; "
+        f"{_fetched_text(plan(1, 0).fetch_bytes, fetches)}{_stored_text(plan(1, 0).store_bytes)}; "
         f"the smallest limit that works is --memory {smallest // MIB}MiB"
     )

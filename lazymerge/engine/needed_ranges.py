@@ -1,7 +1,7 @@
 """Which bytes of files that lie elsewhere a merge reads, and in which pieces they are fetched.
 
-The ranges of all tensors that are read are united, gaps of up to MAX_GAP_BYTES between them with
-them, and cut at multiples of CHUNK_BYTES:
+The ranges of all tensors that are read are united, gaps of up to `max_gap_bytes` between them
+with them, and cut at multiples of CHUNK_BYTES:
 
     file     ░░▓▓▓▓▓▓▓▓▓▓▓▓░░░░░░░░░▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓░
     chunks     ├───┼────┼──┤        ├─┼────┼────┼────┤
@@ -22,6 +22,7 @@ from ..graph.graph import Graph
 from ..graph.node import Read, Reduce, Write
 from ..graph.operation import reduce_operation
 from .blocks import DeviceClass, elements_per_block
+from .network import MAX_GAP_BYTES
 from .scheduler import SPAN_BLOCKS
 from .stages import TensorTask, row_elements
 
@@ -33,11 +34,6 @@ CHUNK_BYTES = 2 << 20
 """A quarter of a span of a bfloat16 input. What is fetched is let go of in such pieces; requests
 are for many of them."""
 
-MAX_GAP_BYTES = 1 << 20
-"""Bytes that nobody wants are fetched rather than asking twice: 10 ms at 100 MB/s, where a request
-takes 50 ms to be answered. At least two pages, so that chunks share none."""
-
-assert MAX_GAP_BYTES >= 2 * mmap.PAGESIZE
 assert CHUNK_BYTES % mmap.ALLOCATIONGRANULARITY == 0
 
 
@@ -51,6 +47,11 @@ class FileChunks:
     @property
     def size_bytes(self) -> int:
         return sum(self.stops) - sum(self.starts)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that all of them take, whole pages."""
+        return self.size_bytes + 2 * mmap.PAGESIZE * self.runs
 
     def overlapping(self, start: int, stop: int) -> range:
         """Numbers of the chunks that hold a byte range."""
@@ -113,11 +114,13 @@ class FetchNeeds:
 
     job_bytes: at most, of one worker's. task_bytes: all inputs of the largest output tensor.
     total_bytes: of all of them.
+    whole_bytes: of files that are held from beginning to end, beside the others.
     """
 
     job_bytes: int
     task_bytes: int
     total_bytes: int
+    whole_bytes: int = 0
 
 
 def fetch_needs(

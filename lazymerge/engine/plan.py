@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Hashable, Mapping, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from hashlib import blake2b
 from importlib.metadata import version as installed_version
@@ -49,7 +49,9 @@ from .execution import DEFAULT_READ_MODE, Execution, Kernels, ReadMode, default_
 from .likeness import Kind, kinds_of
 from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memory
 from .needed_ranges import FetchNeeds, FileChunks, chunks_of, fetch_needs, path_of
-from .remote_inputs import Distant, remote_inputs
+from .network import Network
+from .remote_facts import CacheState, cache_state, network_facts
+from .remote_inputs import Distant, check_ranges, is_held_whole, remote_inputs
 from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
 from .store.memory import StoreNeeds, store_needs
 from .tokenizer import TokenizerPlan, plan_tokenizer
@@ -72,6 +74,7 @@ class Resources:
     gathers: whether statistics of what is written are gathered; nor does it depend on this.
     streams: models of the Hub are read over the network while they are merged, not downloaded.
     stores: the output goes into an object store, and what is on its way there is memory.
+    network: how inputs that lie elsewhere are fetched.
     """
 
     limit_bytes: int | None = None
@@ -83,6 +86,7 @@ class Resources:
     gathers: bool = False
     streams: bool = False
     stores: bool = False
+    network: Network = field(default_factory=Network)
 
     @property
     def execution(self) -> Execution:
@@ -107,6 +111,7 @@ class Resources:
             vram_limit_bytes=self.vram_limit_bytes,
             streams=self.streams,
             stores=self.stores,
+            network=self.network,
         )
 
 
@@ -169,6 +174,7 @@ class Plan:
             gathers=self.execution.gathers,
             streams=self.execution.streams,
             stores=self.execution.stores,
+            network=self.execution.network,
         )
 
     @property
@@ -260,7 +266,13 @@ class Plan:
                 f"in {_counted(len(self.shards), 'shard')}",
             ),
             *self._download_facts(),
-            *self._network_facts(),
+            *network_facts(
+                self.remote_inputs,
+                self.chunks_to_fetch,
+                self.memory,
+                self.execution.network,
+                self.cache_state,
+            ),
             ("beside it", ", ".join([*beside, "README.md", MANIFEST_NAME])),
             (
                 "operations",
@@ -317,21 +329,16 @@ class Plan:
         """What of every file is read over the network, by path."""
         inputs = self.remote_inputs
         reads = (node for node in self.graph if isinstance(node, Read))
-        return chunks_of(read for read in reads if path_of(read) in inputs) if inputs else {}
+        if not inputs:
+            return {}
+        network = self.execution.network
+        return chunks_of((read for read in reads if path_of(read) in inputs), network.gap_bytes)
 
-    def _network_facts(self) -> list[tuple[str, str]]:
-        if not self.remote_inputs:
-            return []
-        chunks = self.chunks_to_fetch
-        places = dict.fromkeys(self.remote_inputs[path].place for path in chunks)
-        return [
-            (
-                "network",
-                f"{format_bytes(self.bytes_to_fetch)} of {_counted(len(chunks), 'file')} of "
-                f"{', '.join(places)}, at most {format_memory(self.memory.fetch_bytes)} at a time; "
-                "nothing of it is kept",
-            )
-        ]
+    @cached_property
+    def cache_state(self) -> CacheState | None:
+        """What the cache has of what is read over the network; None: there is none, of either."""
+        network = self.execution.network
+        return cache_state(self.remote_inputs, self.chunks_to_fetch, network, self.bytes_written)
 
     def _device_facts(self) -> list[tuple[str, str]]:
         vram = self.memory.vram
@@ -467,6 +474,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """The plan for JSON: everything that is needed to run it, and its totals."""
+        cached = self.cache_state
         return {
             "format": PLAN_FORMAT,
             "lazymerge": __version__,
@@ -483,12 +491,14 @@ class Plan:
                 "header_bytes_read": sum(c.header_bytes_read for c in self.checkpoints.values()),
                 "bytes_to_download": sum(file.size_bytes for file in self.missing_files),
                 "bytes_to_fetch": self.bytes_to_fetch,
+                **({} if cached is None else {"bytes_cached": cached.held_bytes}),
             },
             "memory": self.memory.as_dict(),
             "read_mode": self.execution.read_mode,
             "kernels": self.execution.kernels,
             "device": self.execution.device,
             **({"streams": True} if self.execution.streams else {}),
+            **({"whole_files": True} if self.execution.network.whole_files else {}),
             "notices": list(self.notices),
             "models": self.models_dict(),
             "output": {
@@ -713,7 +723,12 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
             f"that; run it there, or plan the recipe again with --device {resources.device}"
         )
     streams = resources.streams or document.get("streams") is True
-    resources = replace(resources, device=made_for, streams=streams)
+    resources = replace(
+        resources,
+        device=made_for,
+        streams=streams,
+        network=network_again(resources.network, document),
+    )
     graph = graph_from_json(document["graph"])
     verify_graph(graph)
     _check_reads(graph, checkpoints, path)
@@ -761,6 +776,12 @@ def _plan_from(document: dict[str, Any], resources: Resources, path: str) -> Pla
     if plan.fingerprint != document["fingerprint"]:
         raise InputError(f"{path} was altered after it was made; plan the recipe again")
     return plan
+
+
+def network_again(network: Network, document: Mapping[str, Any]) -> Network:
+    """What was agreed to when a plan or an output was begun is agreed to now."""
+    whole_files = network.whole_files or document.get("whole_files") is True
+    return replace(network, whole_files=whole_files)
 
 
 def recipe_again(saved: Mapping[str, Any]) -> Recipe:
@@ -1052,17 +1073,27 @@ def _fetch_needs(
     """What must be held of inputs that lie elsewhere; None where there are none.
 
     Raises:
-        InputError: an accelerator is to compute with them.
+        InputError: an accelerator is to compute with them, or one comes as a whole only.
     """
     paths = remote_inputs(checkpoints.values(), streams=execution.streams)
     if not paths:
         return None
+    network = execution.network
+    chunks = chunks_of(
+        (node for node in graph if isinstance(node, Read) and path_of(node) in paths),
+        network.gap_bytes,
+    )
+    read = {path: paths[path] for path in chunks}
+    check_ranges(read, network)
+    whole = [path for path, file in read.items() if is_held_whole(file, network)]
     if execution.device != "cpu":
         raise InputError(
             f"--device {execution.device} merges what is on the local disk only: leave it out, or "
             f"download {next(iter(paths))}"
         )
-    return fetch_needs(graph, tasks, paths, execution.device)
+    ranged = {path: file for path, file in paths.items() if path not in whole}
+    needs = fetch_needs(graph, tasks, ranged, execution.device)
+    return replace(needs, whole_bytes=sum(chunks[path].held_bytes for path in whole))
 
 
 def _recipe_notices(recipe: Recipe) -> list[str]:

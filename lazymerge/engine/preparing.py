@@ -23,6 +23,7 @@ from ..output.recovery import NOTHING, Recovery, is_doubted, recover
 from ..output.writer import ShardWriter, sync_file, sync_folder, write_error
 from .finishing import span_bytes
 from .plan import Plan, read_folders
+from .remote_facts import check_cache_disk
 from .report import Observer
 from .stages import bytes_read
 from .unfinished import (
@@ -79,6 +80,7 @@ def prepare(
     made: Sequence[Path],
 ) -> Prepared:
     """made: folders that were not there before."""
+    check_cache_disk(plan.cache_state, folder, 0 if resumes or overwrite else plan.bytes_written)
     recovery, length = NOTHING, 0
     believed: dict[str, Finished] = {}
     if resumes:

@@ -393,9 +393,6 @@ class Account(Told, Protocol):
     def lost(self, tensor: str) -> None:
         """A finished tensor is not what it should be: it is to be made again."""
 
-    def noted(self, message: str) -> None:
-        """Something that a person should know."""
-
 
 class Workforce(Protocol):
     """Makes the tensors that an output lacks."""

@@ -30,11 +30,12 @@ from .device.memory import open_lanes
 from .execution import Execution
 from .fetching import Fetcher
 from .inputs import InputFiles
-from .memory import CONNECTION_BYTES, MemoryPlan
+from .memory import MemoryPlan
 from .native.bus_error import explained_bus_errors
 from .readahead import ReadAhead
 from .recent import Recent
 from .remote_inputs import Distant
+from .remote_reading import open_fetcher, tell_of_cache
 from .scheduler import Scheduler
 from .stages import TensorTask
 from .worker import Worker, Written
@@ -101,6 +102,9 @@ class Told(Protocol):
     def finished(self, tensor: FinishedTensor) -> None:
         """An output tensor is complete."""
 
+    def noted(self, message: str) -> None:
+        """Something that a person should know."""
+
 
 def stream(
     work: Work,
@@ -134,7 +138,7 @@ def stream(
         most_open=work.memory.workers,
         began=told.began,
     )
-    fetcher = done.fetcher = _fetcher(work, scheduler)
+    fetcher = done.fetcher = _fetcher(work, scheduler, told.noted)
     files = InputFiles(stamps, None if fetcher is None else fetcher.descriptors)
     is_mapped = work.execution.read_mode == "mmap"
     recent = Recent(8 * work.memory.workers)
@@ -172,6 +176,8 @@ def stream(
     except BaseException:
         _close(files, fetcher)
         raise
+    if fetcher is not None:
+        tell_of_cache(fetcher, told.noted)
     _close(files, fetcher)
     return 0 if fetcher is None else fetcher.most_held_bytes
 
@@ -208,17 +214,18 @@ class _Collector:
             self._nonfinite.add(tensor)
 
 
-def _fetcher(work: Work, scheduler: Scheduler) -> Fetcher | None:
+def _fetcher(work: Work, scheduler: Scheduler, noted: Callable[[str], None]) -> Fetcher | None:
     """What has the inputs that lie elsewhere, where there are some."""
     if not work.remote_inputs:
         return None
-    return Fetcher(
+    return open_fetcher(
         work.graph,
         work.tasks,
         work.remote_inputs,
-        work.memory.fetch_bytes - CONNECTION_BYTES,
-        work.memory.workers,
+        work.execution.network,
+        work.memory,
         lambda: scheduler.is_stopped,
+        noted,
     )
 
 

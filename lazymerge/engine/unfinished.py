@@ -26,7 +26,16 @@ from ..output.store.address import StoreAddress
 from ..recipe import Recipe
 from ..recipe.tokenizer import BASE, UNION
 from ..version import __version__
-from .plan import MOST_PATH, Plan, Resources, Split, make_plan, recipe_again, torch_version
+from .plan import (
+    MOST_PATH,
+    Plan,
+    Resources,
+    Split,
+    make_plan,
+    network_again,
+    recipe_again,
+    torch_version,
+)
 
 
 def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
@@ -49,6 +58,7 @@ def beginning_of_manifest(plan: Plan) -> dict[str, Any]:
         **({"tokenizer": plan.tokenizer.as_dict()} if plan.tokenizer else {}),
         **({"split": asdict(plan.split)} if plan.split else {}),
         **({"streams": True} if plan.execution.streams else {}),
+        **({"whole_files": True} if plan.execution.network.whole_files else {}),
     }
 
 
@@ -104,7 +114,10 @@ def plan_again(document: Mapping[str, Any], where: Path | str, resources: Resour
     plan = make_plan(
         recipe,
         replace(
-            resources, device=device, streams=resources.streams or document.get("streams") is True
+            resources,
+            device=device,
+            streams=resources.streams or document.get("streams") is True,
+            network=network_again(resources.network, document),
         ),
         max_shard_bytes=max_shard_bytes,
         truncate_embeddings=True,  # changes nothing where rows agree, and else it was given

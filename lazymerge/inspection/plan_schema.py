@@ -71,8 +71,15 @@ def plan_schema() -> Schema:
                 "streams": _said(
                     {"type": "boolean"}, "Models of the Hub are not downloaded but streamed."
                 ),
+                "whole_files": _said(
+                    {"type": "boolean"}, "Of servers without ranges, files are read whole."
+                ),
                 "suspicions": {"type": "array", "items": _suspicion()},
                 "disk": _object({"needed_bytes": COUNT, "free_bytes": COUNT}),
+                "cache_disk": _said(
+                    _object({"needed_bytes": COUNT, "free_bytes": COUNT}),
+                    "The same of the cache (--cache): by how much it may grow.",
+                ),
                 "estimate": _estimate(),
                 "intermediates": _said(
                     {"type": "array", "items": {"type": "object"}},
@@ -129,8 +136,9 @@ def _totals() -> Schema:
             "bytes_written": COUNT,
             "header_bytes_read": _said(COUNT, "What planning has read."),
             "bytes_to_download": COUNT,
-            "bytes_to_fetch": _said(COUNT, "Over the network, while it is merged; not kept."),
-        }
+            "bytes_to_fetch": _said(COUNT, "Of inputs that are not on the local disk."),
+        },
+        {"bytes_cached": _said(COUNT, "How much of that the cache has (--cache).")},
     )
 
 

@@ -14,7 +14,9 @@ import lazymerge
 import pytest
 import torch
 import yaml
-from lazymerge.engine import fetching, streaming
+from lazymerge.engine import fetching, remote_reading
+from lazymerge.engine.memory import CONNECTION_BYTES
+from lazymerge.engine.network import CONNECTIONS
 from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
@@ -108,7 +110,7 @@ def test_bytes_equal_to_a_local_run(
 def smallest(plan: Plan) -> str:
     """A limit in which nothing of the window is left over."""
     memory = plan.memory
-    window = streaming.CONNECTION_BYTES + memory.workers * needs(plan).job_bytes
+    window = CONNECTION_BYTES + memory.workers * needs(plan).job_bytes
     return str(memory.projected_bytes - memory.fetch_bytes + window)
 
 
@@ -146,14 +148,14 @@ def test_the_smallest_memory_that_is_allowed(
             in_files.append(512 * sum(blocks))
             super()._arrived(key)
 
-    monkeypatch.setattr(streaming, "Fetcher", Watched)
+    monkeypatch.setattr(remote_reading, "Fetcher", Watched)
     roomy = remote(server, tmp_path, method, read_mode=read_mode)
     plan = remote(server, tmp_path, method, memory=smallest(roomy), read_mode=read_mode)
     assert plan.memory.fetch_bytes < roomy.memory.fetch_bytes
     run_plan(plan, tmp_path / "out", fsync=False)
     assert weights(tmp_path / "out") == expected
-    assert 0 < max(held) <= plan.memory.fetch_bytes - streaming.CONNECTION_BYTES
-    assert 0 < max(in_files) <= plan.memory.fetch_bytes - streaming.CONNECTION_BYTES
+    assert 0 < max(held) <= plan.memory.fetch_bytes - CONNECTION_BYTES
+    assert 0 < max(in_files) <= plan.memory.fetch_bytes - CONNECTION_BYTES
 
 
 def test_layers_that_are_here_and_layers_that_are_not(
@@ -200,12 +202,12 @@ def test_samples_of_tensors_that_are_not_held_whole(
             picked.append(512 * sum(blocks))
             super()._drop(job, needed)
 
-    monkeypatch.setattr(streaming, "Fetcher", Watched)
+    monkeypatch.setattr(remote_reading, "Fetcher", Watched)
     roomy = remote(server, tmp_path, read_mode=read_mode)
     plan = remote(server, tmp_path, memory=smallest(roomy), read_mode=read_mode)
     run_plan(plan, tmp_path / "out", fsync=False)
     assert picked
-    assert max(picked) <= plan.memory.fetch_bytes - streaming.CONNECTION_BYTES
+    assert max(picked) <= plan.memory.fetch_bytes - CONNECTION_BYTES
     assert weights(tmp_path / "out") == expected
 
 
@@ -233,7 +235,7 @@ def test_every_byte_is_fetched_once_where_there_is_room(
         r for name in {p.rpartition("/")[2] for p, _ in server.log} for r in server.ranges(name)
     ]
     assert sum(stop - start for start, stop in ranges) == plan.bytes_to_fetch
-    assert 1 < server.most_at_once <= fetching.CONNECTIONS
+    assert 1 < server.most_at_once <= CONNECTIONS
 
 
 def test_part_of_a_model(models: Path, server: RangeServer, tmp_path: Path) -> None:

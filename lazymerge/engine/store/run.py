@@ -452,3 +452,6 @@ class _Account:
 
     def finished(self, tensor: FinishedTensor) -> None:
         self._observer.finished(tensor.name)
+
+    def noted(self, message: str) -> None:
+        self._observer.noted(message)

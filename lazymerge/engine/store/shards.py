@@ -148,6 +148,9 @@ class _Recorded:
         self._last = tensor
         self._told.moved(bytes_read, 0, tensor)
 
+    def noted(self, message: str) -> None:
+        self._told.noted(message)
+
     def sent(self, size_bytes: int) -> None:
         """Some bytes have been uploaded."""
         self._told.moved(0, size_bytes, self._last)

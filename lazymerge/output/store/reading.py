@@ -25,15 +25,26 @@ class StoredFile:
         """Where it lies, for people."""
         return self.store.address.bucket
 
-    def read(self, start: int, stop: int, take: Take) -> None:
+    @property
+    def has_ranges(self) -> bool:
+        """Whether parts of it can be asked for."""
+        return True
+
+    @property
+    def identity(self) -> RemoteFile:
+        """What tells it, at its version, from all other files."""
+        url = self.store.address.url(self.found.name)
+        return RemoteFile(url, self.found.size_bytes, self.found.etag)
+
+    def read(self, start: int, stop: int, take: Take, *, keeps: bool = True) -> None:
         """Hands a byte range on, piece by piece; asks again for what does not come.
+
+        keeps: there is no cache of outputs.
 
         Raises:
             InputError: the object is not what it was. LazymergeError: it cannot be read.
         """
-        url = self.store.address.url(self.found.name)
-        file = RemoteFile(url, self.found.size_bytes, self.found.etag)
-        read_range(_Reader(self), file, start, stop, take)
+        read_range(_Reader(self), self.identity, start, stop, take)
 
     def check(self) -> None:
         """Every answer is held against the ETag."""

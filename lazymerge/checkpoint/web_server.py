@@ -1,0 +1,210 @@
+"""Files of web servers, by the session of fsspec's own filesystem for them."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import ssl
+from typing import Any
+
+from ..errors import InputError, LazymergeError
+from . import transport
+from .transport import (
+    AbsentError,
+    PassingError,
+    RemoteFile,
+    Take,
+    changed_error,
+    in_its_thread,
+)
+
+PASSING_STATUSES = frozenset({408, 425, 429})
+"""Of 4xx, those that say to come again: RFC 9110 and 8470, RFC 6585."""
+
+MISDIRECTED = frozenset({"InvalidURL", "NonHttpUrlClientError", "TooManyRedirects"})
+"""Errors of the client that an answer leads to; not all are in every version of it."""
+
+NO_VERSION = "without version"
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_UNREACHABLE = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH})
+
+Host = tuple[str | None, int | None]
+
+
+class HttpTransport:
+    """Web servers."""
+
+    def __init__(self, filesystem: Any) -> None:
+        self._filesystem = filesystem
+        self._answering: set[Host] = set()
+
+    def begin(self, url: str, count: int) -> tuple[RemoteFile, bytes]:
+        start = bytearray()
+
+        def take(piece: Any) -> None:
+            start.extend(piece)
+
+        file = in_its_thread(self._get(url, None, 0, count, take))
+        if len(start) < min(count, file.size_bytes):
+            raise PassingError(f"the answer ended after {len(start):,} bytes")
+        return file, bytes(start)
+
+    def read(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
+        in_its_thread(self._get(file.url, file, start, stop, take))
+
+    def names(self, url: str) -> None:
+        return None
+
+    def place(self, url: str) -> str:
+        return ""
+
+    def check(self, file: RemoteFile) -> None:
+        """Every answer has been looked at."""
+
+    async def _get(
+        self, url: str, known: RemoteFile | None, start: int, stop: int, take: Take
+    ) -> RemoteFile:
+        import aiohttp  # type: ignore[import-not-found, unused-ignore]
+
+        session = await self._filesystem.set_session()
+        headers = {"Accept-Encoding": "identity"}
+        if known is None or known.has_ranges:
+            headers["Range"] = f"bytes={start}-{stop - 1}"
+        timeout = aiohttp.ClientTimeout(
+            total=None,
+            sock_connect=transport.CONNECT_SECONDS,
+            sock_read=transport.SILENCE_SECONDS,
+        )
+        address = self._filesystem.encode_url(url)
+        try:
+            async with session.get(address, headers=headers, timeout=timeout) as answer:
+                for each in (*answer.history, answer):
+                    self._answering.add((each.url.host, each.url.port))
+                file = _answered(url, known, answer.status, answer.headers, start)
+                if answer.status == 416:  # an empty file has no ranges
+                    return file
+                await _hand_on(answer.content, file, start, min(stop, file.size_bytes), take)
+                return file
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise self._failed(url, known, error) from None
+
+    def _failed(self, url: str, known: RemoteFile | None, error: Exception) -> Exception:
+        """What to raise for a client's error; without the address that was asked, for redirects
+        sign theirs."""
+        import aiohttp
+
+        text = str(getattr(error, "strerror", None) or "") or type(error).__name__
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            found = getattr(error.certificate_error, "verify_message", "") or "it is not trusted"
+            return LazymergeError(
+                f"{url}: the server's certificate is not accepted ({_short(found)}). Correct the "
+                "address, or have the certificate's issuer trusted (SSL_CERT_FILE)"
+            )
+        if {each.__name__ for each in type(error).__mro__} & MISDIRECTED:
+            return LazymergeError(
+                f"{url}: the server sends it on to where nothing can be read "
+                f"({type(error).__name__}). Correct the address"
+            )
+        if isinstance(error, aiohttp.ClientConnectorError):
+            host = (error.host, error.port)
+            problem = _lasting_problem(error)
+            if problem is not None and known is None and host not in self._answering:
+                return LazymergeError(
+                    f"{url}: the connection failed ({problem}). Correct the address, or see "
+                    "whether this machine reaches that host"
+                )
+        elif isinstance(error, ValueError) and not isinstance(error, aiohttp.ClientError):
+            return LazymergeError(f"{url}: cannot be read ({type(error).__name__})")
+        return PassingError(f"the connection failed ({_short(text)})")
+
+
+def _lasting_problem(error: Any) -> str | None:
+    """Why a host cannot be reached at all; None where that may pass."""
+    cause = error.os_error
+    if isinstance(cause, socket.gaierror):
+        return f"{error.host[:200]!r} is no known host"
+    if isinstance(cause, ssl.SSLError):
+        return "it speaks no TLS"
+    return _short(cause.strerror or "") if cause.errno in _UNREACHABLE else None
+
+
+def _short(text: str) -> str:
+    return "".join(letter for letter in text[:100] if letter.isprintable())
+
+
+async def _hand_on(content: Any, file: RemoteFile, start: int, stop: int, take: Take) -> None:
+    """Hands the bytes of an answer on; of all of a file, those of the range.
+
+    Piece by piece as they were received: joined, they took a fourth more of the processor.
+    """
+    left = stop - start
+    skipped = 0 if file.has_ranges else start
+    while left > 0:
+        received, _ = await content.readchunk()
+        if not received:
+            return
+        piece = memoryview(received)[skipped:][:left]
+        skipped = max(0, skipped - len(received))
+        if piece:
+            take(piece)
+            left -= len(piece)
+
+
+def _answered(
+    url: str, known: RemoteFile | None, status: int, headers: Any, start: int
+) -> RemoteFile:
+    """The file that an answer is of.
+
+    known: what it must be. start: the first byte that was asked for.
+
+    Raises as Transport.read.
+    """
+    if status in PASSING_STATUSES or status >= 500:
+        after = headers.get("Retry-After") or ""
+        pause = float(after) if after.isdecimal() and len(after) < 10 else 0.0
+        raise PassingError(f"the server answers {status}", pause)
+    if status in (404, 410):
+        raise AbsentError(url)
+    if status in (401, 403):
+        raise InputError(
+            f"{url}: may not be read (the server answers {status}). Log in (a netrc file), or "
+            "correct the address"
+        )
+    coding = (headers.get("Content-Encoding") or "identity").strip().lower()
+    if status in (200, 206) and coding != "identity":
+        raise LazymergeError(
+            f"{url}: the server sends it packed ({_short(coding)}), though asked not to. Use "
+            "another server, or download the model"
+        )
+    pin = headers.get("ETag") or headers.get("Last-Modified") or NO_VERSION
+    if status == 416 and (headers.get("Content-Range") or "").strip() == "bytes */0":
+        file = RemoteFile(url, 0, pin)
+    elif status == 200:
+        file = _whole(url, known, headers, pin)
+    elif status != 206:
+        raise LazymergeError(f"{url}: the server answers {status}. Correct the address")
+    else:
+        match = _CONTENT_RANGE.fullmatch((headers.get("Content-Range") or "").strip())
+        if match is None or int(match[1]) != start:
+            raise PassingError("the server answers with another range than was asked for")
+        file = RemoteFile(url, int(match[3]), pin)
+    if known is not None and (file.size_bytes, file.pin) != (known.size_bytes, known.pin):
+        raise changed_error(known)
+    return file
+
+
+def _whole(url: str, known: RemoteFile | None, headers: Any, pin: str) -> RemoteFile:
+    """The file of an answer that is all of it."""
+    size = headers.get("Content-Length") or ""
+    if size == "0":
+        return RemoteFile(url, 0, pin)
+    if known is not None and known.has_ranges:
+        raise LazymergeError(f"{url}: the server sends no ranges of it any more. Try again later")
+    if not size.isdecimal() or len(size) > 18:
+        raise LazymergeError(
+            f"{url}: the server does not say how long it is. Use another server, or download the "
+            "model"
+        )
+    return RemoteFile(url, int(size), pin, has_ranges=False)
