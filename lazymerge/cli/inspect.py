@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import JsonOption, MemoryOption, WorkersOption
+from .options import JsonOption, MemoryOption, StreamOption, WorkersOption
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,7 +32,8 @@ def inspect(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Model folder, .safetensors or torch file, or id on the Hub."
+            metavar="MODEL",
+            help="Model folder, .safetensors or torch file, id on the Hub, or address.",
         ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
@@ -44,6 +45,7 @@ def inspect(
     ] = False,
     memory: MemoryOption = None,
     workers: WorkersOption = None,
+    stream: StreamOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's layers, parts, dtypes and files, and what looks wrong about it.
@@ -53,7 +55,11 @@ def inspect(
     from .console import print_json, results
 
     began = time.perf_counter()
-    found = _scanned(model, memory, workers, is_silent=as_json) if scan else _opened(model)
+    found = (
+        _scanned(model, memory, workers, stream=stream, is_silent=as_json)
+        if scan
+        else _opened(model)
+    )
     seconds = time.perf_counter() - began
     if as_json:
         print_json(found.as_dict())
@@ -67,7 +73,9 @@ def _opened(model: str) -> Inspection:
     return api.inspect(model)
 
 
-def _scanned(model: str, memory: str | None, workers: int | None, *, is_silent: bool) -> Inspection:
+def _scanned(
+    model: str, memory: str | None, workers: int | None, *, stream: bool, is_silent: bool
+) -> Inspection:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from .. import api
@@ -91,6 +99,7 @@ def _scanned(model: str, memory: str | None, workers: int | None, *, is_silent: 
             scan=True,
             memory=memory,
             workers=workers,
+            stream=stream,
             scanned=lambda size, name: progress.update(
                 task, advance=size, description=escaped(name[:MOST_NAME_SHOWN])
             ),

@@ -33,8 +33,15 @@ from typing import Any, Literal, cast
 from ..checkpoint.tensor import DTYPES
 from ..errors import LazymergeError
 from ..graph.graph import Graph
-from ..graph.node import Read, Write
-from .needed_ranges import chunks_of, path_of, reads_of_task, rows_between, sampled_bytes
+from ..graph.node import Read
+from .needed_ranges import (
+    chunks_of,
+    last_stage,
+    path_of,
+    reads_of_task,
+    rows_between,
+    sampled_bytes,
+)
 from .remote_inputs import Distant
 from .scheduler import Job
 from .stages import TensorTask
@@ -180,7 +187,7 @@ class Fetcher:
         if self._is_picked(job, needed):
             self._drop(job, needed)
             return
-        is_last = isinstance(job.task.stages[job.stage], Write)
+        is_last = job.task.stages[job.stage] is last_stage(job.task)
         with self._changed:
             for key, size in needed.items():
                 chunk = self._chunks[key]
@@ -340,10 +347,11 @@ class Fetcher:
         if index in self._places:
             return self._places[index]
         task = self._tasks[index]
+        last = last_stage(task)
         streamed = {
             read.id
-            for read in self._graph.reads_of(task.write.id)
-            if read.rows is None and read.element_count == task.write.element_count
+            for read in self._graph.reads_of(last.id)
+            if read.rows is None and read.element_count == last.element_count
         }
         found: dict[Key, _Place] = {}
         for read in self._remote_reads(task):

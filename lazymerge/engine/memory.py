@@ -112,13 +112,20 @@ WINDOW_BYTES = 384 * MIB
 100 MB/s and answers after 50 ms."""
 
 
-def _with_window(memory: MemoryPlan, fetches: FetchNeeds) -> MemoryPlan:
-    """The plan, with what is left of the limit for what is fetched ahead, as far as it is of use: a
-    tensor that is read twice stays, and what follows is on its way."""
-    left = memory.limit_bytes - memory.projected_bytes
+def fetch_window_bytes(left_bytes: int, own_bytes: int, fetches: FetchNeeds) -> int:
+    """What is left of the limit for what is fetched ahead, as far as it is of use: a tensor that is
+    read twice stays, and what follows is on its way.
+
+    own_bytes: set aside for fetching already.
+    """
     useful = min(WINDOW_BYTES + 2 * fetches.task_bytes, fetches.total_bytes)
-    more = max(0, CONNECTION_BYTES + useful - memory.fetch_bytes)
-    return replace(memory, fetch_bytes=memory.fetch_bytes + min(left, more))
+    return min(left_bytes, max(0, CONNECTION_BYTES + useful - own_bytes))
+
+
+def _with_window(memory: MemoryPlan, fetches: FetchNeeds) -> MemoryPlan:
+    left = memory.limit_bytes - memory.projected_bytes
+    more = fetch_window_bytes(left, memory.fetch_bytes, fetches)
+    return replace(memory, fetch_bytes=memory.fetch_bytes + more)
 
 
 def _fetched_text(fetch_bytes: int) -> str:
