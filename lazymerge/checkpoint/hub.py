@@ -47,6 +47,10 @@ class HubUnreachableError(LazymergeError):
     """The Hub gives no answer, or one that says to come again later."""
 
 
+class NoRangesError(InputError):
+    """The Hub sends whole files only."""
+
+
 @dataclass(frozen=True, slots=True)
 class HubSource:
     """A model of the Hub at one commit.
@@ -209,7 +213,7 @@ class HubFile:
     def _check(self, file: RemoteFile, start: int, response: Any) -> None:
         """Checks that an answer is the range that was asked for."""
         if response.status_code != 206:
-            raise InputError(
+            raise NoRangesError(
                 f"{file.url}: this Hub sends no ranges of files, only whole ones. Leave --stream "
                 "out: the model is downloaded then"
             )
