@@ -3,10 +3,10 @@
 
     python scripts/measure_remote_planning.py [--latency 0.05] [--runs 3]
 
-Three models of 13 billion parameters, headers and holes, with a tokenizer of 2.3 MB beside each, are
-served on the loopback interface by a process of its own, with a pause before every answer: by a web
-server, in safetensors and in torch files, and by a stand-in for the Hugging Face Hub. The command is
-`lazymerge plan --dry-run`, from start to end as a process.
+Three models of 13 billion parameters, headers and holes, with a tokenizer of 2.7 MB beside each,
+are served on the loopback interface by a process of its own, with a pause before every answer: by a
+web server, in safetensors and in torch files, and by a stand-in for the Hugging Face Hub. The
+command is `lazymerge plan --dry-run`, from start to end as a process.
 
 A Markdown table goes to stdout.
 """
@@ -30,14 +30,14 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "checkpoint"))
 
-from benchmarking.processes import lazymerge_environment, run_measured
 from lazymerge.sizes import format_bytes
-from measure_planning import ITEM_BYTES, LLAMA, RECIPE, Tensor, llama_13b, write_checkpoint
-
-from hub_server import HubServer, hub_server
-from range_server import range_server
 from torch_bytes import mapping, pickled, storage
 from torch_bytes import tensor as pickled_tensor
+
+from benchmarking.processes import lazymerge_environment, run_measured
+from hub_server import HubServer, hub_server
+from measure_planning import ITEM_BYTES, LLAMA, RECIPE, Tensor, llama_13b, write_checkpoint
+from range_server import range_server
 
 MODELS = 3
 TOKENS = 32_000
@@ -95,6 +95,7 @@ def write_torch_file(path: Path, tensors: Sequence[Tensor]) -> None:
     ]
     for key, (_, dtype, shape) in enumerate(tensors):
         entries.append((f"x/data/{key}".encode(), prod(shape) * ITEM_BYTES[dtype]))
+    entries.append((b"x/version", b"3\n"))
     records = []
     with path.open("wb") as stream:
         for name, content in entries:

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_TheTokenOfATest"
-HASHED_BYTES = 1 << 24
+HASHED_BYTES = 1 << 20
 """Of a file, for its ETag: what is larger may be mapped, and mostly holes."""
 
 

@@ -48,10 +48,11 @@ def open_hub_model(reference: str, wanted: HubReference) -> Checkpoint:
     try:
         names = sorted(name for name in source.sizes if "/" not in name)
         index = index_among(names)
+        small = {index: INDEX_LIMIT_BYTES} if index is not None else {}
         if CONFIG_NAME in source.sizes:
-            fetch_small(source, CONFIG_NAME, CONFIG_LIMIT_BYTES)
-        if index is not None:
-            fetch_small(source, index, INDEX_LIMIT_BYTES)
+            small[CONFIG_NAME] = CONFIG_LIMIT_BYTES
+        with ThreadPoolExecutor(max(1, len(small))) as pool:
+            list(pool.map(lambda pair: fetch_small(source, *pair), small.items()))
         checkpoint = open_folder(
             reference,
             Path(source.folder),

@@ -26,8 +26,8 @@ from .broken_file import DAMAGED, INCOMPLETE, BrokenFileError
 from .scattered import ScatteredBytes
 from .wording import quoted
 
-END_BYTES = 1 << 17
-"""Of a file, looked at first: the directories of 1,000 entries are smaller."""
+END_BYTES = 1 << 16
+"""Of a file, looked at first: the directories of 500 entries are smaller."""
 
 DIRECTORY_LIMIT_BYTES = 100_000_000
 ENTRY_LIMIT = 400_000

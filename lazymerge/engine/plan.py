@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Hashable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from hashlib import blake2b
@@ -16,7 +17,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from ..adapters import open_model, split_reference
+from ..adapters import is_local, open_model, split_reference
 from ..architecture import LayerStacks, find_layer_stacks
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint
@@ -52,6 +53,9 @@ from .needed_ranges import FetchNeeds, FileChunks, chunks_of, fetch_needs, path_
 from .remote_inputs import Distant, remote_inputs
 from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
 from .tokenizer import TokenizerPlan, plan_tokenizer
+
+MODELS_AT_ONCE = 4
+"""That are opened, where some lie elsewhere; of each, several files are asked for at a time."""
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 PLAN_FORMAT = 1
@@ -901,18 +905,27 @@ def open_models(
 
 
 def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]:
-    """Opens every model of a recipe; the errors of all of them are raised at once."""
-    checkpoints: dict[str, Checkpoint] = {}
-    problems: list[str] = []
-    for reference in recipe.models_read:
+    """Opens every model of a recipe; the errors of all of them are raised at once. Those that lie
+    elsewhere are asked for at once, too."""
+
+    def open_one(reference: str) -> Checkpoint | str:
         try:
-            opened = open_model(paths.get(reference, reference))
-            checkpoints[reference] = replace(opened, reference=reference)
+            return replace(open_model(paths.get(reference, reference)), reference=reference)
         except InputError as error:
-            problems.append(f"{error}{_of_a_merge(reference, recipe)}")
+            return f"{error}{_of_a_merge(reference, recipe)}"
+
+    references = list(recipe.models_read)
+    are_here = all(is_local(paths.get(reference, reference)) for reference in references)
+    if are_here:
+        opened = [open_one(reference) for reference in references]
+    else:
+        with ThreadPoolExecutor(MODELS_AT_ONCE) as pool:
+            opened = list(pool.map(open_one, references))
+    problems = [each for each in opened if isinstance(each, str)]
     if problems:
         raise InputErrors(problems)
-    return checkpoints
+    found = zip(references, opened, strict=True)
+    return {reference: each for reference, each in found if isinstance(each, Checkpoint)}
 
 
 def _of_a_merge(reference: str, recipe: Recipe) -> str:
