@@ -299,7 +299,17 @@ class Plan:
             return []
         size = format_bytes(sum(file.size_bytes for file in missing))
         models = ", ".join(dict.fromkeys(file.source.repository for file in missing))
-        return [("download", f"{size} in {_counted(len(missing), 'file')} of {models}")]
+        fact = (
+            f"{size} in {_counted(len(missing), 'file')} of {models} (--models lists them; with "
+            "--stream they are read over the network instead)"
+        )
+        return [("download", fact)]
+
+    def _downloads(self) -> list[dict[str, Any]]:
+        return [
+            {"model": file.source.repository, "file": file.name, "size_bytes": file.size_bytes}
+            for file in self.missing_files
+        ]
 
     @cached_property
     def remote_inputs(self) -> dict[str, Distant]:
@@ -473,6 +483,7 @@ class Plan:
             "kernels": self.execution.kernels,
             "device": self.execution.device,
             **({"streams": True} if self.execution.streams else {}),
+            **({"downloads": self._downloads()} if self.missing_files else {}),
             "notices": list(self.notices),
             "models": self.models_dict(),
             "output": {
