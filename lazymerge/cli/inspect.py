@@ -135,7 +135,7 @@ def inspection_view(
 def _facts(found: Inspection, seconds: float | None) -> Iterator[tuple[str, str]]:
     """Label and sentence of everything there is one of."""
     from ..engine.plan import adapter_text
-    from ..sizes import format_bytes, format_count
+    from ..sizes import counted, format_bytes, format_count
 
     checkpoint, facts = found.checkpoint, found.facts
     yield "folder", checkpoint.folder
@@ -145,9 +145,9 @@ def _facts(found: Inspection, seconds: float | None) -> Iterator[tuple[str, str]
     active = "" if found.active is None else f" ({format_count(found.active)} for each token)"
     yield (
         "size",
-        f"{len(checkpoint.tensors)} tensors, {format_count(checkpoint.parameter_count)} "
+        f"{counted(len(checkpoint.tensors), 'tensor')}, {format_count(checkpoint.parameter_count)} "
         f"parameters{active}, {format_bytes(checkpoint.size_bytes)} in "
-        f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'}"
+        f"{counted(len(checkpoint.files), 'file')}"
         f"{_spread(found.shards)}",
     )
     yield "dtypes", ", ".join(f"{dtype} {format_bytes(n)}" for dtype, n in found.dtypes.items())
@@ -169,7 +169,7 @@ def _facts(found: Inspection, seconds: float | None) -> Iterator[tuple[str, str]
 
 
 def _scan_text(found: Inspection, seconds: float | None) -> str:
-    from ..sizes import format_bytes, format_seconds
+    from ..sizes import counted, format_bytes, format_seconds
 
     assert found.scans is not None
     took = ""
@@ -178,7 +178,7 @@ def _scan_text(found: Inspection, seconds: float | None) -> str:
         took = f" in {format_seconds(seconds)} ({rate}/s)"
     nonfinite = sum(bool(scan.nan or scan.inf) for scan in found.scans)
     finite = "no inf or nan" if not nonfinite else f"inf or nan in {nonfinite} of them"
-    return f"{len(found.scans)} tensors read{took}: {finite}"
+    return f"{counted(len(found.scans), 'tensor')} read{took}: {finite}"
 
 
 def _spread(shards: tuple[Shard, ...]) -> str:

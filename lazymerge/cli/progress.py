@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine.baseline import resident_bytes
 from ..engine.plan import Plan
 from ..engine.report import Observer, Phase, RunReport, Silent
-from ..sizes import format_bytes, format_memory, format_seconds
+from ..sizes import counted, format_bytes, format_memory, format_seconds
 from .console import escaped
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class Progress(Silent):
         if self._log is not None:
             self._log.event("resumed", tensors=tensors, bytes_written=bytes_written)
         self._say(
-            f"{tensors} of {len(self.plan.tensors)} tensors are there already "
+            f"{tensors} of {counted(len(self.plan.tensors), 'tensor')} "
+            f"{'is' if tensors == 1 else 'are'} there already "
             f"({format_bytes(bytes_written)} of {format_bytes(self._bytes_to_write)})"
         )
 
@@ -142,7 +143,7 @@ class Progress(Silent):
         eta = format_seconds(left / rate) if rate > 0 else "–"
         return [
             f"{format_bytes(self.done_bytes)} of {format_bytes(self.total_bytes)}",
-            f"{self.tensors} of {len(self.plan.tensors)} tensors",
+            f"{self.tensors} of {counted(len(self.plan.tensors), 'tensor')}",
             f"{format_bytes(rate)}/s",
             f"{eta} left",
         ]
@@ -259,10 +260,11 @@ def done_line(plan: Plan, report: RunReport) -> RenderableType:
 
     moved = report.bytes_read + report.bytes_written
     made = len(plan.tensors) - report.resumed_tensors
-    earlier = f" ({report.resumed_tensors} were there)" if report.resumed_tensors else ""
+    before = report.resumed_tensors
+    earlier = f" ({before} {'was' if before == 1 else 'were'} there)" if before else ""
     return Text.assemble(
         ("done", "green"),
-        f" in {format_seconds(report.seconds)}: {made} tensors{earlier}, "
+        f" in {format_seconds(report.seconds)}: {counted(made, 'tensor')}{earlier}, "
         f"{format_bytes(report.bytes_written)} written, "
         f"{format_bytes(moved / report.seconds)}/s, "
         f"peak memory {format_memory(report.measured_bytes)} ",

@@ -74,6 +74,7 @@ class MemoryPlan:
     smallest_limit_bytes: the limit with which one worker would do.
     vram: what it occupies of an accelerator, where one computes.
     fetch_bytes: inputs that lie elsewhere, on their way or being merged.
+    window_bytes: of these, what is fetched further ahead than the workers need.
     """
 
     limit_bytes: int
@@ -87,6 +88,7 @@ class MemoryPlan:
     smallest_limit_bytes: int
     vram: VramPlan | None = None
     fetch_bytes: int = 0
+    window_bytes: int = 0
 
     @property
     def projected_bytes(self) -> int:
@@ -125,7 +127,7 @@ def fetch_window_bytes(left_bytes: int, own_bytes: int, fetches: FetchNeeds) -> 
 def _with_window(memory: MemoryPlan, fetches: FetchNeeds) -> MemoryPlan:
     left = memory.limit_bytes - memory.projected_bytes
     more = fetch_window_bytes(left, memory.fetch_bytes, fetches)
-    return replace(memory, fetch_bytes=memory.fetch_bytes + more)
+    return replace(memory, fetch_bytes=memory.fetch_bytes + more, window_bytes=more)
 
 
 def _fetched_text(fetch_bytes: int) -> str:
