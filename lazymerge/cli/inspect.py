@@ -54,13 +54,11 @@ def inspect(
     """
     from .console import print_json, results
 
-    began = time.perf_counter()
-    found = (
-        _scanned(model, memory, workers, stream=stream, is_silent=as_json)
-        if scan
-        else _opened(model)
-    )
-    seconds = time.perf_counter() - began
+    seconds = None
+    if scan:
+        found, seconds = _scanned(model, memory, workers, stream=stream, is_silent=as_json)
+    else:
+        found = _opened(model)
     if as_json:
         print_json(found.as_dict())
     else:
@@ -75,7 +73,8 @@ def _opened(model: str) -> Inspection:
 
 def _scanned(
     model: str, memory: str | None, workers: int | None, *, stream: bool, is_silent: bool
-) -> Inspection:
+) -> tuple[Inspection, float]:
+    """What is in a model, and how many seconds reading it took."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from .. import api
@@ -94,7 +93,8 @@ def _scanned(
         disable=is_silent or not console.is_terminal,
     ) as progress:
         task = progress.add_task("", total=checkpoint.size_bytes)
-        return api.inspect(
+        began = time.perf_counter()
+        found = api.inspect(
             checkpoint,
             scan=True,
             memory=memory,
@@ -104,6 +104,7 @@ def _scanned(
                 task, advance=size, description=escaped(name[:MOST_NAME_SHOWN])
             ),
         )
+        return found, time.perf_counter() - began
 
 
 def inspection_view(
