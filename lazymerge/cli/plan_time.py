@@ -42,7 +42,8 @@ def rough_seconds(seconds: float) -> str:
 
 def _span(estimated: Estimate) -> str:
     if estimated.network_bytes and estimated.network_seconds is None:
-        return f"{_span(estimated.without_network)}, or as long as the network takes"
+        rest = _span(estimated.without_network).partition(":")[0]
+        return f"{rest}, or as long as the network takes"
     least, most = estimated.least_seconds, estimated.most_seconds
     if least is None:
         return "not known: nothing of it could be measured"
@@ -102,7 +103,7 @@ def _network(estimated: Estimate) -> list[str]:
         examples = ", ".join(
             f"{rough_seconds(size / each)} at {format_bytes(each)}/s" for each in RATES_SHOWN
         )
-        return [f"network: {examples} (not measured: --measure fetches a sample)"]
+        return [f"network: {examples} (--measure samples it)"]
     return [
         f"network {rough_seconds(estimated.network_seconds)}: {format_bytes(size)} at "
         f"{format_bytes(rate)}/s (measured on a sample)"

@@ -254,6 +254,9 @@ class _Told:
             self.bytes_read += bytes_read
             self.bytes_written += bytes_written
 
+    def fetched(self, size_bytes: int) -> None:
+        """The run is told of what is done, not of what has come."""
+
     def finished(self, tensor: FinishedTensor) -> None:
         with self._lock:
             self.tensors.append(tensor)
