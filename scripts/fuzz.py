@@ -38,7 +38,7 @@ import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -594,14 +594,20 @@ def _pickle_of(file: bytes) -> bytes:
         return archive.read("archive/data.pkl")
 
 
+class _OneAtATime(Executor):
+    """Does what it is given at once: no threads."""
+
+    def map(self, work: Callable[..., Any], *items: Any, **_: Any) -> Iterator[Any]:
+        return map(work, *items)
+
+
 def _check_fetched(path: Path, data: bytes) -> None:
     """A torch file that lies elsewhere must be taken, or refused, as the same file is here."""
-    with ThreadPoolExecutor(1) as pool:
-        source = FetchedBytes(data[:100], len(data), lambda a, b: data[a:b], pool)
-        try:
-            fetched: object = parse_torch_file(source, path.name).tensors
-        except BrokenFileError as error:
-            fetched = f"{path}: {error}"
+    source = FetchedBytes(data[:100], len(data), lambda a, b: data[a:b], _OneAtATime())
+    try:
+        fetched: object = parse_torch_file(source, path.name).tensors
+    except BrokenFileError as error:
+        fetched = f"{path}: {error}"
     try:
         found: object = read_torch_file(path, path.name).tensors
     except InputError as error:
