@@ -11,6 +11,7 @@ from .checkpoint import Checkpoint
 from .engine import comparison, unfinished
 from .engine import intermediates as parts
 from .engine.blocks import DeviceClass
+from .engine.comparing import run_comparison
 from .engine.comparison import Comparison
 from .engine.download import missing_files
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
@@ -287,34 +288,39 @@ def inspect(
     memory: int | str | None = None,
     workers: int | None = None,
     scanned: Scanned | None = None,
+    stream: bool = False,
 ) -> Inspection:
     """What is in a model, and what looks wrong about it: from its headers and small files, or from
     all of its data.
 
-    model: as recipes name one (a folder, a file, an id on the Hub, with an adapter or without), or
-        one that is open.
+    model: as recipes name one (a folder, a file, an id on the Hub, an address, with an adapter or
+        without), or one that is open.
     scan: read all tensors once, for nan, inf, zeros, outliers and layers that are equal.
     memory: bound of the process's peak resident set while it does, in bytes or as "512MiB".
     workers: threads that read; by default one per processor.
     scanned: is told after every tensor: its bytes, its name. From these threads.
+    stream: a model of the Hub that is not in its cache is scanned over the network.
 
     Raises:
         InputError: it cannot be opened, or is not on this machine and is to be scanned.
         DoesNotFitError: the memory does not suffice.
+        LazymergeError: reading fails.
     """
     checkpoint = open_model(model) if isinstance(model, str) else model
     if not scan:
         return inspect_checkpoint(checkpoint)
-    missing = missing_files([checkpoint], checkpoint.folder, ())
+    missing = () if stream else missing_files([checkpoint], checkpoint.folder, ())
     if missing:
         size = format_bytes(sum(file.size_bytes for file in missing))
         raise InputError(
             f"{checkpoint.reference}: {size} in {len(missing)} files are not on this machine yet "
-            f"({missing[0].name}); download them first: hf download "
-            f"{missing[0].source.repository}"
+            f"({missing[0].name}); read them over the network with --stream, or download them "
+            f"first: hf download {missing[0].source.repository}"
         )
     limit = parse_size(memory) if isinstance(memory, str) else memory
-    scans = scan_checkpoint(checkpoint, memory=limit, workers=workers, scanned=scanned)
+    scans = scan_checkpoint(
+        checkpoint, memory=limit, workers=workers, scanned=scanned, streams=stream
+    )
     return inspect_checkpoint(checkpoint, scans)
 
 
@@ -367,12 +373,15 @@ def diff(
     memory: int | str | None = None,
     workers: int | None = None,
     tensors: str | None = None,
+    stream: bool = False,
 ) -> Comparison:
     """How two models differ, tensor by tensor, in one pass over both; nothing is written.
 
-    first, second: folders, files, ids on the Hub, model+adapter; the first is the reference.
+    first, second: folders, files, ids on the Hub, addresses, model+adapter; the first is the
+        reference.
     memory, workers: as of `plan`.
     tensors: a regular expression; tensors with such names alone.
+    stream: models of the Hub that are not in its cache are read over the network.
 
     Raises:
         InputError: a model cannot be opened.
@@ -385,8 +394,10 @@ def diff(
         str(first),
         str(second),
         Resources(
-            limit_bytes=parse_size(memory) if isinstance(memory, str) else memory, workers=workers
+            limit_bytes=parse_size(memory) if isinstance(memory, str) else memory,
+            workers=workers,
+            streams=stream,
         ),
         lambda name: pattern is None or pattern.search(name) is not None,
     )
-    return comparison.run_comparison(plan)
+    return run_comparison(plan)

@@ -38,6 +38,7 @@ import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,15 @@ from typing import Any
 import lazymerge
 import yaml
 from lazymerge.checkpoint import Checkpoint, open_checkpoint, read_header
+from lazymerge.checkpoint.broken_file import BrokenFileError
+from lazymerge.checkpoint.scattered import FetchedBytes
+from lazymerge.checkpoint.torch_file import parse_torch_file, read_torch_file
 from lazymerge.engine.plan import Resources, load_plan, make_plan, signatures
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
-from lazymerge.errors import LazymergeError
+from lazymerge.errors import InputError, LazymergeError
 from lazymerge.output import lock as lock_module
 from lazymerge.output.journal import JOURNAL_PATH, boot_id, read_journal
 from lazymerge.output.lock import LOCK_PATH, OutputLock
@@ -320,6 +324,7 @@ class Place:
         """A file as torch.save writes it."""
         path = self.folder / "torch" / "pytorch_model.bin"
         put(path, data)
+        _check_fetched(path, data)
         checkpoint = open_checkpoint(str(path.parent))
         _check_storages(checkpoint, data)
         self._merge(self._linear("torch"))
@@ -587,6 +592,28 @@ def torch_file(wrapped: bool) -> bytes:
 def _pickle_of(file: bytes) -> bytes:
     with zipfile.ZipFile(io.BytesIO(file)) as archive:
         return archive.read("archive/data.pkl")
+
+
+class _OneAtATime(Executor):
+    """Does what it is given at once: no threads."""
+
+    def map(self, work: Callable[..., Any], *items: Any, **_: Any) -> Iterator[Any]:
+        return map(work, *items)
+
+
+def _check_fetched(path: Path, data: bytes) -> None:
+    """A torch file that lies elsewhere must be taken, or refused, as the same file is here."""
+    source = FetchedBytes(data[:100], len(data), lambda a, b: data[a:b], _OneAtATime())
+    try:
+        fetched: object = parse_torch_file(source, path.name).tensors
+    except BrokenFileError as error:
+        fetched = f"{path}: {error}"
+    try:
+        found: object = read_torch_file(path, path.name).tensors
+    except InputError as error:
+        found = str(error)
+    if fetched != found:
+        raise Hostile(f"{found} here, {fetched} elsewhere")
 
 
 def _check_storages(checkpoint: Checkpoint, data: bytes) -> None:

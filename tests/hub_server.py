@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_TheTokenOfATest"
+HASHED_BYTES = 1 << 20
+"""Of a file, for its ETag: what is larger may be mapped, and mostly holes."""
 
 
 def commit_of(files: Mapping[str, bytes]) -> str:
@@ -50,6 +53,7 @@ class HubServer:
     cut: of a file, how many bytes are sent before the connection is closed, once for each entry.
     names: further names that a repository's list has. lengths: what the list says of a file.
     etag: in place of the files' own. ignores_ranges: whole files are sent.
+    latency_seconds: before every answer. bytes_sent: of files.
     """
 
     endpoint: str = ""
@@ -62,7 +66,9 @@ class HubServer:
     etag: str | None = None
     sha: str | None = None
     ignores_ranges: bool = False
+    latency_seconds: float = 0.0
     log: list[Request] = field(default_factory=list)
+    bytes_sent: int = 0
 
     def publish(self, repository: str, folder: Path, branch: str = "main") -> str:
         """Makes a folder's files the newest commit of a branch; returns it."""
@@ -103,6 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         hub: HubServer = self.server.hub
+        time.sleep(hub.latency_seconds)
         path = unquote(urlsplit(self.path).path)
         listing = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)
         resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
@@ -175,7 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", hub.etag or f'"{hashlib.sha256(data).hexdigest()}"')
+        digest = hashlib.sha256(data[:HASHED_BYTES]).hexdigest()
+        self.send_header("ETag", hub.etag or f'"{digest}"')
         self.send_header("X-Repo-Commit", commit)
         self.end_headers()
         if not with_body:
@@ -185,6 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         try:
             self.wfile.write(body)
+            hub.bytes_sent += len(body)
         except (BrokenPipeError, ConnectionResetError):  # who has read enough may hang up
             self.close_connection = True
 

@@ -36,7 +36,7 @@ class RangeServer:
     how many bytes are sent before the connection is reset. broken_from: of files, from which byte
     on they are never sent.
     redirects: where files are said to be instead. headers: sent with every answer besides.
-    log: path and range of every request.
+    log: path and range of every request. bytes_sent: of files.
     """
 
     root: Path
@@ -53,6 +53,7 @@ class RangeServer:
     redirects: dict[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     log: list[tuple[str, str | None]] = field(default_factory=list)
+    bytes_sent: int = 0
     most_at_once: int = 0
     at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -147,7 +148,10 @@ class _Handler(BaseHTTPRequestHandler):
         with file.open("rb") as stream:
             while start + sent < stop:
                 length = min(1 << 18, stop - start - sent)
-                sent += os.sendfile(self.connection.fileno(), stream.fileno(), start + sent, length)
+                count = os.sendfile(self.connection.fileno(), stream.fileno(), start + sent, length)
+                sent += count
+                with server.lock:
+                    server.bytes_sent += count
                 if server.bytes_per_second is not None:
                     ahead = sent / server.bytes_per_second - (time.monotonic() - began)
                     time.sleep(max(0.0, ahead))

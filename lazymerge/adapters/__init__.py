@@ -1,5 +1,5 @@
 """LoRA adapters: model references `model+adapter`, and what an adapter changes of which tensor."""
 
-from .opening import open_model, split_reference
+from .opening import is_local, open_model, split_reference
 
-__all__ = ["open_model", "split_reference"]
+__all__ = ["is_local", "open_model", "split_reference"]

@@ -95,6 +95,15 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     return chosen[0]
 
 
+def is_local(reference: str) -> bool:
+    """Whether a model and its adapter are on the local disk, so that nobody else is asked."""
+    try:
+        parts = split_reference(reference)
+    except InputError:
+        return False
+    return all(part is None or _is_there(part) for part in parts)
+
+
 def _is_there(path: str) -> bool:
     try:
         return os.path.lexists(local_path(path))

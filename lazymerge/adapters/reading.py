@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint import leaves_model, read_header
 from ..checkpoint.hub import HubSource, find_source
-from ..checkpoint.hub_model import fetch_small, hub_header
+from ..checkpoint.hub_model import fetch_small, hub_headers
 from ..checkpoint.hub_reference import SCHEME, HubReference, hub_reference, local_path
 from ..checkpoint.remote_reference import is_url
 from ..checkpoint.tensor import FileInfo, TensorInfo
@@ -118,7 +118,8 @@ def _read_remote_adapter(reference: str) -> AdapterFiles:
     from ..checkpoint.remote import open_remote_files
 
     try:
-        source, header = open_remote_files(reference, {CONFIG_NAME: LIMIT_BYTES}, WEIGHTS_NAME)
+        small = {CONFIG_NAME: LIMIT_BYTES}
+        source, header = open_remote_files(reference, small, (WEIGHTS_NAME, TORCH_WEIGHTS_NAME))
         config, file = read_adapter_config(Path(source.folder, CONFIG_NAME))
     except InputError as error:
         raise InputError(f"adapter {quoted(reference)}: {error}") from None
@@ -126,7 +127,7 @@ def _read_remote_adapter(reference: str) -> AdapterFiles:
     return AdapterFiles(
         folder=source.url,
         config=config,
-        weights=WEIGHTS_NAME,
+        weights=header.file.path,
         tensors={tensor.name: tensor for tensor in header.tensors},
         files=(header.file, file),
         header_bytes_read=header.bytes_read + file.size_bytes,
@@ -140,7 +141,7 @@ def _read_hub_adapter(wanted: HubReference) -> AdapterFiles:
         weights = _weights_among(sorted(source.sizes), source.repository)
         fetch_small(source, CONFIG_NAME, LIMIT_BYTES)
         config, file = read_adapter_config(Path(source.folder, CONFIG_NAME))
-        header = hub_header(source, weights)
+        (header,) = hub_headers(source, [weights], [])
     except InputError as error:
         why = f" ({source.note})" if source.note else ""
         raise InputError(f"adapter {quoted(str(wanted))} of the Hub{why}: {error}") from None

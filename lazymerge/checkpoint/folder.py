@@ -132,11 +132,17 @@ def open_folder(
 
 
 def indexed_files(path: Path) -> list[str]:
-    """The files that an index of safetensors lists, sorted.
+    """The files that an index lists, sorted.
 
     Raises InputError as open_checkpoint does.
     """
-    return sorted(set(_read_index(path, SUFFIX).weight_map.values()))
+    suffix = Path(path.name.removesuffix(INDEX_SUFFIX)).suffix
+    return sorted(set(_read_index(path, suffix).weight_map.values()))
+
+
+def index_among(names: list[str]) -> str | None:
+    """The index that says what a model is, of the files of its folder; None if there is none."""
+    return _choose(names)[1]
 
 
 def _open_hub_model(reference: str, wanted: HubReference) -> Checkpoint:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -45,6 +46,10 @@ Moved = Callable[[int], None]
 
 class HubUnreachableError(LazymergeError):
     """The Hub gives no answer, or one that says to come again later."""
+
+
+class NoRangesError(UnusableError):
+    """The Hub sends whole files only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +223,7 @@ class HubFile:
     def _check(self, file: RemoteFile, start: int, response: Any) -> None:
         """Checks that an answer is the range that was asked for."""
         if response.status_code != 206:
-            raise UnusableError(
+            raise NoRangesError(
                 f"{file.url}: this Hub sends no ranges of files, only whole ones. Leave --stream "
                 "out: the model is downloaded then"
             )
@@ -370,28 +375,51 @@ def _counter(moved: Moved) -> type[Any]:
 
 @contextmanager
 def _checked_names() -> Iterator[None]:
-    """Refuse answers whose ETag would lead out of the cache: the library names files by it."""
+    """Refuse answers whose ETag would lead out of the cache: the library names files by it. Several
+    threads may fetch at once."""
     from huggingface_hub import get_session
 
-    def check(response: Any) -> None:
-        if response.request.method != "HEAD":
-            return
-        for header in ("X-Linked-ETag", "ETag"):
-            value = response.headers.get(header) or ""
-            name = value.removeprefix("W/").strip('"')
-            if "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-                raise InputError(
-                    f"{response.request.url.host}: answers with the ETag {quoted(value)}, which "
-                    "is not a file's name. Do not use this Hub unless you know why."
-                )
-
-    session = get_session()
-    before = session.event_hooks
-    session.event_hooks = {**before, "response": [*before.get("response", []), check]}
+    with _CHECKING.lock:
+        _CHECKING.count += 1
+        if _CHECKING.count == 1:
+            session = get_session()
+            before = session.event_hooks
+            responses = [*before.get("response", []), _check_name]
+            session.event_hooks = {**before, "response": responses}
+            _CHECKING.restore = lambda: setattr(session, "event_hooks", before)
     try:
         yield
     finally:
-        session.event_hooks = before
+        with _CHECKING.lock:
+            _CHECKING.count -= 1
+            if not _CHECKING.count:
+                _CHECKING.restore()
+
+
+class _Checking:
+    """How many threads fetch, and how the library's session was before the first of them."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
+        self.restore: Callable[[], None] = lambda: None
+
+
+_CHECKING = _Checking()
+
+
+def _check_name(response: Any) -> None:
+    """Raises InputError for an ETag that is no file's name."""
+    if response.request.method != "HEAD":
+        return
+    for header in ("X-Linked-ETag", "ETag"):
+        value = response.headers.get(header) or ""
+        name = value.removeprefix("W/").strip('"')
+        if "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+            raise InputError(
+                f"{response.request.url.host}: answers with the ETag {quoted(value)}, which "
+                "is not a file's name. Do not use this Hub unless you know why."
+            )
 
 
 @contextmanager

@@ -13,19 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError
+from .broken_file import BrokenFileError
 from .folder import (
     CONFIG_LIMIT_BYTES,
     CONFIG_NAME,
     INDEX_LIMIT_BYTES,
-    INDEX_NAME,
     SUFFIX,
+    index_among,
     open_folder,
 )
-from .header import Header, parse_header, read_header
-from .hub import HubSource, fetch, find_source, read_start, silently
+from .header import FIRST_READ_BYTES, Header, parse_header, read_header
+from .hub import HubFile, HubSource, NoRangesError, fetch, find_source, read_start, silently
 from .hub_reference import HubReference
+from .scattered import REQUESTS_AT_ONCE as ENTRIES_AT_ONCE
+from .scattered import FetchedBytes
 from .tensor import Checkpoint, FileInfo
-from .torch_file import is_torch_name, read_torch_file
+from .torch_file import is_torch_name, parse_torch_file, read_torch_file
 from .wording import listed, quoted
 
 REQUESTS_AT_ONCE = 8
@@ -43,17 +46,18 @@ def open_hub_model(reference: str, wanted: HubReference) -> Checkpoint:
     source = find_source(wanted)
     notices: list[str] = []
     try:
-        for name, limit_bytes in (
-            (CONFIG_NAME, CONFIG_LIMIT_BYTES),
-            (INDEX_NAME, INDEX_LIMIT_BYTES),
-        ):
-            if name in source.sizes:
-                fetch_small(source, name, limit_bytes)
+        names = sorted(name for name in source.sizes if "/" not in name)
+        index = index_among(names)
+        small = {index: INDEX_LIMIT_BYTES} if index is not None else {}
+        if CONFIG_NAME in source.sizes:
+            small[CONFIG_NAME] = CONFIG_LIMIT_BYTES
+        with ThreadPoolExecutor(max(1, len(small))) as pool:
+            list(pool.map(lambda pair: fetch_small(source, *pair), small.items()))
         checkpoint = open_folder(
             reference,
             Path(source.folder),
-            names=sorted(name for name in source.sizes if "/" not in name),
-            read_all=lambda files: _headers(source, files, notices),
+            names=names,
+            read_all=lambda files: hub_headers(source, files, notices),
         )
     except InputError as error:
         why = f" ({source.note})" if source.note else ""
@@ -73,9 +77,8 @@ def check_fetched(source: HubSource, files: Iterable[FileInfo]) -> None:
     """
     for file in files:
         path = Path(source.folder) / file.path
-        if not file.path.endswith(SUFFIX):
-            continue  # fetched whole before it was looked at
-        if replace(read_header(path, file.path).file, modified_ns=None) != file:
+        header = _read_cached(path, file.path) if _holds_tensors(file.path) else None
+        if header is not None and replace(header.file, modified_ns=None) != file:
             raise InputError(
                 f"{path}: is not the file whose header the Hub sent when the merge was planned. "
                 "Delete it and plan again."
@@ -97,40 +100,67 @@ def fetch_small(source: HubSource, name: str, limit_bytes: int) -> None:
     fetch(source, name, silently)
 
 
-def _headers(source: HubSource, files: list[str], notices: list[str]) -> list[Header]:
-    of_torch = [file for file in files if is_torch_name(file) and not source.has(file)]
-    if of_torch:
-        notices.append(
-            f"downloaded to be planned: where the tensors of {listed(of_torch)} lie stands in the "
-            "whole file only (safetensors files say it first)"
-        )
-    with ThreadPoolExecutor(1 if of_torch else REQUESTS_AT_ONCE) as pool:
-        return list(pool.map(lambda file: hub_header(source, file), files))
+def hub_headers(source: HubSource, files: list[str], notices: list[str]) -> list[Header]:
+    """What files of the Hub say of their tensors.
 
-
-def hub_header(source: HubSource, file: str) -> Header:
-    """What a file of the Hub says of its tensors. Of a torch file that is not in the cache, the
-    whole is fetched, and the library's progress shown.
+    notices: what a person should know of how they were read is added to them.
 
     Raises:
-        InputError: it is broken, or not what the Hub said.
-        LazymergeError: it does not come.
+        InputError: one is broken, or not what the Hub said.
+        LazymergeError: one does not come.
     """
-    size_bytes = source.sizes[file]
-    if is_torch_name(file):
-        fetch(source, file)
-    elif not source.has(file):
-        return parse_header(
-            lambda count: read_start(source, file, count),
-            size_bytes,
-            file,
-            f"{source.repository}/{file}",
+    absent = [file for file in files if not source.has(file)]
+    try:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(lambda file: _header(source, file), files))
+    except NoRangesError:
+        of_torch = [file for file in absent if is_torch_name(file)]
+        notices.append(
+            f"downloaded to be planned: where the tensors of {listed(of_torch)} lie stands at "
+            "their ends, and this Hub sends no ranges of files"
         )
+        for file in of_torch:
+            fetch(source, file)
+        return [_header(source, file) for file in files]
+
+
+def _header(source: HubSource, file: str) -> Header:
+    """Raises as hub_headers does; NoRangesError for a torch file that the Hub sends whole."""
+    size_bytes = source.sizes[file]
+    if not source.has(file):
+        where = f"{source.repository}/{file}"
+        if is_torch_name(file):
+            return _torch_header(source, file, where)
+        return parse_header(lambda count: read_start(source, file, count), size_bytes, file, where)
     path = Path(source.folder) / file
-    header = read_torch_file(path, file) if is_torch_name(file) else read_header(path, file)
+    header = _read_cached(path, file)
     if header.file.size_bytes != size_bytes:
         raise InputError(
             f"{path}: holds {header.file.size_bytes:,} bytes, the Hub lists {size_bytes:,}. Delete "
             "it and try again."
         )
     return replace(header, file=replace(header.file, modified_ns=None))
+
+
+def _torch_header(source: HubSource, file: str, where: str) -> Header:
+    whole = HubFile(source, file)
+
+    def part(start: int, stop: int) -> bytes:
+        data = bytearray()
+        whole.read_range(start, stop, data.extend)
+        return bytes(data)
+
+    first = read_start(source, file, FIRST_READ_BYTES)
+    try:
+        with ThreadPoolExecutor(ENTRIES_AT_ONCE) as pool:
+            return parse_torch_file(FetchedBytes(first, source.sizes[file], part, pool), file)
+    except BrokenFileError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _holds_tensors(file: str) -> bool:
+    return file.endswith(SUFFIX) or is_torch_name(file)
+
+
+def _read_cached(path: Path, file: str) -> Header:
+    return read_torch_file(path, file) if is_torch_name(file) else read_header(path, file)

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -21,20 +21,27 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import InputError, LazymergeError
+from .broken_file import BrokenFileError
 from .folder import (
     CONFIG_LIMIT_BYTES,
     CONFIG_NAME,
     INDEX_LIMIT_BYTES,
     INDEX_NAME,
+    INDEX_SUFFIX,
     SINGLE_NAME,
     SUFFIX,
+    TORCH_SINGLE_NAME,
+    index_among,
     indexed_files,
     is_plain_name,
     open_folder,
 )
 from .header import FIRST_READ_BYTES, Header, parse_header
 from .remote_reference import check_url, scheme_of
+from .scattered import REQUESTS_AT_ONCE as ENTRIES_AT_ONCE
+from .scattered import FetchedBytes
 from .tensor import Checkpoint
+from .torch_file import TORCH_SUFFIXES, is_torch_name, parse_torch_file
 from .transport import (
     AbsentError,
     RemoteFile,
@@ -155,7 +162,7 @@ def open_remote_model(reference: str, *, is_beside_wanted: bool = True) -> Check
     """
     url = check_url(reference)
     transport = _transport(scheme_of(url))
-    single = url.endswith(SUFFIX)
+    single = url.endswith((SUFFIX, *TORCH_SUFFIXES))
     base, _, only = url.rpartition("/") if single else (url, "", "")
     opening = _Opening(transport, base)
     try:
@@ -183,12 +190,12 @@ def open_remote_model(reference: str, *, is_beside_wanted: bool = True) -> Check
 
 
 def open_remote_files(
-    reference: str, small: Mapping[str, int], weights: str
+    reference: str, small: Mapping[str, int], weights: Sequence[str]
 ) -> tuple[RemoteSource, Header]:
     """A folder that lies elsewhere, of which it is known what it must hold.
 
     reference: without credentials. small: names of files that are fetched, and their most bytes.
-    weights: name of its file of tensors.
+    weights: names that its file of tensors may have; the first that is there counts.
 
     Raises:
         InputError: one of them is not there, may not be read or is broken.
@@ -200,7 +207,8 @@ def open_remote_files(
     absent = next((name for name in small if name not in opening.files), None)
     if absent is not None:
         raise InputError(f"{url}: holds no {absent}. Correct the address.")
-    (header,) = opening.headers([weights])
+    name = next((name for name in weights if opening.is_there(name)), weights[0])
+    (header,) = opening.headers([name])
     return RemoteSource(url, dict(opening.files), opening.folder), header
 
 
@@ -227,35 +235,51 @@ class _Opening:
             names = [name for name in self._listed if is_plain_name(name) and name.isprintable()]
             if not names:
                 raise AbsentError(self._url)
-            self.fetch_small(CONFIG_NAME, CONFIG_LIMIT_BYTES)
-            self.fetch_small(INDEX_NAME, INDEX_LIMIT_BYTES)
+            index = index_among(sorted(names))
+            wanted = [(CONFIG_NAME, CONFIG_LIMIT_BYTES)]
+            wanted += [] if index is None else [(index, INDEX_LIMIT_BYTES)]
+            _each(lambda pair: self.fetch_small(*pair), wanted)
             return names
-        _each(
-            lambda pair: self.fetch_small(*pair),
-            [(CONFIG_NAME, CONFIG_LIMIT_BYTES), (INDEX_NAME, INDEX_LIMIT_BYTES)],
+        return self._find_usual_names()
+
+    def _find_usual_names(self) -> list[str]:
+        """The model's files by the names that models have, for nobody lists them."""
+        config = (CONFIG_NAME, CONFIG_LIMIT_BYTES)
+        for single, beside in ((SINGLE_NAME, [config]), (TORCH_SINGLE_NAME, [])):
+            index = single + INDEX_SUFFIX
+            small = [*beside, (index, INDEX_LIMIT_BYTES)]
+            with ThreadPoolExecutor(1) as pool:  # asked for at once, whichever there is
+                is_there = pool.submit(self._begin, single)
+                _each(lambda pair: self.fetch_small(*pair), small)
+            if index in self.files:
+                self._forget(single)
+                return [index, *indexed_files(Path(self.folder.path, index))]
+            if is_there.result():
+                return [single]
+        raise InputError(
+            f"has neither {INDEX_NAME} nor {SINGLE_NAME}, nor {TORCH_SINGLE_NAME}, and a web "
+            "server lists no other files. Give the address of the file itself"
         )
-        if INDEX_NAME in self.files:
-            return [INDEX_NAME, *indexed_files(Path(self.folder.path, INDEX_NAME))]
-        if not self._begin(SINGLE_NAME):
-            raise InputError(
-                f"has neither {INDEX_NAME} nor {SINGLE_NAME}, and a web server lists no other "
-                "files. Give the address of the file itself"
-            )
-        return [SINGLE_NAME]
+
+    def _forget(self, name: str) -> None:
+        """A file is no part of the model."""
+        self.files.pop(name, None)
+        self._starts.pop(name, None)
+
+    def is_there(self, name: str) -> bool:
+        """Whether the folder has such a file."""
+        return self._begin(name)
 
     def headers(self, names: list[str]) -> list[Header]:
         """Those of files of tensors."""
         return _each(self._header, names)
 
     def _header(self, name: str) -> Header:
-        if not name.endswith(SUFFIX):
-            raise InputError(
-                f"{name}: only {SUFFIX} files are read from elsewhere (a torch file must be read "
-                "whole to be planned). Download the model and give its folder."
-            )
         if not self._begin(name):
             raise InputError(f"{self._url}/{name}: is not there")
         file, first = self.files[name], self._starts[name]
+        if is_torch_name(name):
+            return self._torch_header(name, file, first)
 
         def start(count: int) -> bytes:
             count = min(count, file.size_bytes)
@@ -264,6 +288,18 @@ class _Opening:
             return first + self._read(name, len(first), count)
 
         header = parse_header(start, file.size_bytes, name, file.url)
+        return replace(header, file=replace(header.file, pin=file.pin))
+
+    def _torch_header(self, name: str, file: RemoteFile, first: bytes) -> Header:
+        def fetch(start: int, stop: int) -> bytes:
+            return self._read(name, start, stop)
+
+        try:
+            with ThreadPoolExecutor(ENTRIES_AT_ONCE) as pool:
+                source = FetchedBytes(first, file.size_bytes, fetch, pool)
+                header = parse_torch_file(source, name)
+        except BrokenFileError as error:
+            raise InputError(f"{file.url}: {error}") from None
         return replace(header, file=replace(header.file, pin=file.pin))
 
     def fetch_beside(self) -> None:

@@ -18,8 +18,8 @@ not.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from ..errors import InputError
 from .broken_file import INCOMPLETE, BrokenFileError
 from .header import Header, garbage_collector_paused
 from .regular_file import open_regular_file
+from .scattered import LocalBytes, ScatteredBytes
 from .tensor import FileInfo, TensorInfo
 from .unpickling import SAVE_TENSORS_ALONE, StoredTensor, unpickle
 from .wording import listed, quoted
@@ -64,27 +65,39 @@ def read_torch_file(path: Path, file: str) -> Header:
     Raises InputError naming the file, the tensor where one is to blame, and the remedy.
     """
     try:
-        with open_regular_file(path) as (descriptor, status), garbage_collector_paused():
-            beginning = os.pread(descriptor, _BEGINNING_BYTES, 0)
-            if not is_zip(beginning):
-                raise _no_zip_file(beginning)
-            directory = read_zip_directory(descriptor, status.st_size)
-            folder = _top_folder(directory)
-            order = _read_byte_order(descriptor, directory, folder)
-            pickle = _read_entry(descriptor, directory, f"{folder}data.pkl", PICKLE_LIMIT_BYTES)
-            mapping, notices = _find_tensors(unpickle(pickle), file)
-            tensors = [
-                _tensor_info(name, tensor, directory, folder, file)
-                for name, tensor in mapping.items()
-            ]
+        with open_regular_file(path) as (descriptor, status):
+            header = parse_torch_file(LocalBytes(descriptor, status.st_size), file)
     except BrokenFileError as error:
         raise InputError(f"{path}: {error}") from None
+    return replace(header, file=replace(header.file, modified_ns=status.st_mtime_ns))
+
+
+def parse_torch_file(source: ScatteredBytes, file: str) -> Header:
+    """Validate what a torch file says of its tensors, wherever it lies; no tensor data is read.
+
+    file: what FileInfo and TensorInfo call it.
+
+    Raises BrokenFileError naming the tensor where one is to blame, and the remedy; what reading
+    raises passes through.
+    """
+    with garbage_collector_paused():
+        beginning = source.read(0, min(_BEGINNING_BYTES, source.size_bytes))
+        if not is_zip(beginning):
+            raise _no_zip_file(beginning)
+        directory = read_zip_directory(source)
+        folder = _top_folder(directory)
+        order = _read_byte_order(source, directory, folder)
+        pickle = _read_entry(source, directory, f"{folder}data.pkl", PICKLE_LIMIT_BYTES)
+        mapping, notices = _find_tensors(unpickle(pickle), file)
+        tensors = [
+            _tensor_info(name, tensor, directory, folder, file) for name, tensor in mapping.items()
+        ]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop_exclusive, tensor.name))
     digest = xxhash.xxh3_128(directory.digest)
     digest.update(pickle)
     digest.update(order)
     return Header(
-        file=FileInfo(file, status.st_size, status.st_mtime_ns, digest.hexdigest()),
+        file=FileInfo(file, source.size_bytes, None, digest.hexdigest()),
         tensors=tuple(tensors),
         metadata={},
         bytes_read=len(beginning) + directory.bytes_read + len(pickle) + len(order),
@@ -125,7 +138,9 @@ def _top_folder(directory: ZipDirectory) -> str:
     return found[0]
 
 
-def _read_entry(descriptor: int, directory: ZipDirectory, name: str, limit_bytes: int) -> bytes:
+def _read_entry(
+    source: ScatteredBytes, directory: ZipDirectory, name: str, limit_bytes: int
+) -> bytes:
     start, stop = directory.entries[name]
     if stop - start > limit_bytes:
         raise BrokenFileError(
@@ -133,19 +148,16 @@ def _read_entry(descriptor: int, directory: ZipDirectory, name: str, limit_bytes
             "read.",
             "It is not what its name says: download it again.",
         )
-    data = os.pread(descriptor, stop - start, start)
-    if len(data) != stop - start:
-        raise BrokenFileError(f"ends within its entry {quoted(name)}.", INCOMPLETE)
-    return data
+    return source.read(start, stop - start)
 
 
-def _read_byte_order(descriptor: int, directory: ZipDirectory, folder: str) -> bytes:
+def _read_byte_order(source: ScatteredBytes, directory: ZipDirectory, folder: str) -> bytes:
     """The entry that says it, empty if there is none: then it is that of the author's machine,
     and there was no torch for big-endian ones but by special builds."""
     name = f"{folder}byteorder"
     if name not in directory.entries:
         return b""
-    order = _read_entry(descriptor, directory, name, _BYTE_ORDER_LIMIT_BYTES)
+    order = _read_entry(source, directory, name, _BYTE_ORDER_LIMIT_BYTES)
     if order != b"little":
         raise BrokenFileError(
             f"holds numbers in byte order {order!r}; only little-endian ones are read.",

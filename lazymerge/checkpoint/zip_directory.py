@@ -17,14 +17,17 @@ Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
 
 import xxhash
 
 from .broken_file import DAMAGED, INCOMPLETE, BrokenFileError
+from .scattered import ScatteredBytes
 from .wording import quoted
+
+END_BYTES = 1 << 16
+"""Of a file, looked at first: the directories of 500 entries are smaller."""
 
 DIRECTORY_LIMIT_BYTES = 100_000_000
 ENTRY_LIMIT = 400_000
@@ -74,15 +77,13 @@ class _Record:
 class _Source:
     """Reads from a file, and remembers what was read."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, file: ScatteredBytes) -> None:
+        self.file = file
         self.digest = xxhash.xxh3_128()
         self.bytes_read = 0
 
     def read(self, offset: int, count: int) -> bytes:
-        data = os.pread(self.descriptor, count, offset)
-        if len(data) != count:
-            raise BrokenFileError(f"ends before byte {offset + count:,}.", INCOMPLETE)
+        data = self.file.read(offset, count)
         self.digest.update(data)
         self.bytes_read += count
         return data
@@ -93,16 +94,17 @@ def is_zip(beginning: bytes) -> bool:
     return beginning.startswith(_LOCAL_SIGNATURE)
 
 
-def read_zip_directory(descriptor: int, size_bytes: int) -> ZipDirectory:
+def read_zip_directory(file: ScatteredBytes) -> ZipDirectory:
     """Read and check a zip file's directory and the header of every entry.
 
-    descriptor: of an open regular file. size_bytes: of the file.
-
-    Raises BrokenFileError.
+    Raises BrokenFileError; what reading raises passes through.
     """
-    source = _Source(descriptor)
-    count, start, stop = _find_directory(source, size_bytes)
+    source = _Source(file)
+    end_bytes = min(END_BYTES, file.size_bytes)
+    file.announce([(file.size_bytes - end_bytes, end_bytes)])
+    count, start, stop = _find_directory(source, file.size_bytes)
     records = _parse_directory(source.read(start, stop - start), count)
+    file.announce(sorted((each.offset, _LOCAL.size + len(each.name)) for each in records))
     entries: dict[str, tuple[int, int]] = {}
     previous, free_from = "", 0
     for record in sorted(records, key=lambda record: record.offset):

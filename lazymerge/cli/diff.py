@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import JsonOption, MemoryOption, WorkersOption
+from .options import JsonOption, MemoryOption, StreamOption, WorkersOption
 from .report import HtmlOption, write_changes
 from .running import QuietOption
 
@@ -29,7 +29,10 @@ PLAIN_SECONDS = 10.0
 def diff(
     first: Annotated[str, typer.Argument(metavar="MODEL_A", help="Model that is compared with.")],
     second: Annotated[
-        str, typer.Argument(metavar="MODEL_B", help="Folder, file, id on the Hub, model+adapter.")
+        str,
+        typer.Argument(
+            metavar="MODEL_B", help="Folder, file, id on the Hub, address, model+adapter."
+        ),
     ],
     memory: MemoryOption = None,
     workers: WorkersOption = None,
@@ -40,20 +43,21 @@ def diff(
     exit_code: Annotated[
         bool, typer.Option("--exit-code", help="Exit with 1 if the models differ.")
     ] = False,
+    stream: StreamOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
     """Compare two models tensor by tensor, in one pass over both; nothing is written."""
-    from ..engine.comparison import plan_comparison, run_comparison
+    from ..engine.comparing import run_comparison
+    from ..engine.comparison import plan_comparison
     from ..engine.plan import Resources
     from ..sizes import parse_size
     from .console import messages, print_json, results
 
     limit = None if memory is None else parse_size(memory)
-    plan = plan_comparison(
-        first, second, Resources(limit_bytes=limit, workers=workers), _wanted(tensor)
-    )
+    resources = Resources(limit_bytes=limit, workers=workers, streams=stream)
+    plan = plan_comparison(first, second, resources, _wanted(tensor))
     if plan.memory.libraries == "torch":
         from ..engine.torch_loading import load_torch
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import JsonOption, MemoryOption, WorkersOption
+from .options import JsonOption, MemoryOption, StreamOption, WorkersOption
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,7 +32,8 @@ def inspect(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Model folder, .safetensors or torch file, or id on the Hub."
+            metavar="MODEL",
+            help="Model folder, .safetensors or torch file, id on the Hub, or address.",
         ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
@@ -44,6 +45,7 @@ def inspect(
     ] = False,
     memory: MemoryOption = None,
     workers: WorkersOption = None,
+    stream: StreamOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's layers, parts, dtypes and files, and what looks wrong about it.
@@ -52,9 +54,11 @@ def inspect(
     """
     from .console import print_json, results
 
-    began = time.perf_counter()
-    found = _scanned(model, memory, workers, is_silent=as_json) if scan else _opened(model)
-    seconds = time.perf_counter() - began
+    seconds = None
+    if scan:
+        found, seconds = _scanned(model, memory, workers, stream=stream, is_silent=as_json)
+    else:
+        found = _opened(model)
     if as_json:
         print_json(found.as_dict())
     else:
@@ -67,7 +71,10 @@ def _opened(model: str) -> Inspection:
     return api.inspect(model)
 
 
-def _scanned(model: str, memory: str | None, workers: int | None, *, is_silent: bool) -> Inspection:
+def _scanned(
+    model: str, memory: str | None, workers: int | None, *, stream: bool, is_silent: bool
+) -> tuple[Inspection, float]:
+    """What is in a model, and how many seconds reading it took."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from .. import api
@@ -86,15 +93,18 @@ def _scanned(model: str, memory: str | None, workers: int | None, *, is_silent: 
         disable=is_silent or not console.is_terminal,
     ) as progress:
         task = progress.add_task("", total=checkpoint.size_bytes)
-        return api.inspect(
+        began = time.perf_counter()
+        found = api.inspect(
             checkpoint,
             scan=True,
             memory=memory,
             workers=workers,
+            stream=stream,
             scanned=lambda size, name: progress.update(
                 task, advance=size, description=escaped(name[:MOST_NAME_SHOWN])
             ),
         )
+        return found, time.perf_counter() - began
 
 
 def inspection_view(
@@ -126,7 +136,7 @@ def inspection_view(
 def _facts(found: Inspection, seconds: float | None) -> Iterator[tuple[str, str]]:
     """Label and sentence of everything there is one of."""
     from ..engine.plan import adapter_text
-    from ..sizes import format_bytes, format_count
+    from ..sizes import counted, format_bytes, format_count
 
     checkpoint, facts = found.checkpoint, found.facts
     yield "folder", checkpoint.folder
@@ -136,9 +146,9 @@ def _facts(found: Inspection, seconds: float | None) -> Iterator[tuple[str, str]
     active = "" if found.active is None else f" ({format_count(found.active)} for each token)"
     yield (
         "size",
-        f"{len(checkpoint.tensors)} tensors, {format_count(checkpoint.parameter_count)} "
+        f"{counted(len(checkpoint.tensors), 'tensor')}, {format_count(checkpoint.parameter_count)} "
         f"parameters{active}, {format_bytes(checkpoint.size_bytes)} in "
-        f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'}"
+        f"{counted(len(checkpoint.files), 'file')}"
         f"{_spread(found.shards)}",
     )
     yield "dtypes", ", ".join(f"{dtype} {format_bytes(n)}" for dtype, n in found.dtypes.items())
@@ -160,7 +170,7 @@ def _facts(found: Inspection, seconds: float | None) -> Iterator[tuple[str, str]
 
 
 def _scan_text(found: Inspection, seconds: float | None) -> str:
-    from ..sizes import format_bytes, format_seconds
+    from ..sizes import counted, format_bytes, format_seconds
 
     assert found.scans is not None
     took = ""
@@ -169,7 +179,7 @@ def _scan_text(found: Inspection, seconds: float | None) -> str:
         took = f" in {format_seconds(seconds)} ({rate}/s)"
     nonfinite = sum(bool(scan.nan or scan.inf) for scan in found.scans)
     finite = "no inf or nan" if not nonfinite else f"inf or nan in {nonfinite} of them"
-    return f"{len(found.scans)} tensors read{took}: {finite}"
+    return f"{counted(len(found.scans), 'tensor')} read{took}: {finite}"
 
 
 def _spread(shards: tuple[Shard, ...]) -> str:

@@ -20,10 +20,9 @@ def join(
     if as_json:
         print_json(asdict(joined))
         return
-    from ..sizes import format_bytes
+    from ..sizes import counted, format_bytes
 
-    what = f"joined {joined.parts} parts" if joined.parts else "complete, and there are no parts"
-    messages().print(
-        f"{what}: {joined.tensors} tensors, {format_bytes(joined.bytes_written)}\n{joined.output}",
-        soft_wrap=True,
-    )
+    parts = f"joined {counted(joined.parts, 'part')}"
+    what = parts if joined.parts else "complete, and there are no parts"
+    size = f"{counted(joined.tensors, 'tensor')}, {format_bytes(joined.bytes_written)}"
+    messages().print(f"{what}: {size}\n{joined.output}", soft_wrap=True)

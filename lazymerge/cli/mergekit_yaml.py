@@ -93,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--memory", metavar="SIZE", help="Bound of the process's memory.")
     own.add_argument("--vram", metavar="SIZE", help="Bound of the GPU's memory.")
     own.add_argument("--overwrite", action="store_true", help="Replace an earlier merge.")
+    own.add_argument(
+        "--stream", action="store_true", help="Read models of the Hub over the network."
+    )
     return made
 
 
@@ -129,6 +132,7 @@ def run(arguments: Sequence[str]) -> None:
         max_shard_size=parameters(chosen.out_shard_size) * BYTES_PER_PARAMETER,
         truncate_embeddings=chosen.unsafe_truncate_embeddings,
         seed=chosen.random_seed,
+        stream=chosen.stream,
     )
     run_and_report(
         made,

@@ -10,6 +10,9 @@ SAME = 1.25
 """Bounds that differ by less than this factor are told as one number."""
 
 
+RATES_SHOWN = (100_000_000, 1_000_000_000)
+"""Bytes per second: a line of 1 Gbit/s, and what a machine in a data centre gets."""
+
 SMALL_BYTES = 64_000_000
 """What is less, to be read and written, takes no longer than starting does, and is not measured."""
 
@@ -38,6 +41,9 @@ def rough_seconds(seconds: float) -> str:
 
 
 def _span(estimated: Estimate) -> str:
+    if estimated.network_bytes and estimated.network_seconds is None:
+        rest = _span(estimated.without_network).partition(":")[0]
+        return f"{rest}, or as long as the network takes"
     least, most = estimated.least_seconds, estimated.most_seconds
     if least is None:
         return "not known: nothing of it could be measured"
@@ -63,7 +69,9 @@ def _basis(plan: Plan, estimated: Estimate) -> list[str]:
             f"{format_bytes(estimated.bytes_read)} at {format_bytes(rate)}/s "
             f"({workers}, made-up data)"
         )
-    return [*lines, _reading(estimated), _writing(estimated)]
+    if estimated.disk_bytes_read or not estimated.network_bytes:
+        lines.append(_reading(estimated))
+    return [*lines, *_network(estimated), _writing(estimated)]
 
 
 def _why_not(plan: Plan) -> str:
@@ -83,6 +91,23 @@ def _reading(estimated: Estimate) -> str:
         f"reading {rough_seconds(estimated.reading_seconds)}: {size} at "
         f"{format_bytes(measured.reading_rate)}/s (measured on {measured.reading_basis})"
     )
+
+
+def _network(estimated: Estimate) -> list[str]:
+    """What is fetched; where nobody knows how fast, how long it takes at some rates."""
+    size = estimated.network_bytes
+    if not size:
+        return []
+    rate = estimated.measured.network_rate
+    if estimated.network_seconds is None or rate is None:
+        examples = ", ".join(
+            f"{rough_seconds(size / each)} at {format_bytes(each)}/s" for each in RATES_SHOWN
+        )
+        return [f"network: {examples} (--measure samples it)"]
+    return [
+        f"network {rough_seconds(estimated.network_seconds)}: {format_bytes(size)} at "
+        f"{format_bytes(rate)}/s (measured on a sample)"
+    ]
 
 
 def _writing(estimated: Estimate) -> str:

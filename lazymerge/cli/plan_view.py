@@ -177,6 +177,7 @@ def _facts(
     yield "work", _one_line(f"{facts['data']}; {_passes(plan)}")
     if "download" in facts:
         yield "download", Text(facts["download"])
+        yield from (("", Text(line, style="dim")) for line in _downloads(plan, shows_models))
     if "network" in facts:
         yield "network", Text(facts["network"])
     for label in ("whole", "cache"):
@@ -185,7 +186,6 @@ def _facts(
     lines = time_lines(plan, estimated)
     if estimated is not None:
         lines[0] += ", after the download" if "download" in facts else ""
-        lines[0] += ", or as long as the network takes" if "network" in facts else ""
         lines[0] += ", without what is written before it" if before else ""
     for number, line in enumerate(lines):
         yield ("" if number else "takes"), Text(line, style="dim" if number else "")
@@ -229,6 +229,15 @@ def _cache_disk(state: CacheState) -> Text:
         f"{state.folder}",
         ("" if free > state.grows_bytes else "  not enough", "bold red"),
     )
+
+
+def _downloads(plan: Plan, shows_all: bool) -> list[str]:
+    """The files that are to be downloaded, if they are asked for."""
+    return [
+        f"{file.source.repository}/{file.name}, {format_bytes(file.size_bytes)}"
+        for file in plan.missing_files
+        if shows_all
+    ]
 
 
 def _passes(plan: Plan) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine.baseline import resident_bytes
 from ..engine.plan import Plan
 from ..engine.report import Observer, Phase, RunReport, Silent
-from ..sizes import format_bytes, format_memory, format_seconds
+from ..sizes import counted, format_bytes, format_memory, format_seconds
 from .console import escaped
 
 if TYPE_CHECKING:
@@ -59,11 +59,16 @@ class Progress(Silent):
         self._begun: dict[str, float] = {}
         self._lock = threading.Lock()
         self._history: deque[tuple[float, int]] = deque([(self.began_at, 0)])
+        self.is_fetching = bool(plan.remote_inputs)
+        self.bytes_to_fetch = plan.bytes_to_fetch
+        self.fetched_bytes = 0
+        self._fetch_history: deque[tuple[float, int]] = deque([(self.began_at, 0)])
 
     def entered(self, phase: Phase) -> None:
         self.phase = phase
         if phase == "merging":
             self._history = deque([(time.monotonic(), self.done_bytes)])
+            self._fetch_history = deque([(time.monotonic(), self.fetched_bytes)])
         if self._log is not None:
             self._log.event("phase", phase=phase)
 
@@ -75,6 +80,10 @@ class Progress(Silent):
         with self._lock:
             self.done_bytes += bytes_read + bytes_written
             self.current = tensor
+
+    def fetched(self, size_bytes: int) -> None:
+        with self._lock:
+            self.fetched_bytes += size_bytes
 
     def finished(self, tensor: str) -> None:
         now = time.monotonic()
@@ -92,10 +101,12 @@ class Progress(Silent):
     def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
         self.done_bytes = bytes_read + bytes_written
         self.tensors = tensors
+        self.bytes_to_fetch = 0  # what is left of it is not known
         if self._log is not None:
             self._log.event("resumed", tensors=tensors, bytes_written=bytes_written)
         self._say(
-            f"{tensors} of {len(self.plan.tensors)} tensors are there already "
+            f"{tensors} of {counted(len(self.plan.tensors), 'tensor')} "
+            f"{'is' if tensors == 1 else 'are'} there already "
             f"({format_bytes(bytes_written)} of {format_bytes(self._bytes_to_write)})"
         )
 
@@ -114,12 +125,14 @@ class Progress(Silent):
 
     def rate(self) -> float:
         """Bytes per second, read and written, over the last seconds."""
-        now = time.monotonic()
-        self._history.append((now, self.done_bytes))
-        while len(self._history) > 2 and now - self._history[0][0] > RATE_WINDOW_SECONDS:
-            self._history.popleft()
-        then, before = self._history[0]
-        return (self.done_bytes - before) / max(now - then, 1e-6)
+        return _rate(self._history, self.done_bytes)
+
+    def network(self) -> str:
+        """What has come over the network, and how fast it comes."""
+        of = f" of {format_bytes(self.bytes_to_fetch)}"
+        is_known = self.fetched_bytes <= self.bytes_to_fetch
+        rate = _rate(self._fetch_history, self.fetched_bytes)
+        return f"{format_bytes(self.fetched_bytes)}{of * is_known} · {format_bytes(rate)}/s"
 
     def place(self) -> str:
         """The layer or tensor being worked on."""
@@ -142,7 +155,7 @@ class Progress(Silent):
         eta = format_seconds(left / rate) if rate > 0 else "–"
         return [
             f"{format_bytes(self.done_bytes)} of {format_bytes(self.total_bytes)}",
-            f"{self.tensors} of {len(self.plan.tensors)} tensors",
+            f"{self.tensors} of {counted(len(self.plan.tensors), 'tensor')}",
             f"{format_bytes(rate)}/s",
             f"{eta} left",
         ]
@@ -162,6 +175,7 @@ class Progress(Silent):
             tensors_total=len(self.plan.tensors),
             bytes_per_second=round(rate),
             seconds_left=round(left / rate, 1) if rate > 0 else None,
+            **({"bytes_fetched": self.fetched_bytes} if self.is_fetching else {}),
             resident_bytes=resident_bytes(),
             limit_bytes=self.plan.memory.limit_bytes,
         )
@@ -169,7 +183,9 @@ class Progress(Silent):
     def plain(self) -> str:
         """All of it in a line."""
         percent = f"{self.fraction * 100:.0f} %"
-        return ", ".join([percent, *self.figures(), f"memory {self._memory()}", self.doing()])
+        network = [f"fetched {self.network()}".replace(" · ", " at ")] if self.is_fetching else []
+        memory = f"memory {self._memory()}"
+        return ", ".join([percent, *self.figures(), *network, memory, self.doing()])
 
     def _memory(self) -> str:
         limit = format_memory(self.plan.memory.limit_bytes)
@@ -192,6 +208,8 @@ class Progress(Silent):
         for number, figure in enumerate(self.figures()):
             line.append(" · " if number else "", style="dim").append(figure)
         facts.add_row("done", line)
+        if self.is_fetching:
+            facts.add_row("network", Text(self.network()))
         facts.add_row("now", Text(self.doing()))
         memory = Table.grid(padding=(0, 2))
         share = resident_bytes() / max(1, self.plan.memory.limit_bytes)
@@ -203,6 +221,17 @@ class Progress(Silent):
             shown = Text.assemble((f"{format_seconds(seconds):>7}  ", "dim"), escaped(tensor))
             facts.add_row("" if number else "slowest", shown)
         yield facts
+
+
+def _rate(history: deque[tuple[float, int]], done: int) -> float:
+    """Bytes per second over the last seconds. history: times and what was done by then; what is
+    done now is added to it."""
+    now = time.monotonic()
+    history.append((now, done))
+    while len(history) > 2 and now - history[0][0] > RATE_WINDOW_SECONDS:
+        history.popleft()
+    then, before = history[0]
+    return (done - before) / max(now - then, 1e-6)
 
 
 @contextmanager
@@ -259,11 +288,14 @@ def done_line(plan: Plan, report: RunReport) -> RenderableType:
 
     moved = report.bytes_read + report.bytes_written
     made = len(plan.tensors) - report.resumed_tensors
-    earlier = f" ({report.resumed_tensors} were there)" if report.resumed_tensors else ""
+    before = report.resumed_tensors
+    earlier = f" ({before} {'was' if before == 1 else 'were'} there)" if before else ""
+    size = report.bytes_fetched
+    fetched = f"{format_bytes(size)} fetched, " if size else ""
     return Text.assemble(
         ("done", "green"),
-        f" in {format_seconds(report.seconds)}: {made} tensors{earlier}, "
-        f"{format_bytes(report.bytes_written)} written, "
+        f" in {format_seconds(report.seconds)}: {counted(made, 'tensor')}{earlier}, "
+        f"{format_bytes(report.bytes_written)} written, {fetched}"
         f"{format_bytes(moved / report.seconds)}/s, "
         f"peak memory {format_memory(report.measured_bytes)} ",
         _of_a_worker(report.cluster)

@@ -115,12 +115,12 @@ def statistics_document(statistics: Statistics) -> dict[str, Any]:
 def _view(found: OutputReport, console: Console) -> list[RenderableType]:
     from rich.text import Text
 
-    from ..sizes import format_bytes, format_memory, format_seconds
+    from ..sizes import counted, format_bytes, format_memory, format_seconds
 
     moved = found.bytes_read + found.bytes_written
     rate = f" ({format_bytes(moved / found.seconds)}/s)" if found.seconds else ""
     earlier = (
-        f"; {found.resumed_tensors} tensors were there from an earlier run"
+        f"; {counted(found.resumed_tensors, 'tensor')} by an earlier run"
         if found.resumed_tensors
         else ""
     )

@@ -297,9 +297,7 @@ def tell_report(made: Plan, report: RunReport) -> None:
         for tensor in report.nonfinite[:MOST_SHOWN]:
             console.print(Text.assemble(("warning", "yellow"), f" {tensor}"), soft_wrap=True)
         more = len(report.nonfinite) - MOST_SHOWN
-        others = (
-            f" {more} more tensors hold inf or nan (lazymerge.json lists them);" if more > 0 else ""
-        )
+        others = f" {more} more (lazymerge.json lists them);" if more > 0 else ""
         console.print(
             Text.assemble(("warning", "yellow"), f"{others} --strict makes that an error"),
             soft_wrap=True,

@@ -38,7 +38,7 @@ def _view(found: OutputStatus) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from ..sizes import format_bytes, format_seconds
+    from ..sizes import counted, format_bytes, format_seconds
 
     style = {"complete": "green", "running": "cyan", "unfinished": "yellow"}[found.state]
     state = Text(found.state, style=style)
@@ -51,7 +51,8 @@ def _view(found: OutputStatus) -> RenderableType:
         (
             "done",
             f"{share * 100:.0f} % · {format_bytes(found.bytes)} of "
-            f"{format_bytes(found.total_bytes)} · {found.tensors} of {found.total_tensors} tensors",
+            f"{format_bytes(found.total_bytes)} · {found.tensors} of "
+            f"{counted(found.total_tensors, 'tensor')}",
         ),
     ]
     if found.state != "complete":

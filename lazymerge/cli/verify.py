@@ -40,7 +40,7 @@ def verify(
     Exit code 1 if one differs.
     """
     from .. import api
-    from ..sizes import format_bytes, format_seconds
+    from ..sizes import counted, format_bytes, format_seconds
     from .console import messages, print_json, results
 
     load_plugins(plugin)
@@ -90,7 +90,7 @@ def verify(
             results().print(
                 Text.assemble(
                     ("whole", "green"),
-                    f": {found.tensors} tensors, {format_bytes(found.bytes)} read in "
+                    f": {counted(found.tensors, 'tensor')}, {format_bytes(found.bytes)} read in "
                     f"{format_seconds(time.perf_counter() - began)}{again}",
                 ),
                 soft_wrap=True,

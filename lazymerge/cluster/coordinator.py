@@ -225,7 +225,8 @@ class _Run:
         self._ended_attempts: list[_Attempt] = []
         self._made: set[int] = set()
         self._sums: dict[int, Mapping[str, str]] = {}
-        self._moved: dict[int, tuple[int, int]] = {}
+        self._moved: dict[int, tuple[int, int, int]] = {}
+        self._noted: set[str] = set()
         self._pace = 0.0
         self._failures: dict[int, list[tuple[str, BaseException]]] = {}
         self._deaths: Counter[int] = Counter()
@@ -303,15 +304,18 @@ class _Run:
             if (attempt.number, attempt.worker) == (number, event["worker"]):
                 attempt.told = now
         if number not in self._made:
-            self._progress(number, int(event["read"]), int(event["written"]), str(event["tensor"]))
+            moved = (int(event[key]) for key in ("read", "written", "fetched"))
+            self._progress(number, *moved, tensor=str(event["tensor"]))
 
-    def _progress(self, number: int, bytes_read: int, bytes_written: int, tensor: str) -> None:
-        """Accounts for what is new: a group that is made again is counted once."""
-        read, written = self._moved.get(number, (0, 0))
-        self._moved[number] = max(read, bytes_read), max(written, bytes_written)
-        more = self._moved[number][0] - read, self._moved[number][1] - written
-        if any(more):
-            self._account.moved(*more, tensor)
+    def _progress(self, number: int, read: int, written: int, fetched: int, *, tensor: str) -> None:
+        """Accounts for what is new: a group that is made again is counted once. In bytes."""
+        before = self._moved.get(number, (0, 0, 0))
+        now = (max(before[0], read), max(before[1], written), max(before[2], fetched))
+        self._moved[number] = now
+        if now[:2] != before[:2]:
+            self._account.moved(now[0] - before[0], now[1] - before[1], tensor)
+        if now[2] != before[2]:
+            self._account.fetched(now[2] - before[2])
 
     def _check_cluster(self) -> None:
         """Raises:
@@ -502,7 +506,12 @@ class _Run:
             self._compare(number, attempt.worker, sums)
             return
         self._pace = max(self._pace, result.seconds / max(1, self._division.work_bytes(number)))
-        self._progress(number, result.bytes_read, result.bytes_written, result.tensors[0].name)
+        moved = (result.bytes_read, result.bytes_written, result.bytes_fetched)
+        self._progress(number, *moved, tensor=result.tensors[0].name)
+        for note in result.notes:
+            if note not in self._noted:
+                self._noted.add(note)
+                self._account.noted(note)
         for tensor in result.tensors:
             self._account.finished(tensor)
         self._made.add(number)

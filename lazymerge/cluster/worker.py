@@ -36,8 +36,7 @@ from ..engine.memory import (
     default_workers,
     plan_memory,
 )
-from ..engine.needed_ranges import fetch_needs
-from ..engine.plan import torch_version
+from ..engine.plan import needs_of_remote, torch_version
 from ..engine.streaming import FinishedTensor, Work, stream
 from ..errors import DoesNotFitError, InputError, LazymergeError
 from ..methods.plugins import load_installed, load_plugin
@@ -97,6 +96,7 @@ def make_group(group: Group) -> GroupResult:
         notes=tuple(told.notes),
         bytes_read=told.bytes_read,
         bytes_written=told.bytes_written,
+        bytes_fetched=told.bytes_fetched,
         seconds=time.perf_counter() - began,
         peak_bytes=peak_resident_bytes(),
     )
@@ -151,9 +151,7 @@ def _memory(group: Group, device: Device | None) -> MemoryPlan:
         DoesNotFitError: it does not fit into the worker's memory.
     """
     limit = group.limit_bytes or _dask_limit_bytes() or default_limit_bytes()
-    needs = None
-    if group.remote_inputs:
-        needs = fetch_needs(group.graph, group.tasks, group.remote_inputs, group.execution.device)
+    needs = needs_of_remote(group.graph, group.tasks, group.remote_inputs, group.execution)
     kinds = kinds_of(group.graph, group.tasks)
     memory = plan_memory(
         group.graph,
@@ -246,7 +244,7 @@ class _Told:
         self._tensor = ""
         self.tensors: list[FinishedTensor] = []
         self.notes: list[str] = []
-        self.bytes_read = self.bytes_written = 0
+        self.bytes_read = self.bytes_written = self.bytes_fetched = 0
 
     def began(self, tensor: str) -> None:
         self._tensor = tensor
@@ -255,6 +253,10 @@ class _Told:
         with self._lock:
             self.bytes_read += bytes_read
             self.bytes_written += bytes_written
+
+    def fetched(self, size_bytes: int) -> None:
+        with self._lock:
+            self.bytes_fetched += size_bytes
 
     def finished(self, tensor: FinishedTensor) -> None:
         with self._lock:
@@ -275,6 +277,7 @@ class _Told:
                     "tensor": self._tensor,
                     "read": self.bytes_read,
                     "written": self.bytes_written,
+                    "fetched": self.bytes_fetched,
                 }
             )
 

@@ -1,20 +1,16 @@
 """How two models differ, tensor by tensor, in one pass over both under the memory limit.
 
     headers ─► what only one has, other shapes, other dtypes        (plan_comparison)
-    Read a, Read b ─► Reduce merge_statistics, one for each tensor  (run_comparison)
+    Read a, Read b ─► Reduce merge_statistics, one for each tensor  (comparing.py)
 
-Nothing is written. A task of the engine ends with a tensor that is written; here that is an empty
-one, which takes no pass, so that all there is to a task is its reduction.
+A task of the engine ends with a tensor that is written; here that is an empty one, which takes no
+pass, so that all there is to a task is its reduction. Integers are compared byte by byte.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,27 +23,25 @@ from ..graph.graph import Graph
 from ..graph.node import Read, Reduce, Write, as_parameters
 from ..graph.operations.adapters import add_adapted
 from ..graph.operations.block_scales import add_dequantised
-from ..graph.operations.statistics import MergeStatistics, added, moments_of
+from ..graph.operations.statistics import MergeStatistics
 from ..graph.targets import natural_order
 from ..output.checksum import file_checksum
 from ..vocabulary.files import is_tokenizer_file
-from .baseline import peak_resident_bytes, resident_bytes, store_baseline
-from .download import download, missing_files
-from .inputs import InputFiles, read_exactly
+from .baseline import resident_bytes
+from .byte_streams import ByteReading, Place, byte_reading
+from .download import fetch_tokenizers
 from .likeness import kinds_of
-from .memory import MemoryPlan, default_limit_bytes, default_workers, plan_memory
+from .memory import (
+    MemoryPlan,
+    default_limit_bytes,
+    default_workers,
+    plan_memory,
+)
+from .needed_ranges import FetchNeeds, chunks_of, fetch_needs, path_of
 from .plan import Resources, aligned
-from .readahead import ReadAhead
-from .recent import Recent
-from .run import changed_since, stamps_of_models
-from .scheduler import Scheduler
+from .remote_inputs import Distant, remote_inputs
 from .stages import TensorTask
 from .statistics import TensorStatistics
-from .streaming import one_torch_thread, run_workers
-from .worker import Worker
-
-COMPARED_BYTES = 1 << 20
-"""Of integers, read from each model at a time."""
 
 VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version"})
 """Of a config: they say where and by what it was written."""
@@ -71,6 +65,7 @@ class ComparisonPlan:
     models: references, the one that is compared with first.
     checkpoints: of both, with names as the first writes them.
     graph, tasks: the work. integers: names of tensors that are compared byte by byte.
+    bytes_compared: reading these. remote: files that are not on the local disk, by path.
     only_first, only_second: names of tensors that the other lacks.
     shapes, dtypes, config, files: what differs in them.
     notices: how the models were read; one sentence each.
@@ -90,6 +85,15 @@ class ComparisonPlan:
     notices: tuple[str, ...]
     memory: MemoryPlan
     resources: Resources
+    bytes_compared: ByteReading
+    remote: Mapping[str, Distant]
+
+    @property
+    def bytes_to_fetch(self) -> int:
+        """Of files that are not on the local disk, each byte once."""
+        nodes = (*self.graph, *self.bytes_compared.graph)
+        reads = [n for n in nodes if isinstance(n, Read) and path_of(n) in self.remote]
+        return sum(chunks.size_bytes for chunks in chunks_of(reads).values())
 
     @property
     def bytes_read(self) -> int:
@@ -191,6 +195,9 @@ def plan_comparison(
         )
     if resources.execution.device != "cpu":
         raise InputError("models are compared by the processor; leave --device out")
+    fetch_tokenizers([one, other])
+    remote = remote_inputs([one, other], streams=resources.streams)
+    compared = byte_reading([places_of(models, name) for name in integers])
     return ComparisonPlan(
         models=(first, second),
         checkpoints=models,
@@ -211,8 +218,33 @@ def plan_comparison(
             resources.workers or default_workers(),
             resources.execution,
             held_bytes=resident_bytes(),
+            fetches=_fetch_needs(graph, tasks, compared, remote) if remote else None,
         ),
         resources=resources,
+        bytes_compared=compared,
+        remote=remote,
+    )
+
+
+def places_of(models: tuple[Checkpoint, Checkpoint], name: str) -> list[Place]:
+    """Where a tensor is in either model."""
+    infos = [(model.folder, model.tensors[name]) for model in models]
+    return [(info.folder or folder, info) for folder, info in infos]
+
+
+def _fetch_needs(
+    graph: Graph,
+    tasks: Sequence[TensorTask],
+    compared: ByteReading,
+    remote: Mapping[str, Distant],
+) -> FetchNeeds:
+    """What must be held of inputs that lie elsewhere: integers are done with before the others
+    begin."""
+    both = (compared.needs(remote), fetch_needs(graph, tasks, remote, "cpu"))
+    return FetchNeeds(
+        max(needs.job_bytes for needs in both),
+        max(needs.task_bytes for needs in both),
+        sum(needs.total_bytes for needs in both),
     )
 
 
@@ -277,7 +309,7 @@ def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _file_differences(one: Checkpoint, other: Checkpoint) -> Iterator[Mismatch]:
     """Tokenizer files beside the weights, and what they are in either model."""
-    folders = (Path(one.folder), Path(other.folder))
+    folders = (Path(one.local_folder), Path(other.local_folder))
     names: set[str] = set()
     for folder in folders:
         with suppress(OSError):
@@ -291,114 +323,3 @@ def _file_differences(one: Checkpoint, other: Checkpoint) -> Iterator[Mismatch]:
                 raise InputError(f"{folder / name} cannot be read: {error.strerror}") from error
         if sums[0] != sums[1]:
             yield Mismatch(name, *sums)
-
-
-def run_comparison(
-    plan: ComparisonPlan, moved: Callable[[int, str], None] = lambda count, name: None
-) -> Comparison:
-    """Reads both models.
-
-    moved: is told of bytes that were read, and of the tensor; from the workers' threads.
-
-    Raises:
-        LazymergeError: a file cannot be read, or changes.
-        DoesNotFitError: what is to be downloaded does not fit on the disk.
-    """
-    missing = missing_files(plan.checkpoints, "", ())
-    if missing:
-        download(missing, plan.checkpoints)
-    began = time.perf_counter()
-    stamps = stamps_of_models(plan.checkpoints)
-    total = 0
-    numbers: dict[str, array[float]] = {}
-    lock = threading.Lock()
-
-    def read(count: int, _: int, name: str) -> None:
-        nonlocal total
-        with lock:
-            total += count
-        moved(count, name)
-
-    def finished(write: Write, partials: Sequence[tuple[float, ...]]) -> None:
-        with lock:
-            numbers[write.name] = array("d", added(partials))
-
-    files = InputFiles(stamps)
-    try:
-        unequal = []
-        for name in plan.integers:
-            if not _same_integers(plan, name, files, read):
-                unequal.append(name)
-        _stream(plan, files, read, finished)
-    finally:
-        files.close()
-    changed_since(stamps, plan.checkpoints)
-    return Comparison(
-        plan=plan,
-        tensors={
-            task.write.name: TensorStatistics(
-                task.write.name,
-                task.reductions[-1].element_count,
-                (plan.models[0],),
-                moments_of(numbers[task.write.name]),
-            )
-            for task in plan.tasks
-        },
-        unequal_integers=tuple(unequal),
-        seconds=time.perf_counter() - began,
-        bytes_read=total,
-        measured_bytes=peak_resident_bytes(),
-    )
-
-
-def _stream(
-    plan: ComparisonPlan,
-    files: InputFiles,
-    read: Callable[[int, int, str], None],
-    finished: Callable[[Write, Sequence[Any]], None],
-) -> None:
-    execution, memory = plan.resources.execution, plan.memory
-    scheduler = Scheduler(
-        plan.graph, plan.tasks, finished, execution.device, most_open=memory.workers
-    )
-    recent = Recent(8 * memory.workers)
-    ahead = ReadAhead(plan.graph, plan.tasks, files, execution.device)
-    with one_torch_thread() if memory.libraries == "torch" else nullcontext():
-        workers = [
-            Worker(
-                plan.graph,
-                scheduler,
-                None,
-                files,
-                memory.arena_bytes,
-                execution,
-                read,
-                lambda tensor: None,
-                ahead,
-                recent,
-            )
-            for _ in range(memory.workers)
-        ]
-        run_workers(scheduler, workers)
-    store_baseline(memory.libraries)
-
-
-def _same_integers(
-    plan: ComparisonPlan,
-    name: str,
-    files: InputFiles,
-    read: Callable[[int, int, str], None],
-) -> bool:
-    """Whether a tensor's bytes are the same in both models."""
-    infos = [checkpoint.tensors[name] for checkpoint in plan.checkpoints]
-    size = infos[0].size_bytes
-    rooms = [memoryview(bytearray(min(size, COMPARED_BYTES))) for _ in infos]
-    for done in range(0, size, COMPARED_BYTES):
-        count = min(COMPARED_BYTES, size - done)
-        for checkpoint, info, room in zip(plan.checkpoints, infos, rooms, strict=True):
-            path = os.path.join(info.folder or checkpoint.folder, info.file)
-            read_exactly(files.descriptor(path), room[:count], info.start + done, path)
-        read(2 * count, 0, name)
-        if rooms[0][:count] != rooms[1][:count]:
-            return False
-    return True

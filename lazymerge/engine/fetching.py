@@ -31,9 +31,16 @@ from ..checkpoint.range_cache import RangeCache, is_keepable
 from ..checkpoint.tensor import DTYPES
 from ..errors import LazymergeError
 from ..graph.graph import Graph
-from ..graph.node import Read, Write
+from ..graph.node import Read
 from .memory_files import empty_file, make_hole, pages, store
-from .needed_ranges import chunks_of, path_of, reads_of_task, rows_between, sampled_bytes
+from .needed_ranges import (
+    chunks_of,
+    last_stage,
+    path_of,
+    reads_of_task,
+    rows_between,
+    sampled_bytes,
+)
 from .network import Network
 from .remote_inputs import CachedInput, Distant
 from .scheduler import Job
@@ -191,7 +198,7 @@ class Fetcher:
         if self._is_picked(job, needed):
             self._drop(job, needed)
             return
-        is_last = isinstance(job.task.stages[job.stage], Write)
+        is_last = job.task.stages[job.stage] is last_stage(job.task)
         with self._changed:
             for key, size in needed.items():
                 chunk = self._chunks[key]
@@ -360,10 +367,11 @@ class Fetcher:
         if index in self._places:
             return self._places[index]
         task = self._tasks[index]
+        last = last_stage(task)
         streamed = {
             read.id
-            for read in self._graph.reads_of(task.write.id)
-            if read.rows is None and read.element_count == task.write.element_count
+            for read in self._graph.reads_of(last.id)
+            if read.rows is None and read.element_count == last.element_count
         }
         found: dict[Key, _Place] = {}
         for read in self._remote_reads(task):

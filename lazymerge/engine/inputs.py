@@ -61,8 +61,8 @@ class InputFiles:
             return self.fetched[path]
         if is_url(path):
             raise LazymergeError(
-                f"{path} is not on the local disk, and only merges read what lies elsewhere; "
-                "download the model"
+                f"{path} is not on the local disk, and has not been fetched: a defect of "
+                "lazymerge; download the model"
             )
         key = (path, is_scattered)
         with self._lock:

@@ -76,6 +76,7 @@ class MemoryPlan:
     smallest_limit_bytes: the limit with which one worker would do.
     vram: what it occupies of an accelerator, where one computes.
     fetch_bytes: inputs that lie elsewhere, on their way or being merged.
+    window_bytes: of these, what is fetched further ahead than the workers need.
     store_bytes: of an output that goes into a store: what is being written or on its way, and the
         store's client.
     """
@@ -92,6 +93,7 @@ class MemoryPlan:
     vram: VramPlan | None = None
     fetch_bytes: int = 0
     store_bytes: int = 0
+    window_bytes: int = 0
 
     @property
     def projected_bytes(self) -> int:
@@ -125,14 +127,23 @@ WINDOW_BYTES = 384 * MIB
 100 MB/s and answers after 50 ms. In proportion where there are more connections."""
 
 
-def _with_window(memory: MemoryPlan, fetches: FetchNeeds, network: Network) -> MemoryPlan:
-    """The plan, with what is left of the limit for what is fetched ahead, as far as it is of use: a
-    tensor that is read twice stays, and what follows is on its way."""
-    left = memory.limit_bytes - memory.projected_bytes
+def fetch_window_bytes(
+    left_bytes: int, own_bytes: int, fetches: FetchNeeds, network: Network
+) -> int:
+    """What is left of the limit for what is fetched ahead, as far as it is of use: a tensor that is
+    read twice stays, and what follows is on its way.
+
+    own_bytes: set aside for fetching already.
+    """
     window = WINDOW_BYTES * max(1, network.connections // CONNECTIONS)
     useful = min(window + 2 * fetches.task_bytes, fetches.total_bytes) + fetches.whole_bytes
-    more = max(0, connection_bytes(network) + useful - memory.fetch_bytes)
-    return replace(memory, fetch_bytes=memory.fetch_bytes + min(left, more))
+    return min(left_bytes, max(0, connection_bytes(network) + useful - own_bytes))
+
+
+def _with_window(memory: MemoryPlan, fetches: FetchNeeds, network: Network) -> MemoryPlan:
+    left = memory.limit_bytes - memory.projected_bytes
+    more = fetch_window_bytes(left, memory.fetch_bytes, fetches, network)
+    return replace(memory, fetch_bytes=memory.fetch_bytes + more, window_bytes=more)
 
 
 def _with_uploads(memory: MemoryPlan, needs: StoreNeeds) -> MemoryPlan:

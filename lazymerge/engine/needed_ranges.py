@@ -108,6 +108,12 @@ def reads_of_task(graph: Graph, task: TensorTask) -> tuple[Read, ...]:
     return tuple(reads.values())
 
 
+def last_stage(task: TensorTask) -> Reduce | Write:
+    """The stage whose pass over a task's inputs is the last: the one that writes, or, of a task
+    that writes nothing (comparison.py), its last reduction, which then takes one pass."""
+    return task.write if task.write.element_count or not task.reductions else task.reductions[-1]
+
+
 @dataclass(frozen=True, slots=True)
 class FetchNeeds:
     """What a merge must be able to hold of its inputs. In bytes.
@@ -137,7 +143,7 @@ def fetch_needs(
     for each in tasks:
         for stage in each.stages:
             reads = [read for read in graph.reads_of(stage.id) if path_of(read) in paths]
-            if not reads:
+            if not reads or not stage.element_count:
                 continue
             key = (_work(stage), *map(_place, reads))
             if key not in known:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Hashable, Mapping, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from hashlib import blake2b
@@ -16,7 +17,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from ..adapters import open_model, split_reference
+from ..adapters import is_local, open_model, split_reference
 from ..architecture import LayerStacks, find_layer_stacks
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint
@@ -55,6 +56,9 @@ from .remote_inputs import Distant, check_ranges, is_held_whole, remote_inputs
 from .stages import TensorTask, bytes_read, expected_passes, tensor_tasks
 from .store.memory import StoreNeeds, store_needs
 from .tokenizer import TokenizerPlan, plan_tokenizer
+
+MODELS_AT_ONCE = 4
+"""That are opened, where some lie elsewhere; of each, several files are asked for at a time."""
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 PLAN_FORMAT = 1
@@ -312,7 +316,17 @@ class Plan:
             return []
         size = format_bytes(sum(file.size_bytes for file in missing))
         models = ", ".join(dict.fromkeys(file.source.repository for file in missing))
-        return [("download", f"{size} in {_counted(len(missing), 'file')} of {models}")]
+        fact = (
+            f"{size} in {_counted(len(missing), 'file')} of {models} (--models lists them; with "
+            "--stream they are read over the network instead)"
+        )
+        return [("download", fact)]
+
+    def _downloads(self) -> list[dict[str, Any]]:
+        return [
+            {"model": file.source.repository, "file": file.name, "size_bytes": file.size_bytes}
+            for file in self.missing_files
+        ]
 
     @cached_property
     def remote_inputs(self) -> dict[str, Distant]:
@@ -499,6 +513,7 @@ class Plan:
             "device": self.execution.device,
             **({"streams": True} if self.execution.streams else {}),
             **({"whole_files": True} if self.execution.network.whole_files else {}),
+            **({"downloads": self._downloads()} if self.missing_files else {}),
             "notices": list(self.notices),
             "models": self.models_dict(),
             "output": {
@@ -942,18 +957,27 @@ def open_models(
 
 
 def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]:
-    """Opens every model of a recipe; the errors of all of them are raised at once."""
-    checkpoints: dict[str, Checkpoint] = {}
-    problems: list[str] = []
-    for reference in recipe.models_read:
+    """Opens every model of a recipe; the errors of all of them are raised at once. Those that lie
+    elsewhere are asked for at once, too."""
+
+    def open_one(reference: str) -> Checkpoint | str:
         try:
-            opened = open_model(paths.get(reference, reference))
-            checkpoints[reference] = replace(opened, reference=reference)
+            return replace(open_model(paths.get(reference, reference)), reference=reference)
         except InputError as error:
-            problems.append(f"{error}{_of_a_merge(reference, recipe)}")
+            return f"{error}{_of_a_merge(reference, recipe)}"
+
+    references = list(recipe.models_read)
+    are_here = all(is_local(paths.get(reference, reference)) for reference in references)
+    if are_here:
+        opened = [open_one(reference) for reference in references]
+    else:
+        with ThreadPoolExecutor(MODELS_AT_ONCE) as pool:
+            opened = list(pool.map(open_one, references))
+    problems = [each for each in opened if isinstance(each, str)]
     if problems:
         raise InputErrors(problems)
-    return checkpoints
+    found = zip(references, opened, strict=True)
+    return {reference: each for reference, each in found if isinstance(each, Checkpoint)}
 
 
 def _of_a_merge(reference: str, recipe: Recipe) -> str:
@@ -1076,6 +1100,21 @@ def _fetch_needs(
         InputError: an accelerator is to compute with them, or one comes as a whole only.
     """
     paths = remote_inputs(checkpoints.values(), streams=execution.streams)
+    return needs_of_remote(graph, tasks, paths, execution)
+
+
+def needs_of_remote(
+    graph: Graph,
+    tasks: Sequence[TensorTask],
+    paths: Mapping[str, Distant],
+    execution: Execution,
+) -> FetchNeeds | None:
+    """As fetch_needs, for files that may come as a whole only. paths: of the files that lie
+    elsewhere; None is returned where there are none.
+
+    Raises:
+        InputError: an accelerator is to compute with them, or one comes as a whole only.
+    """
     if not paths:
         return None
     network = execution.network

@@ -21,6 +21,7 @@ from ..output.journal import JOURNAL_PATH, Finished, Journal, read_journal
 from ..output.manifest import MERGE_PATH, read_document, write_document
 from ..output.recovery import NOTHING, Recovery, is_doubted, recover
 from ..output.writer import ShardWriter, sync_file, sync_folder, write_error
+from ..sizes import counted
 from .finishing import span_bytes
 from .plan import Plan, read_folders
 from .remote_facts import check_cache_disk
@@ -96,7 +97,10 @@ def prepare(
         doubted = sum(recheck or is_doubted(record) for record in believed.values())
         if doubted:
             observer.entered("checking")
-            observer.noted(f"reading {doubted} tensors of an earlier run before believing them")
+            them = "it" if doubted == 1 else "them"
+            observer.noted(
+                f"reading {counted(doubted, 'tensor')} of an earlier run before believing {them}"
+            )
         recovery = recover(
             folder, plan.shards, believed, span_bytes(plan).__getitem__, recheck=recheck
         )
@@ -205,4 +209,7 @@ def _tell(plan: Plan, recovery: Recovery, observer: Observer) -> None:
         len(recovery.finished),
     )
     if recovery.lost:
-        observer.noted(f"{recovery.lost} of the earlier tensors are not whole; they are made again")
+        observer.noted(
+            f"{counted(recovery.lost, 'tensor')} of an earlier run "
+            f"{'is' if recovery.lost == 1 else 'are'} not whole, and made again"
+        )

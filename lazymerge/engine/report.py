@@ -28,6 +28,9 @@ class Observer(Protocol):
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
         """A block was done, or several at once."""
 
+    def fetched(self, size_bytes: int) -> None:
+        """So many more bytes have come over the network; from the threads that wait for them."""
+
     def finished(self, tensor: str) -> None:
         """An output tensor is complete."""
 
@@ -50,6 +53,9 @@ class Silent:
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
         pass
 
+    def fetched(self, size_bytes: int) -> None:
+        pass
+
     def finished(self, tensor: str) -> None:
         pass
 
@@ -69,6 +75,7 @@ class RunReport:
     bytes_read: of inputs, all passes.
     bytes_written: of tensors.
     resumed_tensors: tensors that an earlier run had finished; none of their bytes is counted.
+    bytes_fetched: of inputs, over the network.
     measured_bytes: the process's peak resident set.
     measured_vram_bytes: the most that was allocated on an accelerator; device: its name.
     nonfinite: the output tensors that hold inf or nan, in the order of the output.
@@ -86,3 +93,4 @@ class RunReport:
     nonfinite: tuple[NonfiniteTensor, ...] = ()
     resumed_tensors: int = 0
     cluster: Mapping[str, Any] | None = None
+    bytes_fetched: int = 0

@@ -469,7 +469,7 @@ class _Progress:
         }
         before = prepared.recovery.finished.items()
         self.nonfinite = {name: None for name, record in before if record.is_nonfinite}
-        self.bytes_read = self.bytes_written = 0
+        self.bytes_read = self.bytes_written = self.bytes_fetched = 0
         self.timeline = Timeline()
         self.timeline.note(0, 0)
 
@@ -482,6 +482,11 @@ class _Progress:
             self.bytes_written += bytes_written
             self.timeline.note(self.bytes_read, self.bytes_written)
         self._observer.moved(bytes_read, bytes_written, tensor)
+
+    def fetched(self, size_bytes: int) -> None:
+        with self._lock:
+            self.bytes_fetched += size_bytes
+        self._observer.fetched(size_bytes)
 
     def finished(self, tensor: FinishedTensor) -> None:
         prepared, name = self._prepared, tensor.name
@@ -573,6 +578,7 @@ def _run(
         nonfinite=examine(plan, folder, done.nonfinite),
         resumed_tensors=len(before),
         cluster=made.facts.get("cluster"),
+        bytes_fetched=done.bytes_fetched,
     )
     try:
         checksums = {name: record.checksum for name, record in before.items()}

@@ -24,6 +24,7 @@ from ..graph.operations.statistics import added
 from ..output.writer import Writer
 from . import torch_loading
 from .complete import NonfiniteError, nonfinite_error
+from .counted_input import counted
 from .device.frame import Lane
 from .device.interface import Device
 from .device.memory import open_lanes
@@ -99,6 +100,9 @@ class Told(Protocol):
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
         """A block was done, or several at once."""
 
+    def fetched(self, size_bytes: int) -> None:
+        """So many more bytes have come over the network."""
+
     def finished(self, tensor: FinishedTensor) -> None:
         """An output tensor is complete."""
 
@@ -138,7 +142,7 @@ def stream(
         most_open=work.memory.workers,
         began=told.began,
     )
-    fetcher = done.fetcher = _fetcher(work, scheduler, told.noted)
+    fetcher = done.fetcher = _fetcher(work, scheduler, told)
     files = InputFiles(stamps, None if fetcher is None else fetcher.descriptors)
     is_mapped = work.execution.read_mode == "mmap"
     recent = Recent(8 * work.memory.workers)
@@ -214,18 +218,18 @@ class _Collector:
             self._nonfinite.add(tensor)
 
 
-def _fetcher(work: Work, scheduler: Scheduler, noted: Callable[[str], None]) -> Fetcher | None:
+def _fetcher(work: Work, scheduler: Scheduler, told: Told) -> Fetcher | None:
     """What has the inputs that lie elsewhere, where there are some."""
     if not work.remote_inputs:
         return None
     return open_fetcher(
         work.graph,
         work.tasks,
-        work.remote_inputs,
+        counted(work.remote_inputs, told.fetched),
         work.execution.network,
         work.memory,
         lambda: scheduler.is_stopped,
-        noted,
+        told.noted,
     )
 
 

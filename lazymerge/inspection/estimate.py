@@ -3,15 +3,17 @@
     computing   bytes read in all passes / the rate of each kind of tensor, inputs being in memory
     disk        bytes that are not in the page cache, once, / reading rate
                 + bytes written / writing rate
+    network     bytes that are fetched, once, / its rate
 
-Later passes over a tensor find it in the page cache. Computing and the disk overlap, at best
-completely: a run takes between the longer of both and their sum.
+Later passes over a tensor find it in the page cache. Computing, disk and network overlap, at best
+completely: a run takes between the longest of them and their sum.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from ..engine.needed_ranges import path_of
 from ..engine.plan import Plan
 from ..graph.node import Read
 from .measurement import Measured
@@ -27,6 +29,7 @@ class Estimate:
     computing_seconds: reading from memory, merging, writing to memory.
     reading_seconds: from the disk, what is not in memory. writing_seconds: to the disk.
     disk_bytes_read: what is not in the page cache, once.
+    network_seconds: fetching what lies elsewhere. network_bytes: of that, each byte once.
     """
 
     computing_seconds: float | None
@@ -36,6 +39,8 @@ class Estimate:
     disk_bytes_read: int
     bytes_written: int
     measured: Measured
+    network_seconds: float | None = 0.0
+    network_bytes: int = 0
 
     @property
     def disk_seconds(self) -> float | None:
@@ -45,16 +50,24 @@ class Estimate:
 
     @property
     def least_seconds(self) -> float | None:
-        """If computing and the disk never wait for each other; the sum of what is known."""
-        known = [s for s in (self.computing_seconds, self.disk_seconds) if s is not None]
-        return max(known, default=None)
+        """If computing, disk and network never wait for each other; of what is known."""
+        return max((part for part in self._parts if part is not None), default=None)
 
     @property
     def most_seconds(self) -> float | None:
         """If they always do; None where a part is not known."""
-        if self.computing_seconds is None or self.disk_seconds is None:
-            return None
-        return self.computing_seconds + self.disk_seconds
+        known = [part for part in self._parts if part is not None]
+        return sum(known) if len(known) == len(self._parts) else None
+
+    @property
+    def _parts(self) -> tuple[float | None, ...]:
+        network = () if not self.network_bytes else (self.network_seconds,)
+        return (self.computing_seconds, self.disk_seconds, *network)
+
+    @property
+    def without_network(self) -> Estimate:
+        """The same, as if what is fetched were in memory."""
+        return replace(self, network_bytes=0, network_seconds=0.0)
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -78,15 +91,17 @@ def estimate(plan: Plan, measured: Measured) -> Estimate:
         disk_bytes_read=from_disk,
         bytes_written=plan.bytes_written,
         measured=measured,
+        network_seconds=_seconds(plan.bytes_to_fetch, measured.network_rate),
+        network_bytes=plan.bytes_to_fetch,
     )
 
 
 def unique_bytes_read(plan: Plan) -> int:
-    """What is read of the inputs, each byte counted once."""
+    """What is read of the inputs on the local disk, each byte counted once."""
     places = {
         (node.folder, node.tensor.file, node.tensor.start): node.size_bytes
         for node in plan.graph
-        if isinstance(node, Read)
+        if isinstance(node, Read) and path_of(node) not in plan.remote_inputs
     }
     return sum(places.values())
 

@@ -5,11 +5,12 @@
     reading     how much of the inputs the page cache holds (mincore, which reads nothing), and how
                 fast the disk gives a library's file of this installation, past the cache
     writing     nothing, unless asked for
+    network     nothing, unless asked for
 
 No byte of the inputs' tensors is read and nothing is written. Where the inputs lie on another disk
 than this installation, that disk's rate is not known then. With `touches_files` some stretches of
-the inputs are read, past the cache and neither decoded nor kept, and a file without a name is
-written in the output's folder, which is gone when it is closed.
+the inputs are read, past the cache and neither decoded nor kept, or fetched if they lie elsewhere,
+and a file without a name is written in the output's folder, which is gone when it is closed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ..graph.graph import Graph
 from ..graph.node import Node, Read, Write
 from .disks import are_on_one_disk, cached_share, reading_rate, writing_rate
 from .made_up import made_up
+from .network import network_rate
 
 if TYPE_CHECKING:
     from ..output.writer import ShardWriter
@@ -81,6 +83,7 @@ class Measured:
     writing_rate: of the output's disk; writing_basis: "written", or "read" where it is how fast
         that disk reads.
     seconds: that it took.
+    network_rate: of what is fetched over the network.
     """
 
     kinds: tuple[MeasuredKind, ...]
@@ -91,6 +94,7 @@ class Measured:
     writing_rate: float | None
     writing_basis: str | None
     seconds: float
+    network_rate: float | None = None
 
 
 def measure(plan: Plan, place: Path, *, touches_files: bool = False) -> Measured:
@@ -118,17 +122,19 @@ def measure(plan: Plan, place: Path, *, touches_files: bool = False) -> Measured
         reading_basis=basis,
         writing_rate=writing,
         writing_basis=written,
+        network_rate=network_rate(plan) if touches_files else None,
         seconds=time.perf_counter() - began,
     )
 
 
 def _input_files(plan: Plan) -> list[tuple[Path, int]]:
-    """The files with tensors that a run reads, and their sizes in bytes."""
+    """The files of the local disk with tensors that a run reads, and their sizes in bytes."""
     return [
         (Path(folder) / file.path, file.size_bytes)
         for checkpoint in plan.checkpoints.values()
         for folder, files in checkpoint.files_by_folder
         for file in files
+        if f"{folder}/{file.path}" not in plan.remote_inputs
     ]
 
 

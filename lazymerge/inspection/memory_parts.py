@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..checkpoint.tensor import DTYPES
 from ..engine.baseline import reserved_bytes
 from ..engine.memory import MIB, NODE_BYTES, MemoryPlan, table_bytes
-from ..engine.plan import Plan, Resources
+from ..engine.plan import Plan
 from ..engine.stages import (
     DeviceLayout,
     NativeLayout,
@@ -46,7 +46,10 @@ class ArenaPart:
 
 @dataclass(frozen=True, slots=True)
 class WorkersNeed:
-    """What a number of workers needs. is_chosen: by the plan. fits: within the limit."""
+    """What a number of workers needs, without what is fetched ahead.
+
+    is_chosen: by the plan. fits: within the limit.
+    """
 
     workers: int
     projected_bytes: int
@@ -90,7 +93,10 @@ def memory_parts(plan: Plan) -> MemoryParts:
         MemoryPart("buffers", memory.workers * memory.arena_bytes, of_workers),
         MemoryPart("statistics", memory.statistics_bytes, "partial results of reductions"),
         MemoryPart("mapped pages", memory.mapped_bytes, "windows of the inputs"),
-        MemoryPart("fetched inputs", memory.fetch_bytes, "from the network, being merged or ahead"),
+        MemoryPart(
+            "fetched inputs", memory.fetch_bytes - memory.window_bytes, "that the workers need"
+        ),
+        MemoryPart("fetched ahead", memory.window_bytes, "as the limit allows: less is slower"),
         MemoryPart("uploads", memory.store_bytes, "output on its way, and the store's client"),
     ]
     return MemoryParts(
@@ -159,19 +165,11 @@ def arena_parts(layout: StageLayout) -> tuple[ArenaPart, ...]:
 
 def _needs(plan: Plan) -> tuple[WorkersNeed, ...]:
     chosen = plan.memory.workers
-    execution = plan.execution
     needs = []
     for count in sorted({*WORKERS_SHOWN, chosen}):
-        resources = Resources(
-            limit_bytes=HUGE_BYTES,
-            workers=count,
-            read_mode=execution.read_mode,
-            kernels=execution.kernels,
-            device=execution.device,
-            vram_limit_bytes=execution.vram_limit_bytes,
-        )
+        resources = replace(plan.resources, limit_bytes=HUGE_BYTES, workers=count)
         memory = replace(plan).with_resources(resources).memory
-        needed = memory.projected_bytes
+        needed = memory.projected_bytes - memory.window_bytes
         fits = needed <= plan.memory.limit_bytes
         needs.append(WorkersNeed(count, needed, count == chosen, fits))
     return tuple(needs)

@@ -74,6 +74,13 @@ def plan_schema() -> Schema:
                 "whole_files": _said(
                     {"type": "boolean"}, "Of servers without ranges, files are read whole."
                 ),
+                "downloads": _said(
+                    {
+                        "type": "array",
+                        "items": _object({"model": TEXT, "file": TEXT, "size_bytes": COUNT}),
+                    },
+                    "Files of the Hub that are not in its cache, and are needed to run.",
+                ),
                 "suspicions": {"type": "array", "items": _suspicion()},
                 "disk": _object({"needed_bytes": COUNT, "free_bytes": COUNT}),
                 "cache_disk": _said(
@@ -275,9 +282,10 @@ def _estimate() -> Schema:
             "writing_rate": rate,
             "writing_basis": {"enum": ["written", "read", None]},
             "seconds": NUMBER,
+            "network_rate": _said(rate, "Bytes per second; null: not known, or not needed."),
         },
     )
-    times = ("computing_seconds", "reading_seconds", "writing_seconds")
+    times = ("computing_seconds", "reading_seconds", "writing_seconds", "network_seconds")
     schema = _of_dataclass(Estimate, {**dict.fromkeys(times, seconds), "measured": measured})
     bounds = {"least_seconds": seconds, "most_seconds": seconds}
     schema["properties"] |= bounds

@@ -1,6 +1,7 @@
 """One pass over all bytes of a checkpoint: what every tensor holds.
 
-    read     256 KiB at a time, by pread, in the order of the files
+    read     256 KiB at a time, by pread, in the order of the files; what lies elsewhere is
+             fetched ahead, and held in memory until it has been read
     checked  in the bits: the magnitude of a float is its bits without the sign, as a whole number,
              so that the largest, inf and nan, zeros and subnormals need no arithmetic
     summed   squares, in float32 within a block and in float64 over blocks
@@ -14,7 +15,7 @@ among it); disks are slower.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,10 +27,19 @@ from xxhash import xxh3_128
 
 from ..checkpoint.tensor import Checkpoint, TensorInfo
 from ..engine.baseline import reserved_bytes, resident_bytes
+from ..engine.byte_streams import ByteStreams, byte_reading
 from ..engine.finite import MASKS, WIDTHS
-from ..engine.inputs import InputFiles, read_exactly
-from ..engine.memory import default_limit_bytes, default_workers
+from ..engine.inputs import read_exactly
+from ..engine.memory import (
+    CONNECTION_BYTES,
+    default_limit_bytes,
+    default_workers,
+    fetch_window_bytes,
+)
 from ..engine.native.library import float8_values
+from ..engine.needed_ranges import FetchNeeds
+from ..engine.network import Network
+from ..engine.remote_inputs import remote_inputs
 from ..errors import DoesNotFitError
 from ..sizes import format_memory
 
@@ -84,10 +94,24 @@ class TensorScan:
         return 0 < self.elements == self.zeros
 
 
-def scan_workers(tensor_count: int, memory: int | None, workers: int | None) -> int:
+@dataclass(frozen=True, slots=True)
+class ScanMemory:
+    """What a scan occupies beside what the process holds already.
+
+    workers: threads. fetch_bytes: of files that lie elsewhere, on their way or being read.
+    """
+
+    workers: int
+    fetch_bytes: int = 0
+
+
+def scan_memory(
+    tensor_count: int, memory: int | None, workers: int | None, fetches: FetchNeeds | None = None
+) -> ScanMemory:
     """How many threads scan: fewer where the memory does not suffice for all.
 
-    memory: bound of the process's peak, in bytes. workers: wanted.
+    memory: bound of the process's peak, in bytes. workers: wanted. fetches: what must be held of
+    files that lie elsewhere; None: there are none.
 
     Raises:
         DoesNotFitError: it does not suffice for one.
@@ -95,13 +119,21 @@ def scan_workers(tensor_count: int, memory: int | None, workers: int | None) -> 
     limit = default_limit_bytes() if memory is None else memory
     wanted = default_workers() if workers is None else workers
     held = max(reserved_bytes("numpy"), resident_bytes()) + TENSOR_BYTES * tensor_count
-    possible = min(wanted, (limit - held) // WORKER_BYTES)
+    each = WORKER_BYTES
+    if fetches is not None:
+        held += CONNECTION_BYTES
+        each += fetches.job_bytes
+    possible = int(min(wanted, (limit - held) // each))
     if possible < 1:
         raise DoesNotFitError(
-            f"a scan needs {format_memory(held + WORKER_BYTES)}, and the limit is "
+            f"a scan needs {format_memory(held + each)}, and the limit is "
             f"{format_memory(limit)}; give it that much with --memory"
         )
-    return int(possible)
+    if fetches is None:
+        return ScanMemory(possible)
+    own = CONNECTION_BYTES + possible * fetches.job_bytes
+    left = limit - held - possible * each
+    return ScanMemory(possible, own + fetch_window_bytes(left, own, fetches, Network()))
 
 
 def scan_checkpoint(
@@ -110,49 +142,67 @@ def scan_checkpoint(
     memory: int | None = None,
     workers: int | None = None,
     scanned: Scanned | None = None,
+    streams: bool = False,
 ) -> tuple[TensorScan, ...]:
     """Reads all tensors of a checkpoint once, those of its adapter among them.
 
     memory: bound of the process's peak resident set, in bytes; None: 2 GiB, or half of what is
         available. workers: threads; None: one per processor.
+    streams: a model of the Hub is read over the network, as far as it is not in its cache.
 
     Returns one TensorScan for every tensor, in the order of files and offsets.
 
     Raises:
         DoesNotFitError: the memory does not suffice.
+        InputError: a file that lies elsewhere is not what it was.
         LazymergeError: a file cannot be read, or is shorter than its header says.
     """
-    parts: dict[tuple[str, str, int], tuple[str, TensorInfo]] = {}
+    parts: dict[tuple[str, str, int, int], tuple[str, TensorInfo]] = {}
     for tensor in checkpoint.tensors.values():
         for folder, part in tensor.parts(checkpoint.folder):
-            parts.setdefault((folder, part.file, part.start), (folder, part))
+            place = (folder, part.file, part.start, part.stop_exclusive)
+            parts.setdefault(place, (folder, part))
     ordered = [parts[key] for key in sorted(parts)]
-    count = scan_workers(len(ordered), memory, workers)
+    remote = remote_inputs([checkpoint], streams=streams)
+    reading = byte_reading([[place] for place in ordered])
+    fetches = reading.needs(remote) if remote else None
+    room = scan_memory(len(ordered), memory, workers, fetches)
+    budget = room.fetch_bytes - CONNECTION_BYTES
     own = local()
-    with closing(InputFiles()) as files, ThreadPoolExecutor(count) as pool:
+    with (
+        closing(ByteStreams(reading, remote, budget, room.workers)) as reader,
+        ThreadPoolExecutor(room.workers) as pool,
+    ):
 
-        def scan(place: tuple[str, TensorInfo]) -> TensorScan:
+        def scan(number: int) -> TensorScan:
             if not hasattr(own, "scanner"):
-                own.scanner = _Scanner(files)
-            folder, tensor = place
-            result: TensorScan = own.scanner.scan(os.path.join(folder, tensor.file), tensor)
+                own.scanner = _Scanner(reader)
+            folder, tensor = ordered[number]
+            path = os.path.join(folder, tensor.file)
+            result: TensorScan = own.scanner.scan(path, tensor, number)
             if scanned is not None:
                 scanned(tensor.size_bytes, tensor.name)
             return result
 
-        return tuple(_in_order(pool, scan, ordered))
+        found = tuple(_in_order(pool, scan, len(ordered), reader.stop))
+    for each in remote.values():
+        each.check()
+    return found
 
 
 def _in_order(
     pool: ThreadPoolExecutor,
-    scan: Callable[[tuple[str, TensorInfo]], TensorScan],
-    places: Sequence[tuple[str, TensorInfo]],
+    scan: Callable[[int], TensorScan],
+    count: int,
+    stop: Callable[[], None],
 ) -> list[TensorScan]:
-    """Scans all; what goes wrong, or an interruption, ends it at the next tensor."""
-    futures = [pool.submit(scan, place) for place in places]
+    """Scans all; what goes wrong, or an interruption, ends it at the next tensor, or sooner where
+    one is being fetched. stop: sees to that."""
+    futures = [pool.submit(scan, number) for number in range(count)]
     try:
         return [future.result() for future in futures]
     except BaseException:
+        stop()
         pool.shutdown(wait=True, cancel_futures=True)
         raise
 
@@ -160,10 +210,10 @@ def _in_order(
 class _Scanner:
     """A worker's buffers."""
 
-    def __init__(self, files: InputFiles) -> None:
+    def __init__(self, reader: ByteStreams) -> None:
         import numpy
 
-        self._files = files
+        self._reader = reader
         self._np = numpy
         self._data = bytearray(READ_BYTES)
         self._bits: dict[str, NDArray[Any]] = {}
@@ -174,18 +224,17 @@ class _Scanner:
             for dtype in ("F8_E4M3", "F8_E5M2")
         }
 
-    def scan(self, path: str, tensor: TensorInfo) -> TensorScan:
-        """Reads a tensor. path: of the file that holds it."""
+    def scan(self, path: str, tensor: TensorInfo, number: int) -> TensorScan:
+        """Reads a tensor. path: of the file that holds it. number: of the tensor, to the reader."""
         np = self._np
-        descriptor = self._files.descriptor(path)
+        descriptor = self._reader.files.descriptor(path)
         width = WIDTHS.get(tensor.dtype, 1)
         counts = _Counts()
         content = xxh3_128()
         with np.errstate(all="ignore"):  # squares of the largest floats are inf, and shown as such
-            for start in range(tensor.start, tensor.stop_exclusive, READ_BYTES):
-                length = min(READ_BYTES, tensor.stop_exclusive - start)
-                part = memoryview(self._data)[:length]
-                read_exactly(descriptor, part, start, path)
+            for start, stop in self._pieces(number):
+                part = memoryview(self._data)[: stop - start]
+                read_exactly(descriptor, part, tensor.start + start, path)
                 content.update(part)
                 codes = np.frombuffer(part, f"<u{width}")
                 counts.see(int(codes.min()), int(codes.max()))
@@ -206,6 +255,12 @@ class _Scanner:
             norm=sqrt(counts.squares) if isfinite(counts.squares) else float("inf"),
             checksum=content.hexdigest(),
         )
+
+    def _pieces(self, number: int) -> Iterator[tuple[int, int]]:
+        """Of a tensor's bytes, what is looked at at a time."""
+        for begin, end in self._reader.spans(number):
+            for start in range(begin, end, READ_BYTES):
+                yield start, min(start + READ_BYTES, end)
 
     def _look(self, dtype: str, codes: NDArray[Any], counts: _Counts) -> None:
         """Looks at a block of floats."""

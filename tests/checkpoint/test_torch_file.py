@@ -10,6 +10,8 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +20,50 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lazymerge.checkpoint import torch_file, zip_directory
+from lazymerge.checkpoint.broken_file import BrokenFileError
 from lazymerge.checkpoint.header import Header
+from lazymerge.checkpoint.scattered import FetchedBytes
 from lazymerge.checkpoint.tensor import DTYPES
-from lazymerge.checkpoint.torch_file import read_torch_file
+from lazymerge.checkpoint.torch_file import parse_torch_file, read_torch_file
 from lazymerge.errors import InputError
 from torch_bytes import DATA, mapping, pickled, storage, tensor, text, write, zipped
 from torch_bytes import torch_file as made
 
 
 def read(path: Path) -> Header:
-    return read_torch_file(path, path.name)
+    """From the local disk; and the same, or the same error, by requests to somewhere else."""
+    fetched = fetched_header(path)
+    if isinstance(fetched, str):
+        with pytest.raises(InputError) as error:
+            read_torch_file(path, path.name)
+        assert str(error.value) == f"{path}: {fetched}"
+        raise error.value
+    header = read_torch_file(path, path.name)
+    assert replace(header, file=replace(header.file, modified_ns=None)) == fetched
+    return header
+
+
+def fetched_header(path: Path, requests: list[tuple[int, int]] | None = None) -> Header | str:
+    """What a file says when it is fetched piece by piece, or what is wrong with it.
+
+    requests: the ranges that were asked for are added to them.
+    """
+    size = path.stat().st_size
+
+    def fetch(start: int, stop: int) -> bytes:
+        assert 0 <= start < stop <= size
+        if requests is not None:
+            requests.append((start, stop))
+        with path.open("rb") as stream:
+            stream.seek(start)
+            return stream.read(stop - start)
+
+    with ThreadPoolExecutor(2) as pool:
+        source = FetchedBytes(fetch(0, min(size, 200)) if size else b"", size, fetch, pool)
+        try:
+            return parse_torch_file(source, path.name)
+        except BrokenFileError as error:
+            return str(error)
 
 
 def loaded(path: Path) -> dict[str, torch.Tensor]:
@@ -551,3 +587,17 @@ def test_one_mapping_under_many_keys_is_looked_through_once(tmp_path: Path) -> N
     with pytest.raises(InputError, match="holds no tensors"):
         read_torch_file(tmp_path / "x.bin", "x.bin")
     assert time.process_time() - began < 2
+
+
+def test_few_requests_of_little(tmp_path: Path) -> None:
+    """The start, the end, and what lies before every entry that is large."""
+    path = tmp_path / "m.bin"
+    layers = {f"layers.{n}.{kind}": torch.zeros(size) for n in range(20) for kind, size in
+              (("up", 30_000), ("norm", 50), ("bias", 50))}  # fmt: skip
+    torch.save(layers, path)
+    requests: list[tuple[int, int]] = []
+    header = fetched_header(path, requests)
+    assert isinstance(header, Header)
+    assert len(header.tensors) == 60
+    assert len(requests) <= 20 + 4
+    assert sum(stop - start for start, stop in requests) < 90_000 < path.stat().st_size / 25

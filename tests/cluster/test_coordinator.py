@@ -267,7 +267,13 @@ def test_a_worker_that_says_how_far_it_is_is_waited_for(
         client.behaviours["a"] = good
         for tenth in range(10):
             time.sleep(0.2)
-            told = {"group": future.given.number, "worker": "a", "tensor": "t", "written": 0}
+            told = {
+                "group": future.given.number,
+                "worker": "a",
+                "tensor": "t",
+                "written": 0,
+                "fetched": 0,
+            }
             client.tell((0.0, {**told, "token": future.given.token, "read": tenth}))
             client.tell((0.0, {**told, "token": "another run's", "read": 10**9}))
         good(future)

@@ -10,8 +10,9 @@ import lazymerge as lm
 import numpy as np
 import pytest
 import torch
-from lazymerge.engine import comparison
-from lazymerge.engine.comparison import plan_comparison, run_comparison
+from lazymerge.engine import comparing
+from lazymerge.engine.comparing import run_comparison
+from lazymerge.engine.comparison import plan_comparison
 from lazymerge.engine.plan import Resources
 from lazymerge.engine.statistics import change_of
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
@@ -181,13 +182,14 @@ def test_a_model_that_is_not_there(pair: Path) -> None:
 
 def test_a_file_that_changes_meanwhile(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_comparison("one", "two")
-    stream = comparison._stream
+    stream = comparing._stream
 
-    def changing(*arguments: object) -> None:
-        stream(*arguments)  # type: ignore[arg-type]
+    def changing(*arguments: object) -> int:
+        held = stream(*arguments)  # type: ignore[arg-type]
         (pair / "one" / "model.safetensors").touch()
+        return held
 
-    monkeypatch.setattr(comparison, "_stream", changing)
+    monkeypatch.setattr(comparing, "_stream", changing)
     with pytest.raises(LazymergeError, match="was changed"):
         run_comparison(plan)
 

@@ -68,7 +68,7 @@ def test_a_merge(models: dict[str, Path], hub: HubServer, tmp_path: Path, expect
     plan = lazymerge.plan(path)
     cached = [p.name for p in (tmp_path / "cache").rglob("*") if p.name.endswith(".safetensors")]
     assert cached == []
-    assert facts(plan)["download"].endswith(" files of org/a, org/b")
+    assert " files of org/a, org/b (" in facts(plan)["download"]
     out = tmp_path / "out"
     lazymerge.run(plan, out, fsync=False)
     assert weights(out) == expected
@@ -163,7 +163,7 @@ def test_a_merge_that_others_use(
     plan = lazymerge.plan(path)
     publish(hub, tmp_path / "later", "b", 7)
     part = lazymerge.plan_intermediate(plan, "inner")
-    assert facts(part)["download"].endswith(" files of org/a, org/b")
+    assert " files of org/a, org/b (" in facts(part)["download"]
     run_plan(part, tmp_path / "out-inner", fsync=False)
     assert weights(tmp_path / "out-inner") == expected
     assert (tmp_path / "out-inner" / "generation_config.json").is_file()
@@ -171,29 +171,60 @@ def test_a_merge_that_others_use(
 
 
 def test_a_model_in_torch_files(hub: HubServer, tmp_path: Path) -> None:
-    """It is fetched to be planned, and the notice says why."""
+    """It is planned by ranges, and fetched to be merged; where a Hub sends none it is fetched to be
+    planned, and the notice says why."""
     generator = torch.Generator().manual_seed(4)
-    tensors = {key: torch.randn(40, 30, generator=generator) for key in NAMES}
+    tensors = {key: torch.randn(400, 300, generator=generator) for key in NAMES}
     folder = tmp_path / "old"
     folder.mkdir()
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "config.json").write_text('{"model_type": "llama"}')
     hub.publish("org/old", folder)
+    hub.publish("org/whole", folder)
     results = []
-    for name, model in (("hub", "org/old"), ("local", str(folder))):
+    for name, model in (("hub", "org/old"), ("whole", "org/whole"), ("local", str(folder))):
         path = tmp_path / f"{name}.yml"
         entry = {"model": model, "parameters": {"weight": 0.5}}
         document = {"merge_method": "linear", "models": [entry]}
         path.write_text(yaml.safe_dump(document))
+        hub.ignores_ranges = name == "whole"
         plan = lazymerge.plan(path)
         if name == "hub":
-            assert any("'pytorch_model.bin' lie stands in the whole" in n for n in plan.notices)
+            assert " in 1 file of org/old (" in facts(plan)["download"]
+            assert hub.fetched("org/old") == ["config.json"]
+        if name == "whole":
+            assert any("'pytorch_model.bin' lie stands at" in n for n in plan.notices)
             assert "download" not in facts(plan)
             assert not any("downloaded" in notice for notice in lazymerge.plan(path).notices)
         lazymerge.run(plan, tmp_path / name, fsync=False)
         assert lazymerge.verify(tmp_path / name, recompute=4).problems == ()
         results.append(weights(tmp_path / name))
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
+
+
+def test_torch_files_that_an_index_lists(hub: HubServer, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    torch.save({"a": torch.ones(3)}, folder / "pytorch_model-00001-of-00001.bin")
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    hub.publish("org/shards", folder)
+    assert list(lazymerge.inspect("org/shards").checkpoint.tensors) == ["a"]
+    assert hub.fetched("org/shards") == ["pytorch_model.bin.index.json"]
+
+
+def test_torch_files_that_are_streamed(hub: HubServer, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    torch.save({"a": torch.ones(300), "b": torch.zeros(5)}, folder / "pytorch_model.bin")
+    hub.publish("org/old", folder)
+    found = lazymerge.inspect("org/old", scan=True, stream=True)
+    assert found.scans is not None
+    assert [scan.zeros for scan in found.scans] == [0, 5]
+    assert lazymerge.diff("org/old", folder, stream=True).is_same
+    assert not hub.fetched("org/old")
+    with pytest.raises(InputError, match="with --stream, or download them first"):
+        lazymerge.inspect("org/old", scan=True)
 
 
 class TestAdapters:

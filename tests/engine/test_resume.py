@@ -165,7 +165,7 @@ def test_data_that_is_lost_is_noticed_after_a_restart(
     assert run_plan(plan, out, observer=observer).resumed_tensors == 2
     assert observer.notes == [
         "reading 3 tensors of an earlier run before believing them",
-        "1 of the earlier tensors are not whole; they are made again",
+        "1 tensor of an earlier run is not whole, and made again",
     ]
     run_plan(plan, tmp_path / "whole")
     assert checksums(out) == checksums(tmp_path / "whole")

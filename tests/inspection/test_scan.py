@@ -16,7 +16,7 @@ from lazymerge.checkpoint import open_checkpoint
 from lazymerge.engine.baseline import resident_bytes
 from lazymerge.errors import DoesNotFitError, LazymergeError
 from lazymerge.inspection import scan as scan_module
-from lazymerge.inspection.scan import READ_BYTES, TensorScan, scan_checkpoint, scan_workers
+from lazymerge.inspection.scan import READ_BYTES, TensorScan, scan_checkpoint, scan_memory
 
 from conftest import write_checkpoint
 
@@ -141,10 +141,10 @@ def test_a_file_that_is_cut_short(tmp_path: Path) -> None:
 def test_memory_decides_on_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_module, "reserved_bytes", lambda _: 100 << 20)
     monkeypatch.setattr(scan_module, "resident_bytes", lambda: 0)
-    assert scan_workers(10, 1 << 30, 8) == 8
-    assert scan_workers(10, (100 << 20) + 3 * scan_module.WORKER_BYTES, 8) == 2
+    assert scan_memory(10, 1 << 30, 8).workers == 8
+    assert scan_memory(10, (100 << 20) + 3 * scan_module.WORKER_BYTES, 8).workers == 2
     with pytest.raises(DoesNotFitError, match="--memory"):
-        scan_workers(10, 100 << 20, 8)
+        scan_memory(10, 100 << 20, 8)
 
 
 def test_buffers_are_bounded(tmp_path: Path) -> None:

@@ -290,6 +290,25 @@ def test_layers_left_out_by_one(
         assert layer in shown["layer-left-out"].message
 
 
+@pytest.mark.parametrize(
+    ("ranges", "is_reversed"),
+    [
+        ((("a", 2, 4), ("a", 0, 2)), True),
+        ((("a", 3, 4), ("b", 1, 3), ("a", 0, 1)), True),
+        ((("a", 0, 2), ("a", 2, 4)), False),
+        ((("a", 0, 3), ("a", 1, 4)), False),
+        ((("a", 0, 4), ("b", 0, 4)), False),
+        ((("a", 0, 1), ("b", 2, 4), ("a", 1, 2)), False),
+        ((("a", 0, 4),), False),
+    ],
+)
+def test_layers_in_reverse(
+    place: Path, ranges: tuple[tuple[str, int, int], ...], is_reversed: bool
+) -> None:
+    shown = found(sliced(*ranges), place)
+    assert ("layers-reversed" in shown) == is_reversed
+
+
 def test_one_model_under_two_names(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -374,6 +374,7 @@ class _Run:
             seconds=time.perf_counter() - began,
             bytes_read=account.bytes_read,
             bytes_written=account.bytes_written,
+            bytes_fetched=account.bytes_fetched,
             measured_bytes=peak_resident_bytes() + held_bytes,
             nonfinite=self._examined(),
             resumed_tensors=sum(len(record.tensors) for record in before.values()),
@@ -436,7 +437,7 @@ class _Account:
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self._lock = threading.Lock()
-        self.bytes_read = self.bytes_written = 0
+        self.bytes_read = self.bytes_written = self.bytes_fetched = 0
         self.timeline = Timeline()
         self.timeline.note(0, 0)
 
@@ -455,3 +456,8 @@ class _Account:
 
     def noted(self, message: str) -> None:
         self._observer.noted(message)
+
+    def fetched(self, size_bytes: int) -> None:
+        with self._lock:
+            self.bytes_fetched += size_bytes
+        self._observer.fetched(size_bytes)

@@ -151,6 +151,9 @@ class _Recorded:
     def noted(self, message: str) -> None:
         self._told.noted(message)
 
+    def fetched(self, size_bytes: int) -> None:
+        self._told.fetched(size_bytes)
+
     def sent(self, size_bytes: int) -> None:
         """Some bytes have been uploaded."""
         self._told.moved(0, size_bytes, self._last)

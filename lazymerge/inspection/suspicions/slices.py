@@ -1,4 +1,5 @@
-"""Layers that slices leave out by one, and gradients that are longer than the layers."""
+"""Layers that slices leave out by one or list in reverse, and gradients that are longer than the
+layers."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ def slice_suspicions(plan: Plan) -> Iterator[Suspicion]:
     recipe = plan.recipe
     for slices in (recipe.slices, *(module.slices for module in recipe.modules)):
         yield from _left_out(plan, slices)
+        yield from _reversed(slices)
     yield from _long_gradients(plan)
 
 
@@ -47,6 +49,22 @@ def _left_out(plan: Plan, slices: Sequence[Slice]) -> Iterator[Suspicion]:
             "mistake",
         )
     yield from _last_left_out(plan, slices, everywhere)
+
+
+def _reversed(slices: Sequence[Slice]) -> Iterator[Suspicion]:
+    """Slices that are listed from the last layers to the first. That a slice goes back a little is
+    how models are made deeper, and not looked at."""
+    ranges = [piece.sources[0].layer_range or (0, 0) for piece in slices]
+    if len(ranges) < 2 or any(after[1] > before[0] for before, after in pairwise(ranges)):
+        return
+    yield Suspicion(
+        "layers-reversed",
+        f"the slices are listed from the last layers to the first: the output begins with layer "
+        f"{ranges[0][0]} of {short(slices[0].sources[0].model)} and ends with layer "
+        f"{ranges[-1][1] - 1} of {short(slices[-1].sources[0].model)}; list them in the order in "
+        "which the layers follow one another",
+        "mistake",
+    )
 
 
 def _last_left_out(
