@@ -127,9 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
         for number in parsed.numbers or range(parsed.trials or KINDS[kind].times)
     ]
     with ThreadPoolExecutor(parsed.jobs) as pool:
-        outcomes = list(
-            pool.map(lambda each: run_trial(bench, *each, seed, is_told=parsed.tell), wanted)
-        )
+        begun = [
+            pool.submit(run_trial, bench, kind, number, seed, is_told=parsed.tell)
+            for kind, number in wanted
+        ]
+        outcomes = [each.result() for each in begun]
     print("\n".join(table(outcomes)))
     print(
         f"\n{len(outcomes)} trials, {parsed.jobs} at a time; seed {seed}, "

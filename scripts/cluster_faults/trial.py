@@ -19,7 +19,7 @@ from typing import Any
 
 from faults.harness import Ended, complaints
 
-from .bench import HERE, OUTPUT_NAME, SHARD_SIZE, Bench, Merge
+from .bench import HERE, OUTPUT_NAME, Bench, Merge
 from .hooks import TRIAL_VARIABLE
 
 LOOK_SECONDS = 0.01
@@ -162,7 +162,7 @@ class Trial:
     ) -> Process:
         """Starts a merge into the output. cluster: its address."""
         recipe = str((merge or self.bench.merge).recipe)
-        arguments = ["-o", str(self.output), "--max-shard-size", SHARD_SIZE, "--cluster", cluster]
+        arguments = ["-o", str(self.output), *self.bench.options, "--cluster", cluster]
         return self.lazymerge(
             "run", recipe, *arguments, *more, prefix=prefix, environment=environment
         )
@@ -175,13 +175,8 @@ class Trial:
         """Share of the tensors that the output's journal says are finished."""
         with suppress(OSError):
             lines = (self.output / ".lazymerge" / "journal").read_bytes().count(b"\n")
-            return max(0, lines - HEAD_LINES) / self._tensors
+            return max(0, lines - HEAD_LINES) / self.bench.tensors
         return 0.0
-
-    @property
-    def _tensors(self) -> int:
-        manifest = json.loads((self.bench.merge.output / "lazymerge.json").read_text())
-        return len(manifest["tensors"])
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         """Waits until something is so.
