@@ -24,6 +24,15 @@ from .hooks import TRIAL_VARIABLE
 
 LOOK_SECONDS = 0.01
 
+OPTIONS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("--no-fsync",),
+    ("--workers", "2"),
+    ("--memory", "400MiB"),
+    ("--read-mode", "mmap"),
+)
+"""Of runs: none of them changes a byte of the output."""
+
 PATIENCE_SECONDS = 150.0
 """For anything that a trial waits for: longer than lazymerge waits for workers."""
 
@@ -159,12 +168,14 @@ class Trial:
         merge: Merge | None = None,
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        is_plain: bool = False,
     ) -> Process:
-        """Starts a merge into the output. cluster: its address."""
+        """Starts a merge into the output. cluster: its address. is_plain: without OPTIONS."""
         recipe = str((merge or self.bench.merge).recipe)
         arguments = ["-o", str(self.output), *self.bench.options, "--cluster", cluster]
+        options = [*(() if is_plain else self.random.choice(OPTIONS)), *more]
         return self.lazymerge(
-            "run", recipe, *arguments, *more, prefix=prefix, environment=environment
+            "run", recipe, *arguments, *options, prefix=prefix, environment=environment
         )
 
     def resume(self, *more: str, prefix: Sequence[str] = ()) -> Process:
