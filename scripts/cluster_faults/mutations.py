@@ -118,7 +118,7 @@ def _failures_end_the_run() -> None:
 def _scheduler_is_not_waited_for() -> None:
     from lazymerge.cluster import coordinator
 
-    coordinator.SCHEDULER_SECONDS = 0.5
+    coordinator.SCHEDULER_SECONDS = 3.0
 
 
 IN_WORKERS: dict[str, Callable[[dict[str, Any]], None]] = {

@@ -22,7 +22,7 @@ from faults.harness import Ended, complaints
 from .bench import HERE, OUTPUT_NAME, Bench, Merge
 from .hooks import TRIAL_VARIABLE
 
-LOOK_SECONDS = 0.01
+LOOK_SECONDS = 0.03
 
 OPTIONS: tuple[tuple[str, ...], ...] = (
     (),

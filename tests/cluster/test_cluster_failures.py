@@ -16,7 +16,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("matrix"), SMALL)
 
 
-@pytest.mark.parametrize("kind", ["half", "overwritten-opening", "local-interrupted"])
+@pytest.mark.parametrize("kind", ["half", "local-interrupted"])
 def test_every_byte_is_there_afterwards(bench: Bench, seed: int, kind: str) -> None:
     trial = Trial(bench, kind, 0, seed)
     try:
