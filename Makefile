@@ -6,8 +6,8 @@
 # Both set up .venv first. Others: make lint, make docs, make docs-serve, make bench,
 # make measure-methods, make methods-page, make clean, and make prove-low-memory,
 # make check-memory, make check-determinism,
-# make compare-mergekit, make compare-forms, make compare-tokenizers, make crash-matrix, make fuzz
-# (minutes each), make soak (an hour).
+# make compare-mergekit, make compare-forms, make compare-tokenizers, make crash-matrix,
+# make cluster-matrix, make fuzz (minutes each), make soak (an hour).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test lint format docs docs-serve bench measure-methods methods-page clean help \
         measure-pages measure-planning measure-remote-planning screenshots \
         prove-low-memory check-memory check-determinism compare-mergekit compare-forms \
-        compare-tokenizers crash-matrix soak fuzz
+        compare-tokenizers crash-matrix cluster-matrix soak fuzz
 
 help:
 	@sed -n '3,10p' Makefile | cut -c3-
@@ -108,6 +108,9 @@ compare-tokenizers: $(INSTALLED)
 
 crash-matrix: $(INSTALLED)
 	$(BIN)/python scripts/crash_matrix.py
+
+cluster-matrix: $(INSTALLED)
+	$(BIN)/python scripts/cluster_matrix.py
 
 soak: $(INSTALLED)
 	$(BIN)/python scripts/soak.py

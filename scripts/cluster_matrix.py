@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, help="of each kind; default: as many as it deserves")
     parser.add_argument("--numbers", nargs="+", type=int, help="only these of each kind")
     parser.add_argument("--seed", type=int, help="default: a new one")
-    parser.add_argument("--jobs", type=int, default=2, help="trials at a time")
+    parser.add_argument("--jobs", type=int, default=3, help="trials at a time")
     parser.add_argument("--folder", type=Path, help="for models and outputs; default: a new one")
     parser.add_argument("--mutation", choices=MUTATIONS, help="build a mistake in")
     parser.add_argument("--tell", action="store_true", help="say what is done in every trial")
@@ -127,9 +127,15 @@ def main(arguments: list[str] | None = None) -> int:
         for number in parsed.numbers or range(parsed.trials or KINDS[kind].times)
     ]
     with ThreadPoolExecutor(parsed.jobs) as pool:
-        outcomes = list(
-            pool.map(lambda each: run_trial(bench, *each, seed, is_told=parsed.tell), wanted)
-        )
+        begun = [
+            pool.submit(run_trial, bench, kind, number, seed, is_told=parsed.tell)
+            for kind, number in wanted
+        ]
+        try:
+            outcomes = [each.result() for each in begun]
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # those that have begun clean up after themselves
+            raise
     print("\n".join(table(outcomes)))
     print(
         f"\n{len(outcomes)} trials, {parsed.jobs} at a time; seed {seed}, "

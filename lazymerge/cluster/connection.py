@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from ..engine.memory import default_workers
@@ -128,6 +129,7 @@ def _local_cluster(
         "distributed.worker.http.routes": [],
     }
     runner = LoopRunner()
+    resource_tracker.ensure_running()  # when it is started later, it unblocks what is blocked here
     with _ctrl_c_for_this_thread():
         runner.start()
     try:

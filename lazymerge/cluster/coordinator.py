@@ -227,7 +227,8 @@ class _Run:
         self._sums: dict[int, Mapping[str, str]] = {}
         self._moved: dict[int, tuple[int, int, int]] = {}
         self._noted: set[str] = set()
-        self._pace = 0.0
+        self._seconds = 0.0
+        self._work_bytes = 0
         self._failures: dict[int, list[tuple[str, BaseException]]] = {}
         self._deaths: Counter[int] = Counter()
         self._bad: Counter[str] = Counter()
@@ -423,7 +424,7 @@ class _Run:
         for number, same in together.items():
             if number in self._made or len(same) >= MOST_ATTEMPTS:
                 continue
-            usual = self._pace * self._division.work_bytes(number)
+            usual = self._seconds * self._division.work_bytes(number) / max(1, self._work_bytes)
             first, last = same[0].began, same[-1].began
             if now - first > REPEAT_FACTOR * usual and now - last > REPEAT_SECONDS:
                 yield number
@@ -505,7 +506,8 @@ class _Run:
         if number in self._made:
             self._compare(number, attempt.worker, sums)
             return
-        self._pace = max(self._pace, result.seconds / max(1, self._division.work_bytes(number)))
+        self._seconds += result.seconds
+        self._work_bytes += self._division.work_bytes(number)
         moved = (result.bytes_read, result.bytes_written, result.bytes_fetched)
         self._progress(number, *moved, tensor=result.tensors[0].name)
         for note in result.notes:

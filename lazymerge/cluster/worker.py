@@ -7,7 +7,8 @@ believed dead and comes back does no harm either, as long as it writes where it 
     OUT/.lazymerge/cluster-TOKEN     is there while the run goes on that gave the group away
 
 It is looked for after the shard has been opened. Is it there, the folder is the one that the run
-writes, seen through whatever filesystem; and a shard that a later run makes is another file.
+writes, seen through whatever filesystem; and a shard that a later run makes is another file. It is
+looked for every second from then on: a worker that comes back when the run is over stops.
 """
 
 from __future__ import annotations
@@ -237,6 +238,7 @@ class _Told:
     def __init__(self, group: Group) -> None:
         self._number = group.number
         self._token = group.token
+        self._token_path = token_path(Path(group.folder), group.token)
         self._lock = threading.Lock()
         self._next = time.monotonic() + TOLD_SECONDS
         self._say = _dask_events()
@@ -266,9 +268,14 @@ class _Told:
         self.notes.append(message)
 
     def tell(self) -> None:
-        """Says how far the group is, if it is time to; from the thread that waits for others."""
+        """Says how far the group is, if it is time to; from the thread that waits for others.
+
+        Raises:
+            LazymergeError: nobody waits for the group any more.
+        """
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + TOLD_SECONDS
+            self._check_run()
             self._say(
                 {
                     "token": self._token,
@@ -280,6 +287,18 @@ class _Told:
                     "fetched": self.bytes_fetched,
                 }
             )
+
+    def _check_run(self) -> None:
+        """Raises:
+        LazymergeError: the run has ended, or another goes on with the output: it would wait for
+            this worker, and whoever has the complete output may be about to change the inputs.
+        """
+        try:
+            self._token_path.stat()
+        except FileNotFoundError:
+            raise LazymergeError(f"{self._token_path} is gone: the run has ended") from None
+        except OSError:
+            pass  # a filesystem that is not there for a moment
 
 
 def versions_here() -> dict[str, str]:

@@ -18,14 +18,14 @@ from faults.harness import Ended, complaints
 from make_synthetic_checkpoint import SHAPES, LlamaShape, make_checkpoint
 
 from .certificates import make_certificates
+from .client import GROUP_VARIABLE
+from .hooks import PACE_VARIABLE
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 
 OUTPUT_NAME = "out"
 """Of all outputs: the model card has the folder's name."""
-
-SHARD_SIZE = "70MB"
 
 DEPENDS_ON_THE_MERGE = ("fingerprint", "tensors", "nonfinite", "models")
 """Of the manifest; the rest are facts of the run."""
@@ -55,24 +55,57 @@ class Merge:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of the models, and of the pieces in which they are merged.
+
+    shard_bytes: of the output's files. group_bytes: read and written; what a worker is given.
+    worker_bytes_per_s: written by each; workers are slowed down to that.
+    """
+
+    shape: LlamaShape
+    shard_bytes: int
+    group_bytes: int
+    worker_bytes_per_s: int
+
+
+USUAL = Size(SHAPES["llama-0.1b"], 70_000_000, 16 << 20, 20_000_000)
+"""268 MB in 111 tensors, 5 shards and some 40 groups. Takes three workers 4.5 s."""
+
+SMALL = Size(LlamaShape(256, 512, 6, 4, 4, 4096), 3_000_000, 1 << 20, 2_000_000)
+"""12 MB in 57 tensors. Takes three workers 2 s."""
+
+
 class Bench:
     """What all trials have in common.
 
     folder: has room for all of it.
     """
 
-    def __init__(self, folder: Path, shape: LlamaShape | None = None) -> None:
+    def __init__(self, folder: Path, size: Size = USUAL) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.size = size
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("DASK_")},
             **make_certificates(folder / "certificates"),
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(HERE.parent)]),
+            GROUP_VARIABLE: str(size.group_bytes),
+            PACE_VARIABLE: str(size.worker_bytes_per_s),
         }
-        self._shape = shape or SHAPES["llama-0.1b"]
         for number, name in enumerate(("base", "a", "b")):
-            make_checkpoint(folder / name, self._shape, dtype="bfloat16", seed=number)
+            make_checkpoint(folder / name, size.shape, dtype="bfloat16", seed=number)
         self.merge = self._made("merge", {"merge_method": "ties"}, {"weight": 0.6, "density": 0.5})
+
+    @property
+    def options(self) -> list[str]:
+        """Of every run."""
+        return ["--max-shard-size", str(self.size.shard_bytes)]
+
+    @cached_property
+    def tensors(self) -> int:
+        """How many a merge has."""
+        return len(json.loads((self.merge.output / MANIFEST_NAME).read_text())["tensors"])
 
     @cached_property
     def other_merge(self) -> Merge:
@@ -107,7 +140,7 @@ class Bench:
             del document["base_model"]
         recipe.write_text(yaml.safe_dump(document))
         merge = Merge(recipe, self.folder / name / OUTPUT_NAME, plugin)
-        arguments = ["run", str(recipe), "-o", str(merge.output), "--max-shard-size", SHARD_SIZE]
+        arguments = ["run", str(recipe), "-o", str(merge.output), *self.options]
         if plugin is not None:
             arguments += ["--plugin", str(plugin)]
         ended = self.lazymerge(*arguments)

@@ -3,11 +3,11 @@ that every worker makes a dozen of them; and with a mistake built in, if one is 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-GROUP_BYTES = 16 << 20
-"""Read and written."""
+GROUP_VARIABLE = "LAZYMERGE_MATRIX_GROUP_BYTES"
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     if "--cluster" in sys.argv:
         from lazymerge.cluster import group
 
-        group.LEAST_GROUP_BYTES = GROUP_BYTES
+        group.LEAST_GROUP_BYTES = int(os.environ[GROUP_VARIABLE])
         from cluster_faults.mutations import mutate_client
 
         mutate_client()

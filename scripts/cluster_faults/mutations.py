@@ -27,7 +27,9 @@ def mutate_client() -> None:
 
 
 def _last_tensor_unwritten(names: dict[str, Any]) -> None:
-    class Forgetful(names["RangeWriter"]):  # type: ignore[misc]
+    range_writer: Any = names["RangeWriter"]
+
+    class Forgetful(range_writer):  # type: ignore[misc]
         def __init__(self, group: Any) -> None:
             super().__init__(group)
             self._last = group.placements[-1].name
@@ -48,7 +50,7 @@ def _token_not_looked_for(names: dict[str, Any]) -> None:
     names["token_path"] = lambda folder, token: Path("/")
 
 
-def _anything_is_the_shard(names: dict[str, Any]) -> None:
+def _versions_are_believed(names: dict[str, Any]) -> None:
     names["_check_versions"] = lambda wanted: None
 
 
@@ -73,10 +75,11 @@ def _silence_is_waited_for() -> None:
 
 def _token_is_kept() -> None:
     from lazymerge.cluster import coordinator
+    from lazymerge.output.folder import OWN_FOLDER
 
     @contextmanager
     def shown(folder: Path, token: str) -> Iterator[None]:
-        coordinator.token_path(folder, token).touch()
+        (folder / OWN_FOLDER / f"cluster-{token}").touch()
         (folder / f"cluster-{token}").touch()
         yield
 
@@ -102,7 +105,8 @@ def _local_cluster_is_left() -> None:
 def _versions_are_not_compared() -> None:
     from lazymerge.cluster import coordinator
 
-    coordinator.check_versions = lambda client, wanted: None
+    names: dict[str, Any] = vars(coordinator)
+    names["check_versions"] = lambda client, wanted: []
 
 
 def _failures_end_the_run() -> None:
@@ -114,13 +118,13 @@ def _failures_end_the_run() -> None:
 def _scheduler_is_not_waited_for() -> None:
     from lazymerge.cluster import coordinator
 
-    coordinator.SCHEDULER_SECONDS = 0.5
+    coordinator.SCHEDULER_SECONDS = 3.0
 
 
 IN_WORKERS: dict[str, Callable[[dict[str, Any]], None]] = {
     "last-tensor-unwritten": _last_tensor_unwritten,
     "token-not-looked-for": _token_not_looked_for,
-    "versions-not-compared": _anything_is_the_shard,
+    "versions-not-compared": _versions_are_believed,
 }
 
 IN_CLIENTS: dict[str, Callable[[], None]] = {

@@ -19,10 +19,19 @@ from typing import Any
 
 from faults.harness import Ended, complaints
 
-from .bench import HERE, OUTPUT_NAME, SHARD_SIZE, Bench, Merge
+from .bench import HERE, OUTPUT_NAME, Bench, Merge
 from .hooks import TRIAL_VARIABLE
 
-LOOK_SECONDS = 0.01
+LOOK_SECONDS = 0.03
+
+OPTIONS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("--no-fsync",),
+    ("--workers", "2"),
+    ("--memory", "400MiB"),
+    ("--read-mode", "mmap"),
+)
+"""Of runs: none of them changes a byte of the output."""
 
 PATIENCE_SECONDS = 150.0
 """For anything that a trial waits for: longer than lazymerge waits for workers."""
@@ -159,12 +168,14 @@ class Trial:
         merge: Merge | None = None,
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        is_plain: bool = False,
     ) -> Process:
-        """Starts a merge into the output. cluster: its address."""
+        """Starts a merge into the output. cluster: its address. is_plain: without OPTIONS."""
         recipe = str((merge or self.bench.merge).recipe)
-        arguments = ["-o", str(self.output), "--max-shard-size", SHARD_SIZE, "--cluster", cluster]
+        arguments = ["-o", str(self.output), *self.bench.options, "--cluster", cluster]
+        options = [*(() if is_plain else self.random.choice(OPTIONS)), *more]
         return self.lazymerge(
-            "run", recipe, *arguments, *more, prefix=prefix, environment=environment
+            "run", recipe, *arguments, *options, prefix=prefix, environment=environment
         )
 
     def resume(self, *more: str, prefix: Sequence[str] = ()) -> Process:
@@ -175,13 +186,8 @@ class Trial:
         """Share of the tensors that the output's journal says are finished."""
         with suppress(OSError):
             lines = (self.output / ".lazymerge" / "journal").read_bytes().count(b"\n")
-            return max(0, lines - HEAD_LINES) / self._tensors
+            return max(0, lines - HEAD_LINES) / self.bench.tensors
         return 0.0
-
-    @property
-    def _tensors(self) -> int:
-        manifest = json.loads((self.bench.merge.output / "lazymerge.json").read_text())
-        return len(manifest["tensors"])
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         """Waits until something is so.

@@ -38,8 +38,8 @@ def _hidden(folder: Path) -> list[str]:
     return ["unshare", "--mount", "sh", "-c", mount, "sh"]
 
 
-def _expect_the_others_do_it(trial: Trial, cluster: Cluster, *more: str) -> None:
-    client = trial.run(cluster.address, *more)
+def _expect_the_others_do_it(trial: Trial, cluster: Cluster, *, is_plain: bool = False) -> None:
+    client = trial.run(cluster.address, is_plain=is_plain)
     trial.expect(client.ended(), 0)
     worker = max(trial.workers(), key=lambda worker: worker.name)
     trial.was_struck = not any(line.split()[2] == "ends" for line in trial.lines(worker.pid))
@@ -157,12 +157,12 @@ def little_memory(trial: Trial) -> None:
     """One worker has less memory than a group needs, or all have."""
     if trial.random.random() < 0.5:
         cluster = _with_one(trial, memory_limit="100MiB", nannies=False)
-        _expect_the_others_do_it(trial, cluster)
+        _expect_the_others_do_it(trial, cluster, is_plain=True)
         return
     cluster = Cluster(trial, nannies=False)
     cluster.add_workers(memory_limit="100MiB")
     cluster.wait_for(WORKERS)
-    ended = trial.run(cluster.address).ended()
+    ended = trial.run(cluster.address, is_plain=True).ended()
     trial.was_struck = True
     trial.expect(ended, 3, says="the smallest limit that works is --memory")
 

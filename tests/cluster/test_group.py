@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from cluster_cases import write_models, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazymerge.cluster import group as group_module
+from lazymerge.cluster import worker as worker_module
 from lazymerge.cluster.group import Division, Group, Terms
 from lazymerge.cluster.worker import make_group, plugin_digest, token_path
 from lazymerge.engine.plan import Plan
@@ -112,6 +114,23 @@ def test_a_group_is_made_in_place_by_any_process(plan: Plan, tmp_path: Path) -> 
         assert made == (tmp_path / "run" / shard.file).read_bytes()
     manifest = yaml.safe_load((tmp_path / "run" / "lazymerge.json").read_text())
     assert checksums == {name: t["checksum"] for name, t in manifest["tensors"].items()}
+
+
+def test_a_worker_stops_when_the_run_has_ended(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it was stopped while others made the group, and goes on after that."""
+    out = tmp_path / "out"
+    begun(plan, out)
+    monkeypatch.setattr(worker_module, "TOLD_SECONDS", 0.0)
+
+    def ended(*_: object) -> None:
+        token_path(out, "abc").unlink(missing_ok=True)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(worker_module._Told, "moved", ended)
+    with pytest.raises(LazymergeError, match=r"cluster-abc is gone: the run has ended"):
+        make_group(divide(plan, out).group(0))
 
 
 def test_groups_carry_what_they_need_and_no_more(plan: Plan) -> None:
