@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .adapters import open_model
 from .checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from .engine.plan import (
     plan_recipe_file,
 )
 from .engine.report import Observer, RunReport
-from .engine.run import Workforce, run_plan
+from .engine.run import run_plan
 from .engine.store.contents import check_no_intermediates, unfinished_plan
 from .engine.store.run import run_into_store
 from .engine.store.status import store_status
@@ -39,6 +40,9 @@ from .inspection.suspicions import suspicions as find_suspicions
 from .output.status import OutputStatus, output_status
 from .output.store.address import StoreAddress, local_place, place_of
 from .sizes import format_bytes, parse_size
+
+if TYPE_CHECKING:
+    from .cluster.coordinator import DaskWorkforce
 
 
 def plan(
@@ -167,6 +171,7 @@ def run(
     """
     plan = plan.with_statistics() if statistics else plan
     place = place_of(output)
+    workforce = None if cluster is None else _workforce(cluster, worker_memory)
     if isinstance(place, StoreAddress):
         check_no_intermediates(place, intermediates or {})
         return run_into_store(
@@ -177,6 +182,7 @@ def run(
             strict=strict,
             recheck=recheck,
             hash_inputs=hash_inputs,
+            workforce=workforce,
         )
     outputs = parts.outputs_of(plan, output, intermediates or {})
     is_one = len(outputs) == 1
@@ -194,14 +200,14 @@ def run(
             strict=strict,
             recheck=recheck,
             hash_inputs=hash_inputs,
-            workforce=None if cluster is None else _workforce(cluster, worker_memory),
+            workforce=workforce,
         )
         for each in outputs
     ]
     return reports[-1]
 
 
-def _workforce(cluster: str, worker_memory: int | str | None) -> Workforce:
+def _workforce(cluster: str, worker_memory: int | str | None) -> DaskWorkforce:
     from .cluster.connection import parse_address
     from .cluster.coordinator import DaskWorkforce
 

@@ -126,6 +126,7 @@ def run_and_report(
                 hash_inputs=hash_inputs,
                 quiet=quiet or log_json == STDERR,
                 as_json=as_json,
+                workforce=workforce,
             )
             return
         _run_and_report(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .running import advice, document_of, notices_of, show_suspicions, suspicions_of, tell_report
 
 if TYPE_CHECKING:
+    from ..cluster.coordinator import DaskWorkforce
     from ..engine.plan import Plan
     from ..output.store.address import StoreAddress
     from .log_json import JsonLog
@@ -26,10 +27,11 @@ def run_into_store_and_report(
     hash_inputs: bool,
     quiet: bool,
     as_json: bool,
+    workforce: DaskWorkforce | None,
 ) -> None:
     """Runs a plan, shows how it proceeds and says what came of it."""
     made = made.into_store()
-    if made.memory.libraries == "torch":
+    if workforce is None and made.memory.libraries == "torch":
         from ..engine.torch_loading import load_torch
 
         load_torch()
@@ -60,6 +62,7 @@ def run_into_store_and_report(
                 strict=strict,
                 recheck=recheck,
                 hash_inputs=hash_inputs,
+                workforce=workforce,
             )
     if log is not None:
         log.done(report)

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -27,14 +27,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.complete import NonfiniteError
 from ..engine.plan import Plan
-from ..engine.run import Account, Made, outgrows_cache
+from ..engine.run import Account, Taken, outgrows_cache
 from ..engine.stages import TensorTask
-from ..engine.streaming import Stamps
+from ..engine.store.shards import Target
+from ..engine.streaming import Stamps, Told
 from ..errors import LazymergeError
-from ..output.writer import ShardWriter, write_error
+from ..output.layout import Shard
+from ..output.store.client import Store
+from ..output.store.records import ShardRecord, record_name
+from ..output.writer import ShardWriter
 from .connection import ClusterAddress, check_versions, connected, line_of, workers_of
+from .destination import shown_in_folder, shown_in_store
 from .group import Division, GroupResult, Terms
-from .worker import TOPIC, make_packed_group, plugin_digest, token_path, versions_here
+from .worker import TOPIC, make_packed_group, plugin_digest, versions_here
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -135,56 +140,123 @@ class DaskWorkforce:
         check: Callable[[], None],
         fsync: bool,
         strict: bool,
-    ) -> Made:
+    ) -> Taken:
         """As Workforce.make.
 
         Raises:
             InputError: Dask is not installed, or workers have other versions.
             LazymergeError: no scheduler answers, there are no workers, or workers fail.
         """
+        return self._made_by_workers(
+            plan,
+            tasks,
+            account,
+            account.lost,
+            lambda result: None,
+            shown=lambda token: shown_in_folder(folder, token),
+            stamps=stamps,
+            folder=str(folder.absolute()),
+            target=None,
+            check=check,
+            # what this machine's workers have written is with this machine's system
+            syncs=fsync or not self._address.local_workers,
+            strict=strict,
+        )
+
+    def make_shards(
+        self,
+        plan: Plan,
+        shards: Sequence[Shard],
+        target: Target,
+        told: Told,
+        made: Callable[[ShardRecord], None],
+        *,
+        stamps: Stamps,
+        check: Callable[[], None],
+        strict: bool,
+    ) -> Taken:
+        """As ShardWorkforce.make_shards; raises as make does."""
+        files = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+        store = Store(target.address)
+
+        def lost(tensor: str) -> None:
+            store.remove([record_name(files[tensor])])
+
+        def keep(result: GroupResult) -> None:
+            assert result.record is not None
+            made(result.record)
+
+        return self._made_by_workers(
+            plan,
+            [task for task in plan.tasks if task.write.name in files],
+            told,
+            lost,
+            keep,
+            shown=lambda token: shown_in_store(target.address, token),
+            stamps=stamps,
+            folder=str(target.address),
+            target=target,
+            check=check,
+            syncs=False,
+            strict=strict,
+        )
+
+    def _made_by_workers(
+        self,
+        plan: Plan,
+        tasks: Sequence[TensorTask],
+        told: Told,
+        lost: Callable[[str], None],
+        made: Callable[[GroupResult], None],
+        *,
+        shown: Callable[[str], AbstractContextManager[None]],
+        stamps: Stamps,
+        folder: str,
+        target: Target | None,
+        check: Callable[[], None],
+        syncs: bool,
+        strict: bool,
+    ) -> Taken:
+        """lost: is told of a finished tensor that is to be made again. made: of every result.
+
+        shown: has a run's sign in the output.
+        """
         if not tasks:
-            return Made(elsewhere_bytes=0, facts={})
+            return Taken(elsewhere_bytes=0)
         device = plan.execution.device
         versions = versions_here()
         with connected(self._address, threads=self._threads, device=device) as client:
             for worker in check_versions(client, versions):
-                account.noted(f"{worker} does not answer; others make what it would")
+                told.noted(f"{worker} does not answer; others make what it would")
             terms = Terms(
                 token=secrets.token_hex(8),
-                folder=str(folder.absolute()),
+                folder=folder,
                 limit_bytes=self._limit_bytes,
                 threads=self._threads,
-                # what this machine's workers have written is with this machine's system
-                syncs=fsync or not self._address.local_workers,
+                syncs=syncs,
                 strict=strict,
                 forgets=outgrows_cache(plan),
                 versions=versions,
                 plugins=self._plugins,
+                target=target,
             )
             workers = workers_of(client, device)
             division = Division(plan, tasks, len(workers), stamps, terms)
-            with _shown_to_workers(folder, terms.token):
+            with shown(terms.token):
+                account = _Account(told, lost, made)
                 run = _Run(client, division, account, terms.token, device, self._address.text)
                 run.begin_with(workers)
                 run.to_the_end(check)
-        return Made(elsewhere_bytes=run.peak_bytes, facts={"cluster": run.facts()})
+        return Taken(elsewhere_bytes=run.peak_bytes, facts={"cluster": run.facts()})
 
 
-@contextmanager
-def _shown_to_workers(folder: Path, token: str) -> Iterator[None]:
-    """Has the run's token in the output, and no other run's."""
-    path = token_path(folder, token)
-    try:
-        for earlier in path.parent.glob("cluster-*"):
-            earlier.unlink(missing_ok=True)
-        path.touch()
-    except OSError as error:
-        raise write_error(path, error) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+@dataclass(frozen=True, slots=True)
+class _Account:
+    """Who is told what is done; as of DaskWorkforce._made_by_workers."""
+
+    told: Told
+    lost: Callable[[str], None]
+    made: Callable[[GroupResult], None]
 
 
 async def _results(
@@ -209,7 +281,7 @@ class _Run:
         self,
         client: Client,
         division: Division,
-        account: Account,
+        account: _Account,
         token: str,
         device: str,
         address: str,
@@ -217,6 +289,7 @@ class _Run:
         self._client = client
         self._division = division
         self._account = account
+        self._told = account.told
         self._token = token
         self._device = device
         self._address = address
@@ -314,9 +387,9 @@ class _Run:
         now = (max(before[0], read), max(before[1], written), max(before[2], fetched))
         self._moved[number] = now
         if now[:2] != before[:2]:
-            self._account.moved(now[0] - before[0], now[1] - before[1], tensor)
+            self._told.moved(now[0] - before[0], now[1] - before[1], tensor)
         if now[2] != before[2]:
-            self._account.fetched(now[2] - before[2])
+            self._told.fetched(now[2] - before[2])
 
     def _check_cluster(self) -> None:
         """Raises:
@@ -341,7 +414,7 @@ class _Run:
             )
         elif now - self._had_workers > 5 * LOOK_SECONDS and not self._is_told:
             self._is_told = True
-            self._account.noted(f"{self._address} has no workers at the moment; waiting for some")
+            self._told.noted(f"{self._address} has no workers at the moment; waiting for some")
 
     def _worst_failure(self) -> LazymergeError:
         """What most of the failures were about."""
@@ -362,7 +435,7 @@ class _Run:
                 self._died(attempt)
             elif now - attempt.told > SILENT_SECONDS and not attempt.is_given_up:
                 self._give_up(attempt)
-                self._account.noted(
+                self._told.noted(
                     f"{attempt.worker} has said nothing for {SILENT_SECONDS:.0f} seconds; others "
                     "make what it was given"
                 )
@@ -496,7 +569,7 @@ class _Run:
         if len(failures) >= MOST_FAILURES:
             raise self._worst_failure()
         if self._bad[attempt.worker] >= MOST_FAILURES:
-            self._account.noted(f"{attempt.worker} is given nothing any more: {line_of(error)}")
+            self._told.noted(f"{attempt.worker} is given nothing any more: {line_of(error)}")
         self._give_up(attempt)
 
     def _done(self, attempt: _Attempt, result: GroupResult) -> None:
@@ -513,9 +586,10 @@ class _Run:
         for note in result.notes:
             if note not in self._noted:
                 self._noted.add(note)
-                self._account.noted(note)
+                self._told.noted(note)
         for tensor in result.tensors:
-            self._account.finished(tensor)
+            self._told.finished(tensor)
+        self._account.made(result)
         self._made.add(number)
         self._sums[number] = sums
         with suppress(ValueError):

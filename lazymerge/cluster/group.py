@@ -11,9 +11,11 @@ from ..engine.plan import Plan
 from ..engine.remote_inputs import Distant
 from ..engine.splitting import work_bytes
 from ..engine.stages import TensorTask
+from ..engine.store.shards import Target
 from ..engine.streaming import FinishedTensor, Stamps
 from ..graph.graph import Graph
 from ..output.layout import Placement, Shard
+from ..output.store.records import ShardRecord
 
 GROUPS_A_WORKER = 16
 """When all but one are done, the last takes a sixteenth of a worker's time, or 6%."""
@@ -24,6 +26,14 @@ quarter of a minute at 300 MB/s."""
 
 LEAST_GROUP_BYTES = 256 << 20
 """A group costs 20 to 30 ms beside its work (docs/performance.md), these bytes 0.2 s or more."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredShard:
+    """A whole shard, to be made in an object store."""
+
+    target: Target
+    shard: Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,7 @@ class Group:
     strict: inf or nan is an error.
     versions: that the worker must have, by package.
     plugins: files with methods, absolute, and digests of their contents.
+    stored: where the group's shard is made if not in a folder; then it is all of it.
     """
 
     number: int
@@ -63,6 +74,7 @@ class Group:
     strict: bool
     versions: Mapping[str, str]
     plugins: Sequence[tuple[str, str]] = ()
+    stored: StoredShard | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,7 @@ class GroupResult:
     tensors: in the order in which they were finished. notes: that a person should know.
     bytes_read: in all passes. bytes_fetched: over the network, of inputs.
     seconds: that it took. peak_bytes: the worker's peak resident set.
+    record: of a shard in a store.
     """
 
     number: int
@@ -84,11 +97,15 @@ class GroupResult:
     bytes_fetched: int
     seconds: float
     peak_bytes: int
+    record: ShardRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What all groups of a run have in common; as in Group."""
+    """What all groups of a run have in common; as in Group.
+
+    target: the store that shards are made in, each by one worker; None: they are in `folder`.
+    """
 
     token: str
     folder: str
@@ -99,6 +116,7 @@ class Terms:
     forgets: bool
     versions: Mapping[str, str]
     plugins: Sequence[tuple[str, str]] = ()
+    target: Target | None = None
 
 
 @dataclass(slots=True)
@@ -127,7 +145,9 @@ class Division:
         self._terms = terms
         self._stamps = _checkable(plan, stamps)
         self._placements = {t.name: t for shard in plan.shards for t in shard.tensors}
-        self._groups = _divided(plan, tasks, workers)
+        self._groups = (
+            _divided(plan, tasks, workers) if terms.target is None else _whole(plan, tasks)
+        )
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -166,6 +186,7 @@ class Division:
             strict=terms.strict,
             versions=terms.versions,
             plugins=terms.plugins,
+            stored=None if terms.target is None else StoredShard(terms.target, chosen.shard),
         )
 
 
@@ -195,6 +216,18 @@ def _divided(plan: Plan, tasks: Sequence[TensorTask], workers: int) -> list[_Ope
         missing = [by_name[t.name] for t in shard.tensors if t.name in by_name]
         groups += _cut(shard, missing, works, most)
     return sorted(groups, key=lambda group: group.work_bytes <= 2 * most)
+
+
+def _whole(plan: Plan, tasks: Sequence[TensorTask]) -> list[_Open]:
+    """A group for every shard, whose tensors are all missing; the largest first."""
+    works = work_bytes(plan, tasks)
+    by_name = {task.write.name: task for task in tasks}
+    groups = []
+    for shard in plan.shards:
+        own = [by_name[tensor.name] for tensor in shard.tensors if tensor.name in by_name]
+        if own:
+            groups.append(_Open(shard, own, sum(works[task.write.name] for task in own)))
+    return sorted(groups, key=lambda group: -group.work_bytes)
 
 
 def _cut(

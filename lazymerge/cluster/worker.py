@@ -1,19 +1,16 @@
 """What a worker of a cluster does with a group: the engine's stream, into the output's own shard.
 
-The worker writes the group's ranges of the shard in place, and nothing else. Two workers that were
-given the same group write the same bytes, so neither needs to know of the other; one that was
-believed dead and comes back does no harm either, as long as it writes where it was meant to:
-
-    OUT/.lazymerge/cluster-TOKEN     is there while the run goes on that gave the group away
-
-It is looked for after the shard has been opened. Is it there, the folder is the one that the run
-writes, seen through whatever filesystem; and a shard that a later run makes is another file. It is
-looked for every second from then on: a worker that comes back when the run is over stops.
+The worker writes the group's ranges of the shard in place, or uploads the shard, and nothing else.
+Two workers that were given the same group write the same bytes, so neither needs to know of the
+other; one that was believed dead and comes back does no harm either, as long as it writes where it
+was meant to. So it looks for the run's sign (destination.py) once the shard is open: if it is
+there, the folder is the one that the run writes, seen through whatever filesystem; and a shard that
+a later run makes is another file. It looks again every second: a worker that comes back when the
+run is over stops.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import socket
 import threading
@@ -38,12 +35,14 @@ from ..engine.memory import (
     plan_memory,
 )
 from ..engine.plan import needs_of_remote, torch_version
+from ..engine.store.memory import StoreNeeds, held_beside_client, store_needs
+from ..engine.store.shards import store_shard
 from ..engine.streaming import FinishedTensor, Work, stream
 from ..errors import DoesNotFitError, InputError, LazymergeError
 from ..methods.plugins import load_installed, load_plugin
-from ..output.folder import OWN_FOLDER
-from ..output.writer import PARTIAL_SUFFIX, open_own, write_error
+from ..output.store.records import ShardRecord
 from ..version import __version__
+from .destination import FolderSign, RangeWriter, Sign, StoreSign
 from .group import Group, GroupResult
 
 USED_SHARE = 0.6
@@ -61,11 +60,6 @@ _KINDS = {kind.exit_code: kind for kind in (LazymergeError, InputError, DoesNotF
 
 _one_at_a_time = threading.Lock()
 """A group has all threads of a worker and all the memory that it may take."""
-
-
-def token_path(folder: Path, token: str) -> Path:
-    """What is there while a run gives groups away."""
-    return folder / OWN_FOLDER / f"cluster-{token}"
 
 
 def make_packed_group(packed: bytes) -> GroupResult:
@@ -95,6 +89,7 @@ def make_group(group: Group) -> GroupResult:
         worker=_dask_worker_address(),
         tensors=tuple(told.tensors),
         notes=tuple(told.notes),
+        record=told.record,
         bytes_read=told.bytes_read,
         bytes_written=told.bytes_written,
         bytes_fetched=told.bytes_fetched,
@@ -104,44 +99,62 @@ def make_group(group: Group) -> GroupResult:
 
 
 def _make(group: Group) -> _Told:
-    writer = RangeWriter(group)
     told = _Told(group)
-    try:
-        if group.execution.device == "cuda":
-            from ..engine.device.cuda import CudaDevice
+    if group.execution.device == "cuda":
+        from ..engine.device.cuda import CudaDevice
 
-            with closing(CudaDevice()) as device:
-                _stream(group, writer, told, device)
-        else:
-            _stream(group, writer, told, None)
+        with closing(CudaDevice()) as device:
+            _make_with(group, told, device)
+    else:
+        _make_with(group, told, None)
+    return told
+
+
+def _make_with(group: Group, told: _Told, device: Device | None) -> None:
+    """device: that computes, if one does."""
+    if group.stored is not None:
+        told.sign.check()
+        told.record = store_shard(
+            _work(group, device),
+            group.stored.shard,
+            group.stored.target,
+            group.stamps,
+            told,
+            device=device,
+            strict=group.strict,
+            check=told.tell,
+        )
+        return
+    folder = Path(group.folder)
+    writer = RangeWriter(folder, group.file, group.file_bytes, group.placements, group.token)
+    try:
+        stream(
+            _work(group, device),
+            writer,
+            group.stamps,
+            told,
+            where=group.folder,
+            device=device,
+            strict=group.strict,
+            check=told.tell,
+        )
         if group.syncs:
             writer.sync()
     finally:
         writer.close()
-    return told
 
 
-def _stream(group: Group, writer: RangeWriter, told: _Told, device: Device | None) -> None:
+def _work(group: Group, device: Device | None) -> Work:
     execution = group.execution
     if execution.device == "cpu":
         execution = replace(execution, kernels=default_kernels())
-    work = Work(
+    return Work(
         graph=group.graph,
         tasks=group.tasks,
         execution=execution,
         memory=_memory(group, device),
         remote_inputs=group.remote_inputs,
         forgets=group.forgets,
-    )
-    stream(
-        work,
-        writer,
-        group.stamps,
-        told,
-        where=Path(group.folder),
-        device=device,
-        strict=group.strict,
-        check=told.tell,
     )
 
 
@@ -160,8 +173,9 @@ def _memory(group: Group, device: Device | None) -> MemoryPlan:
         min(limit, resident_bytes() + available_memory_bytes()),
         group.threads or _dask_threads() or default_workers(),
         group.execution,
-        held_bytes=resident_bytes(),
+        held_bytes=held_beside_client(resident_bytes()) if group.stored else resident_bytes(),
         fetches=needs,
+        store=_store_needs(group),
     )
     if device is None:
         return memory
@@ -170,66 +184,10 @@ def _memory(group: Group, device: Device | None) -> MemoryPlan:
     return memory_on_device(group.graph, kinds, memory, group.execution, device)
 
 
-class RangeWriter:
-    """Writes tensors of one shard that somebody else has made and will rename. Opened for writing
-    alone: a network filesystem that also reads may hold pages, and write back what lies beside the
-    bytes that were written."""
-
-    def __init__(self, group: Group) -> None:
-        """Raises:
-        LazymergeError: the shard is not there, or not the one that is meant.
-        """
-        folder = Path(group.folder)
-        self._path = folder / (group.file + PARTIAL_SUFFIX)
-        self._starts = {tensor.name: tensor.start for tensor in group.placements}
-        self._descriptor = -1
-        try:
-            self._descriptor = open_own(self._path, os.O_WRONLY)
-            size_bytes = os.fstat(self._descriptor).st_size
-        except FileNotFoundError:
-            raise LazymergeError(
-                f"{self._path} is not there: the output must be on a filesystem that all workers "
-                "share, at the same path; or give an object store, -o s3://bucket/prefix"
-            ) from None
-        except OSError as error:
-            raise write_error(self._path, error) from error
-        if size_bytes != group.file_bytes or not token_path(folder, group.token).exists():
-            self.close()
-            raise LazymergeError(
-                f"{self._path} is not the file that the run writes: this machine has another "
-                "folder under that name, or the run has ended"
-            )
-
-    def write(self, tensor: str, data: memoryview, offset: int) -> None:
-        start = self._starts[tensor] + offset
-        done = 0
-        try:
-            while done < len(data):
-                done += os.pwrite(self._descriptor, data[done:], start + done)
-        except OSError as error:
-            raise self.failure(tensor, error, len(data) - done) from error
-
-    def place(self, tensor: str) -> tuple[int, int]:
-        return self._descriptor, self._starts[tensor]
-
-    def failure(self, tensor: str, error: OSError, size_bytes: int) -> LazymergeError:
-        return write_error(self._path, error, size_bytes)
-
-    def sync(self) -> None:
-        """Waits until what was written is where a power failure of this machine does not reach it.
-
-        Raises:
-            LazymergeError: nobody can say that it is.
-        """
-        try:
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise write_error(self._path, error) from error
-
-    def close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+def _store_needs(group: Group) -> StoreNeeds | None:
+    if group.stored is None:
+        return None
+    return store_needs(group.graph, [group.stored.shard], group.execution.device)
 
 
 class _Told:
@@ -238,7 +196,12 @@ class _Told:
     def __init__(self, group: Group) -> None:
         self._number = group.number
         self._token = group.token
-        self._token_path = token_path(Path(group.folder), group.token)
+        self.sign: Sign = (
+            FolderSign(Path(group.folder), group.token)
+            if group.stored is None
+            else StoreSign(group.stored.target.address, group.token)
+        )
+        self.record: ShardRecord | None = None
         self._lock = threading.Lock()
         self._next = time.monotonic() + TOLD_SECONDS
         self._say = _dask_events()
@@ -275,7 +238,7 @@ class _Told:
         """
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + TOLD_SECONDS
-            self._check_run()
+            self.sign.check()
             self._say(
                 {
                     "token": self._token,
@@ -287,18 +250,6 @@ class _Told:
                     "fetched": self.bytes_fetched,
                 }
             )
-
-    def _check_run(self) -> None:
-        """Raises:
-        LazymergeError: the run has ended, or another goes on with the output: it would wait for
-            this worker, and whoever has the complete output may be about to change the inputs.
-        """
-        try:
-            self._token_path.stat()
-        except FileNotFoundError:
-            raise LazymergeError(f"{self._token_path} is gone: the run has ended") from None
-        except OSError:
-            pass  # a filesystem that is not there for a moment
 
 
 def versions_here() -> dict[str, str]:

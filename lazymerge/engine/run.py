@@ -373,7 +373,7 @@ def check_inputs(plan: Plan) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class Taken:
     """What making an output's tensors has taken.
 
     held_bytes: the most of fetched inputs that this process held at a time.
@@ -412,7 +412,7 @@ class Workforce(Protocol):
         check: Callable[[], None],
         fsync: bool,
         strict: bool,
-    ) -> Made:
+    ) -> Taken:
         """As `stream`, of which the other parameters are.
 
         writer: has the shards open. fsync: bytes are on disk before they are told of, where another
@@ -441,7 +441,7 @@ class ThisProcess:
         check: Callable[[], None],
         fsync: bool,
         strict: bool,
-    ) -> Made:
+    ) -> Taken:
         held_bytes = stream(
             work_of(plan, tasks, forgets=outgrows_cache(plan)),
             writer,
@@ -452,7 +452,7 @@ class ThisProcess:
             device=self._device,
             strict=strict,
         )
-        return Made(held_bytes)
+        return Taken(held_bytes)
 
 
 class _Progress:
@@ -516,12 +516,12 @@ class _Progress:
         self._observer.noted(message)
 
 
-def _most_bytes(made: Made) -> int:
+def most_bytes(taken: Taken) -> int:
     """The most that a process of the run occupied: what is fetched is memory, though not of the
     resident set."""
-    if made.elsewhere_bytes is not None:
-        return made.elsewhere_bytes
-    return peak_resident_bytes() + made.held_bytes
+    if taken.elsewhere_bytes is not None:
+        return taken.elsewhere_bytes
+    return peak_resident_bytes() + taken.held_bytes
 
 
 def _run(
@@ -543,7 +543,7 @@ def _run(
     if strict and done.nonfinite:
         raise LazymergeError(nonfinite_error(next(iter(done.nonfinite))))
     observer.entered("merging")
-    made = workforce.make(
+    taken = workforce.make(
         plan,
         [task for task in plan.tasks if task.write.name not in before],
         writer,
@@ -572,12 +572,12 @@ def _run(
         seconds=time.perf_counter() - began,
         bytes_read=done.bytes_read,
         bytes_written=done.bytes_written,
-        measured_bytes=_most_bytes(made),
+        measured_bytes=most_bytes(taken),
         measured_vram_bytes=None if device is None else device.peak_bytes(),
         device=None if device is None else device.name,
         nonfinite=examine(plan, folder, done.nonfinite),
         resumed_tensors=len(before),
-        cluster=made.facts.get("cluster"),
+        cluster=taken.facts.get("cluster"),
         bytes_fetched=done.bytes_fetched,
     )
     try:
@@ -586,7 +586,7 @@ def _run(
         document = manifest(
             plan, prepared.beginning, checksums, beside, folder, report, done.timeline
         )
-        document["run"].update(made.facts)
+        document["run"].update(taken.facts)
         if plan.execution.gathers:
             gathered = {name: record.statistics for name, record in before.items()}
             write_statistics(plan, folder, {**gathered, **prepared.statistics}, fsync=fsync)

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazymerge.cluster import group as group_module
 from lazymerge.cluster import worker as worker_module
+from lazymerge.cluster.destination import token_path
 from lazymerge.cluster.group import Division, Group, Terms
-from lazymerge.cluster.worker import make_group, plugin_digest, token_path
+from lazymerge.cluster.worker import make_group, plugin_digest
 from lazymerge.engine.plan import Plan
 from lazymerge.engine.run import stamps_of
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError

@@ -46,7 +46,7 @@ from ..finishing import manifest, write_beside_weights
 from ..nonfinite import examine
 from ..plan import Plan
 from ..report import Observer, RunReport, Silent
-from ..run import check_inputs, check_unchanged, outgrows_cache, stamps_of
+from ..run import Taken, check_inputs, check_unchanged, most_bytes, outgrows_cache, stamps_of
 from ..stages import bytes_read
 from ..statistics_file import write_statistics
 from ..streaming import AbandonedError, FinishedTensor, Stamps, Told, work_of
@@ -74,7 +74,7 @@ class ShardWorkforce(Protocol):
         stamps: Stamps,
         check: Callable[[], None],
         strict: bool,
-    ) -> int:
+    ) -> Taken:
         """As `store_shards`, with the same exceptions."""
 
 
@@ -94,11 +94,13 @@ class ThisProcessIntoStore:
         stamps: Stamps,
         check: Callable[[], None],
         strict: bool,
-    ) -> int:
+    ) -> Taken:
         names = {tensor.name for shard in shards for tensor in shard.tensors}
         tasks = [task for task in plan.tasks if task.write.name in names]
         work = work_of(plan, tasks, forgets=outgrows_cache(plan))
-        return store_shards(work, shards, target, stamps, told, made, check=check, strict=strict)
+        return Taken(
+            store_shards(work, shards, target, stamps, told, made, check=check, strict=strict)
+        )
 
 
 def run_into_store(
@@ -351,9 +353,9 @@ class _Run:
             raise LazymergeError(nonfinite_error(nonfinite[0]))
         self.observer.entered("merging")
         missing = [shard for shard in plan.shards if shard.file not in before]
-        held_bytes = 0
+        taken = Taken()
         if missing:
-            held_bytes = workforce.make_shards(
+            taken = workforce.make_shards(
                 plan,
                 missing,
                 Target(self.store.address, plan.fingerprint),
@@ -365,7 +367,8 @@ class _Run:
             )
         self.observer.entered("finishing")
         check_unchanged(stamps, plan)
-        store_baseline(plan.memory.libraries)
+        if not workforce.is_elsewhere:
+            store_baseline(plan.memory.libraries)
         self.lock.check()
         self.abort_uploads()  # of workers that are lost, and whose shards others have made
         account.timeline.note(account.bytes_read, account.bytes_written, is_last=True)
@@ -375,7 +378,8 @@ class _Run:
             bytes_read=account.bytes_read,
             bytes_written=account.bytes_written,
             bytes_fetched=account.bytes_fetched,
-            measured_bytes=peak_resident_bytes() + held_bytes,
+            measured_bytes=most_bytes(taken),
+            cluster=taken.facts.get("cluster"),
             nonfinite=self._examined(),
             resumed_tensors=sum(len(record.tensors) for record in before.values()),
         )
@@ -416,6 +420,8 @@ class _Run:
                 write_statistics(plan, folder, gathered, fsync=False)
                 store.put(STATISTICS_NAME, (folder / STATISTICS_NAME).read_bytes())
             document = manifest(plan, self.beginning, checksums, beside, folder, report, timeline)
+        if report.cluster is not None:
+            document["run"]["cluster"] = report.cluster
         self.lock.check()
         store.put(MANIFEST_NAME, document_bytes({**document, "name": store.address.name}))
         with suppress(LazymergeError):  # it is complete all the same
