@@ -2,30 +2,23 @@
 
 The recipe is checked against the signatures of the merge methods and nothing else: no model is
 looked up and no file but the recipe is opened.
-
-How models are counted against a signature's `min_models` and `max_models`:
-
-- base REQUIRED: the listed models and the base, which counts once whether it is listed or not
-  (slerp of a base and one other model is a merge of two).
-- base OPTIONAL: the models other than the base. Where there is one, it is the origin the others
-  are seen from and not itself merged, listed or not.
-- base UNUSED: the listed models. A base that is only named decides config and tokenizer.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from ..errors import Position, Problem, RecipeError
+from ..errors import Problem, RecipeError
 from .documents import joined
-from .model import Condition, Conditions, Gradient, ModelEntry, Module, Recipe, Setting, Slice
-from .signature import BaseModel, Parameter, Scalar, Scope, Signature
+from .groups import Group, ModelItem, check_base, check_count, check_required
+from .model import Module, Recipe, Slice
+from .reporting import Reporter
+from .settings import TOP_LEVEL_KEYS, Settings, SettingsReader
+from .signature import Signature
 from .source import (
     PROBLEM_LIMIT,
     SIZE_LIMIT_BYTES,
@@ -36,12 +29,15 @@ from .source import (
     ScalarNode,
     decode_source,
     describe,
+    is_null,
     number_text,
     quote,
     read_source,
     recipe_error,
 )
+from .suggestions import suggest, suggestion
 from .tokenizer import TokenizerReader
+from .values import convert
 
 FLOAT_DTYPE_NAMES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 """What `dtype` and `out_dtype` may say: the torch names of the element types that can be merged.
@@ -66,56 +62,18 @@ _DTYPE_NICKNAMES = {
 }
 """Not accepted, as in mergekit, but understood well enough to name the right word."""
 
-TOP_LEVEL_KEYS = (
-    "merge_method",
-    "models",
-    "slices",
-    "modules",
-    "base_model",
-    "dtype",
-    "out_dtype",
-    "parameters",
-    "seed",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-    "name",
-)
 CONTENT_KEYS = ("models", "slices", "modules")
 """One of them says what is merged."""
 MODEL_KEYS = ("model", "parameters")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
 MODULE_KEYS = ("models", "slices", "parameters")
-CONDITION_KEYS = ("value", "filter")
 
 MOST_LAYERS = 1_000_000
 """No stack has more: lazymerge.architecture.layers."""
 
-# Python's float() takes more than YAML's and JSON's numbers (nan, 1_0, other alphabets' digits).
-LARGEST_NUMBER = 1e100
-"""Of a parameter: sums of more, and products of two, would not be finite in float64."""
-
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """A module's name that needs no quotes in a message."""
-
-BOOLEAN_WORDS: dict[str, bool] = {
-    spelling: value
-    for word, value in (
-        ("true", True),
-        ("yes", True),
-        ("on", True),
-        ("false", False),
-        ("no", False),
-        ("off", False),
-    )
-    for spelling in (word, word.capitalize(), word.upper())
-}
-"""YAML's booleans, which are booleans in quotes too."""
-
-_TYPE_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
 def load_recipe(path: Path | str, signatures: Mapping[str, Signature]) -> Recipe:
@@ -157,70 +115,12 @@ def parse_recipe(text: str, path: str, signatures: Mapping[str, Signature]) -> R
 
 
 @dataclass(slots=True)
-class _Settings:
-    """A `parameters` block.
-
-    settings, positions: of the parameters that are right, by name.
-    mentioned: names the user has given a value, rightly or not, here or in the wrong place: no
-        use in complaining that they are missing.
-    """
-
-    settings: dict[str, Setting] = field(default_factory=dict)
-    positions: dict[str, Position] = field(default_factory=dict)
-    mentioned: set[str] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True)
-class _ModelItem:
-    """One item of a list of models or sources as far as it could be read.
-
-    place: where it stands, in words ("models[0]").
-    reference: None where it is missing or wrong.
-    position: of the reference, or of the item.
-    layer_range: None where it is missing, wrong or has no place.
-    """
-
-    place: str
-    reference: str | None
-    position: Position
-    block: _Settings
-    layer_range: tuple[int, int] | None = None
-
-    def entry(self) -> ModelEntry:
-        return ModelEntry(
-            str(self.reference),
-            self.block.settings,
-            self.layer_range,
-            self.position,
-            self.block.positions,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Models that are merged with each other.
-
-    place: where they are listed, in words; position: of that.
-    base: their base, or None.
-    blocks: `parameters` that hold for all of them, the nearest first.
-    lists_base: the base must be among the items.
-    """
-
-    place: str
-    position: Position
-    items: list[_ModelItem]
-    base: str | None
-    blocks: tuple[_Settings, ...]
-    lists_base: bool = False
-
-
-@dataclass(slots=True)
 class _Content:
     """What a recipe, or one of its modules, says is merged."""
 
-    models: list[_ModelItem] = field(default_factory=list)
+    models: list[ModelItem] = field(default_factory=list)
     slices: list[Slice] = field(default_factory=list)
-    groups: list[_Group] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
 
 
 class _Parser:
@@ -231,14 +131,14 @@ class _Parser:
         self._text = text
         self._path = path
         self._signatures = signatures
-        self._signature: Signature | None = None
-        self._problems: list[Problem] = []
-        self._warnings: list[Problem] = []
+        self._reporter = Reporter(path)
+        self._report, self._warn = self._reporter.report, self._reporter.warn
 
     def recipe(self) -> Recipe:
         entries = self._root.entries
-        self._signature = self._merge_method()
-        top = self._parameters(entries.get("parameters"))
+        signature = self._merge_method()
+        self._settings = SettingsReader(self._reporter, signature, self._signatures)
+        top = self._settings.read(entries.get("parameters"))
         self._top_level_keys(top)
         base = self._base_model()
         content = _Content()
@@ -254,18 +154,15 @@ class _Parser:
         reader = TokenizerReader(self._root, self._report, self._reference)
         tokenizer, chat_template = reader.tokenizer(), reader.chat_template()
         entry = entries.get("name")
-        is_named = entry is not None and not _is_null(entry.node)
+        is_named = entry is not None and not is_null(entry.node)
         name = self._text_of(entry.node, "name") if entry is not None and is_named else None
-        if self._signature is not None:
-            self._check_base(self._signature, base, content.groups)
-            for group in content.groups:
-                self._check_count(self._signature, group)
-                self._check_required(self._signature, group)
-        if self._problems:
-            raise recipe_error(self._path, self._problems)
-        assert self._signature is not None
+        if signature is not None:
+            self._check(signature, base, content.groups)
+        if self._reporter.problems:
+            raise recipe_error(self._path, self._reporter.problems)
+        assert signature is not None
         return Recipe(
-            merge_method=self._signature.name,
+            merge_method=signature.name,
             models=tuple(item.entry() for item in content.models),
             slices=tuple(content.slices) if not modules else (),
             modules=tuple(modules),
@@ -283,21 +180,28 @@ class _Parser:
             method_position=entries["merge_method"].node.position,
             name_position=entries["name"].node.position if name is not None else None,
             parameter_positions=top.positions,
-            warnings=tuple(sorted(self._warnings, key=lambda w: w.position or Position(0, 0))),
+            warnings=self._reporter.warnings_in_order(),
         )
+
+    def _check(self, signature: Signature, base: str | None, groups: list[Group]) -> None:
+        is_misspelt = self._is_misspelt("base_model")
+        check_base(self._reporter, self._root, signature, base, groups, is_misspelt=is_misspelt)
+        for group in groups:
+            check_count(self._reporter, signature, group)
+            check_required(self._reporter, self._root, signature, group)
 
     # Reading, from the top down
 
-    def _top_level_keys(self, top: _Settings) -> None:
+    def _top_level_keys(self, top: Settings) -> None:
         for key, entry in self._root.entries.items():
             if key in TOP_LEVEL_KEYS:
                 continue
-            self._stray_key(key, entry, TOP_LEVEL_KEYS, top)
+            self._settings.stray_key(key, entry, TOP_LEVEL_KEYS, top)
 
     def _merge_method(self) -> Signature | None:
         entry = self._root.entries.get("merge_method")
         known = ", ".join(self._signatures)
-        if entry is None or _is_null(entry.node):
+        if entry is None or is_null(entry.node):
             if not self._is_misspelt("merge_method"):
                 self._report(
                     f"no merge_method is given; known methods: {known}",
@@ -309,20 +213,20 @@ class _Parser:
             return None
         signature = self._signatures.get(name)
         if signature is None:
-            hint = _suggest(name, self._signatures) or f"known methods: {known}"
+            hint = suggest(name, self._signatures) or f"known methods: {known}"
             self._report(f"unknown merge_method {quote(name)}; {hint}", entry.node.position)
         return signature
 
     def _base_model(self) -> str | None:
         entry = self._root.entries.get("base_model")
-        if entry is None or _is_null(entry.node):
+        if entry is None or is_null(entry.node):
             return None
         return self._reference(entry.node, "base_model")
 
     def _content_key(self, node: MapNode, place: str, keys: tuple[str, ...]) -> str | None:
         """Which of models, slices and modules is given; None, reported, unless it is one alone."""
         present = [key for key in keys if key in node.entries]
-        given = [key for key in present if not _is_null(node.entries[key].node)] or present[:1]
+        given = [key for key in present if not is_null(node.entries[key].node)] or present[:1]
         if len(given) > 1:
             first, second = (node.entries[key] for key in given[:2])
             self._report(
@@ -342,7 +246,7 @@ class _Parser:
         return None
 
     def _modules(
-        self, node: Node, base: str | None, top: _Settings, content: _Content
+        self, node: Node, base: str | None, top: Settings, content: _Content
     ) -> list[Module]:
         if not isinstance(node, MapNode) or not node.entries:
             self._report(
@@ -361,10 +265,10 @@ class _Parser:
                     entry.node.position,
                 )
                 continue
-            block = self._parameters(entry.node.entries.get("parameters"), place)
+            block = self._settings.read(entry.node.entries.get("parameters"), place)
             for key, stray in entry.node.entries.items():
                 if key not in MODULE_KEYS:
-                    self._stray_key(key, stray, MODULE_KEYS, block, place)
+                    self._settings.stray_key(key, stray, MODULE_KEYS, block, place)
             own = _Content()
             own_key = self._content_key(entry.node, place, ("models", "slices"))
             if own_key is not None:
@@ -387,7 +291,7 @@ class _Parser:
         key: str,
         module: str,
         base: str | None,
-        blocks: tuple[_Settings, ...],
+        blocks: tuple[Settings, ...],
         content: _Content,
     ) -> None:
         """Reads `models` or `slices`.
@@ -402,14 +306,14 @@ class _Parser:
         items = self._items(entry.node, place, base, MODEL_KEYS)
         if items is not None:
             content.models = items
-            content.groups.append(_Group(place, entry.key_position, items, base, blocks))
+            content.groups.append(Group(place, entry.key_position, items, base, blocks))
 
     def _slices(
         self,
         node: Node,
         place: str,
         base: str | None,
-        blocks: tuple[_Settings, ...],
+        blocks: tuple[Settings, ...],
         content: _Content,
     ) -> None:
         if not isinstance(node, ListNode):
@@ -427,7 +331,7 @@ class _Parser:
         node: Node,
         place: str,
         base: str | None,
-        blocks: tuple[_Settings, ...],
+        blocks: tuple[Settings, ...],
         content: _Content,
     ) -> None:
         if not isinstance(node, MapNode):
@@ -437,18 +341,18 @@ class _Parser:
             return
         own_base = None
         entry = node.entries.get("base_model")
-        if entry is not None and not _is_null(entry.node):
+        if entry is not None and not is_null(entry.node):
             own_base = self._reference(entry.node, "base_model")
-        block = self._parameters(node.entries.get("parameters"), place)
+        block = self._settings.read(node.entries.get("parameters"), place)
         for key, stray in node.entries.items():
             if key == "residual_weight":
-                if not _is_null(stray.node):
+                if not is_null(stray.node):
                     self._report(
                         "'residual_weight' does nothing, in mergekit neither; remove it",
                         stray.key_position,
                     )
             elif key not in SLICE_KEYS:
-                self._stray_key(key, stray, SLICE_KEYS, block, place)
+                self._settings.stray_key(key, stray, SLICE_KEYS, block, place)
         entry = node.entries.get("sources")
         if entry is None:
             self._report(f"{place} has no 'sources'", node.position)
@@ -459,7 +363,7 @@ class _Parser:
             return
         self._check_lengths(items)
         content.groups.append(
-            _Group(
+            Group(
                 f"{place}.sources",
                 entry.key_position,
                 items,
@@ -472,7 +376,7 @@ class _Parser:
             Slice(tuple(item.entry() for item in items), own_base, block.settings, node.position)
         )
 
-    def _check_lengths(self, items: list[_ModelItem]) -> None:
+    def _check_lengths(self, items: list[ModelItem]) -> None:
         """All sources of a slice must have as many layers."""
         known = [item for item in items if item.layer_range is not None]
         lengths = [stop - start for start, stop in (item.layer_range or (0, 0) for item in known)]
@@ -486,7 +390,7 @@ class _Parser:
 
     def _items(
         self, node: Node, place: str, base: str | None, keys: tuple[str, ...]
-    ) -> list[_ModelItem] | None:
+    ) -> list[ModelItem] | None:
         """A list of models or sources; None where it is wrong as a whole.
 
         keys: what an item may hold.
@@ -519,7 +423,7 @@ class _Parser:
                 first_lines[item.reference] = item.position.line
         return items
 
-    def _model(self, node: Node, place: str, base: str | None, keys: tuple[str, ...]) -> _ModelItem:
+    def _model(self, node: Node, place: str, base: str | None, keys: tuple[str, ...]) -> ModelItem:
         if not isinstance(node, MapNode):
             hint = ""
             if isinstance(node, ScalarNode) and isinstance(node.value, str):
@@ -528,19 +432,19 @@ class _Parser:
                 f"{place} must be a mapping with the key 'model', not {describe(node)}{hint}",
                 node.position,
             )
-            everything = _Settings(mentioned=self._all_parameters())
-            return _ModelItem(place, None, node.position, everything)
+            everything = Settings(mentioned=self._settings.names)
+            return ModelItem(place, None, node.position, everything)
         entry = node.entries.get("model")
         reference = None
         position = node.position
         if entry is None:
             few = islice(node.entries, PROBLEM_LIMIT)
-            if not any(_suggestion(key, keys) == "model" for key in few):
+            if not any(suggestion(key, keys) == "model" for key in few):
                 self._report(f"{place} has no 'model: <path>'", position)
         else:
             position = entry.node.position
             reference = self._reference(entry.node, "model")
-        block = self._parameters(
+        block = self._settings.read(
             node.entries.get("parameters"),
             place,
             is_entry=True,
@@ -556,9 +460,9 @@ class _Parser:
                     stray.key_position,
                 )
                 continue
-            self._stray_key(key, stray, keys, block, place, is_entry=True)
+            self._settings.stray_key(key, stray, keys, block, place, is_entry=True)
         layer_range = self._layer_range(node, place) if "layer_range" in keys else None
-        return _ModelItem(place, reference, position, block, layer_range)
+        return ModelItem(place, reference, position, block, layer_range)
 
     def _layer_range(self, node: MapNode, place: str) -> tuple[int, int] | None:
         entry = node.entries.get("layer_range")
@@ -566,7 +470,7 @@ class _Parser:
             self._report(f"{place} has no 'layer_range: [first, stop]'", node.position)
             return None
         items = entry.node.items if isinstance(entry.node, ListNode) else ()
-        numbers = [_convert(item.value, int) for item in items if isinstance(item, ScalarNode)]
+        numbers = [convert(item.value, int) for item in items if isinstance(item, ScalarNode)]
         if len(items) != 2 or len(numbers) != 2 or None in numbers:
             self._report(
                 "'layer_range' must be two whole numbers, [first, stop], "
@@ -595,7 +499,7 @@ class _Parser:
         paths = []
         for part in ("model", "lora"):
             entry = node.entries.get(part)
-            if part == "lora" and (entry is None or _is_null(entry.node)):
+            if part == "lora" and (entry is None or is_null(entry.node)):
                 continue
             path = None if entry is None else self._place_of(entry.node, f"{key}.{part}")
             if entry is None:
@@ -604,7 +508,7 @@ class _Parser:
                 return None
             paths.append(path)
         for stray, entry in node.entries.items():
-            if _is_null(entry.node):
+            if is_null(entry.node):
                 continue
             if stray == "override_architecture":
                 self._warn(
@@ -625,14 +529,14 @@ class _Parser:
             return None
         path = self._text_of(entry.node, f"{key}.path")
         revision = node.entries.get("revision")
-        if path is None or revision is None or _is_null(revision.node):
+        if path is None or revision is None or is_null(revision.node):
             return path
         at = self._text_of(revision.node, f"{key}.revision")
         return None if at is None else f"{path}@{at}"
 
     def _dtype(self, key: str) -> str | None:
         entry = self._root.entries.get(key)
-        if entry is None or _is_null(entry.node):
+        if entry is None or is_null(entry.node):
             return None
         name = self._text_of(entry.node, key)
         if name is None:
@@ -641,7 +545,7 @@ class _Parser:
         if bare in FLOAT_DTYPE_NAMES:
             return bare
         nickname = _DTYPE_NICKNAMES.get(bare.lower())
-        hint = f"did you mean {nickname!r}?" if nickname else _suggest(bare, FLOAT_DTYPE_NAMES)
+        hint = f"did you mean {nickname!r}?" if nickname else suggest(bare, FLOAT_DTYPE_NAMES)
         if not hint:
             hint = "it must be one of " + ", ".join(FLOAT_DTYPE_NAMES)
         self._report(f"unknown {key} {quote(name)}; {hint}", entry.node.position)
@@ -649,7 +553,7 @@ class _Parser:
 
     def _seed(self) -> int:
         entry = self._root.entries.get("seed")
-        if entry is None or _is_null(entry.node):
+        if entry is None or is_null(entry.node):
             return 0
         node = entry.node
         value = node.value if isinstance(node, ScalarNode) else None
@@ -658,372 +562,17 @@ class _Parser:
         self._report(f"'seed' must be a whole number, not {describe(node)}", node.position)
         return 0
 
-    # Parameters
-
-    def _parameters(
-        self,
-        entry: Entry | None,
-        place: str = "",
-        *,
-        is_entry: bool = False,
-        is_base: bool = False,
-    ) -> _Settings:
-        """The settings of a `parameters` block.
-
-        entry: of the key `parameters`, if it is there.
-        place: whose block it is; empty for the top level.
-        is_entry: it is that of a model. is_base: and that model is the base.
-        """
-        block = _Settings()
-        if entry is None or _is_null(entry.node):
-            return block
-        node = entry.node
-        if not isinstance(node, MapNode):
-            self._report(
-                f"'parameters' must be a mapping (name: value), not {describe(node)}", node.position
-            )
-            block.mentioned = self._all_parameters()
-            return block
-        for name, setting_entry in node.entries.items():
-            parameter = self._parameter(
-                name, setting_entry, block, is_entry=is_entry, is_base=is_base
-            )
-            setting = self._setting(setting_entry.node, name, parameter)
-            if parameter is not None and setting is not None:
-                block.settings[name] = setting
-                block.positions[name] = setting_entry.key_position
-        return block
-
-    def _parameter(
-        self, name: str, entry: Entry, block: _Settings, *, is_entry: bool, is_base: bool
-    ) -> Parameter | None:
-        """The parameter a key in a `parameters` block names; None, reported, if it cannot."""
-        signature = self._signature
-        if signature is None:
-            return None  # the method is unknown, so its parameters are
-        block.mentioned.add(name)
-        parameter = signature.by_name.get(name)
-        if parameter is None:
-            near = _suggestion(name, signature.by_name)
-            if near is not None:
-                block.mentioned.add(near)
-            message = f"{signature.name} has no parameter {quote(name)}"
-            self._report(message + self._elsewhere(name, signature, near), entry.key_position)
-            return None
-        if is_entry and parameter.scope is Scope.GLOBAL:
-            self._report(
-                f"{name!r} is one value for the whole merge, not one per model; "
-                "move it to the top-level 'parameters'",
-                entry.key_position,
-            )
-            return None
-        if is_base and parameter.scope is Scope.NON_BASE:
-            self._warn(f"{name!r} has no effect on the base model", entry.key_position)
-        return parameter
-
-    def _elsewhere(self, name: str, signature: Signature, near: str | None) -> str:
-        """What to say of a name that is no parameter of the method."""
-        if near is not None:
-            return f"; did you mean {near!r}?"
-        if name in TOP_LEVEL_KEYS:
-            return "; it belongs at the top level of the recipe"
-        methods = [other.name for other in self._signatures.values() if name in other.by_name]
-        if methods:
-            more = f" and {len(methods) - 4} more" if len(methods) > 4 else ""
-            return f"; it is a parameter of {', '.join(methods[:4])}{more}" + _known(signature)
-        return _known(signature)
-
-    def _setting(self, node: Node, name: str, parameter: Parameter | None) -> Setting | None:
-        """The value of a parameter in any of its forms; None, reported, if it is none."""
-        if isinstance(node, ScalarNode):
-            return self._scalar(node, name, parameter)
-        if isinstance(node, MapNode):
-            condition = self._condition(node, name, parameter)
-            return None if condition is None else Conditions((condition,))
-        if any(isinstance(item, MapNode) for item in node.items):
-            return self._conditions(node, name, parameter)
-        return self._gradient(node, name, parameter)
-
-    def _conditions(
-        self, node: ListNode, name: str, parameter: Parameter | None
-    ) -> Conditions | None:
-        conditions: list[Condition] = []
-        complete = True
-        catch_all: Position | None = None
-        for item in node.items:
-            if not isinstance(item, MapNode):
-                self._report(
-                    f"{name!r} mixes {describe(item)} with {{value, filter}} entries; "
-                    "a list holds either plain values (a gradient) or such entries",
-                    item.position,
-                )
-                complete = False
-                continue
-            if catch_all is not None:
-                self._warn(
-                    f"this entry of {name!r} is never used: the entry in line {catch_all.line} "
-                    "has no filter and matches every tensor; move that one to the end",
-                    item.position,
-                )
-            condition = self._condition(item, name, parameter)
-            if condition is None:
-                complete = False
-                continue
-            if condition.filter in (None, "*") and catch_all is None:
-                catch_all = item.position
-            conditions.append(condition)
-        return Conditions(tuple(conditions)) if complete else None
-
-    def _condition(self, node: MapNode, name: str, parameter: Parameter | None) -> Condition | None:
-        problems_before = len(self._problems)
-        for key, entry in node.entries.items():
-            if key not in CONDITION_KEYS:
-                hint = _suggest(key, CONDITION_KEYS) or "known here: value, filter"
-                self._report(f"unknown key {quote(key)} in {name!r}; {hint}", entry.key_position)
-        value: Scalar | Gradient | None = None
-        value_entry = node.entries.get("value")
-        if value_entry is None:
-            if len(self._problems) == problems_before:
-                self._report(f"this entry of {name!r} has no 'value'", node.position)
-        elif isinstance(value_entry.node, MapNode):
-            self._report(
-                f"the value of an entry of {name!r} must be a value or a list of values, "
-                "not a mapping",
-                value_entry.node.position,
-            )
-        elif isinstance(value_entry.node, ListNode):
-            value = self._gradient(value_entry.node, name, parameter)
-        else:
-            value = self._scalar(value_entry.node, name, parameter)
-        name_filter: str | None = None
-        filter_entry = node.entries.get("filter")
-        if filter_entry is not None and not _is_null(filter_entry.node):
-            filter_node = filter_entry.node
-            if isinstance(filter_node, ScalarNode) and isinstance(filter_node.value, str):
-                name_filter = filter_node.value
-            else:
-                quotes = "; put it in quotes" if isinstance(filter_node, ScalarNode) else ""
-                self._report(
-                    "'filter' must be text, a part of tensor names, "
-                    f"not {describe(filter_node)}{quotes}",
-                    filter_node.position,
-                )
-        if value is None or len(self._problems) > problems_before:
-            return None
-        return Condition(value, name_filter)
-
-    def _gradient(self, node: ListNode, name: str, parameter: Parameter | None) -> Gradient | None:
-        if not node.items:
-            self._report(f"the list for {name!r} is empty", node.position)
-            return None
-        if parameter is not None and parameter.type is int:
-            self._report(
-                f"{name!r} is a whole number, which a gradient would pass through fractions; "
-                "give one value",
-                node.position,
-            )
-            return None
-        values: list[Scalar] = []
-        for item in node.items:
-            if not isinstance(item, ScalarNode):
-                self._report(
-                    f"a list for {name!r} holds plain values (one gradient over the layers), "
-                    f"not {describe(item)}",
-                    item.position,
-                )
-                continue
-            value = self._scalar(item, name, parameter)
-            if value is not None:
-                values.append(value)
-        return Gradient(tuple(values)) if len(values) == len(node.items) else None
-
-    def _scalar(self, node: ScalarNode, name: str, parameter: Parameter | None) -> Scalar | None:
-        value = node.value
-        if value is None:
-            self._report(f"{name!r} has no value; remove it or give one", node.position)
-            return None
-        if parameter is None:
-            if isinstance(value, (bool, int, float, str)):
-                return value
-            self._report(f"{name!r} cannot be {describe(node)}", node.position)
-            return None
-        converted = _convert(value, parameter.type)
-        if converted is None:
-            kind = _TYPE_WORDS[parameter.type]
-            if isinstance(value, float) and not math.isfinite(value) and parameter.type is float:
-                kind = "a finite number"
-            elif _is_too_large(value):
-                kind = f"at most {LARGEST_NUMBER:g} in magnitude"
-            hint = "; put it in quotes" if parameter.type is str else ""
-            self._report(
-                f"{name!r} must be {kind}, not {describe(node)}{hint}",
-                node.position,
-            )
-            return None
-        if not isinstance(converted, (bool, str)) and not _in_range(converted, parameter):
-            self._report(
-                f"{name!r} must be {range_text(parameter)}, not {number_text(converted)}",
-                node.position,
-            )
-            return None
-        return converted
-
-    # What concerns more than one place
-
-    def _stray_key(
-        self,
-        key: str,
-        entry: Entry,
-        known: tuple[str, ...],
-        block: _Settings,
-        place: str = "",
-        *,
-        is_entry: bool = False,
-    ) -> None:
-        """Reports a key that does not belong where it stands, and says where it does."""
-        signature = self._signature
-        names = signature.by_name if signature is not None else self._all_parameters()
-        if key in names:
-            block.mentioned.add(key)
-            scope = signature.by_name[key].scope if signature is not None else None
-            target = (
-                "the top-level 'parameters'"
-                if not place or (is_entry and scope is Scope.GLOBAL)
-                else f"the 'parameters' of {place}"
-            )
-            self._report(f"{key!r} is a parameter; move it under {target}", entry.key_position)
-            return
-        hint = _suggest(key, known)
-        if hint is None and place and key in TOP_LEVEL_KEYS:
-            self._report(
-                f"{key!r} belongs at the top level of the recipe, not in {place}",
-                entry.key_position,
-            )
-            return
-        if hint is None and (near := _suggestion(key, names)) is not None:
-            block.mentioned.add(near)
-            hint = f"did you mean {near!r}, under 'parameters'?"
-        if hint is None and signature is not None:
-            methods = [other.name for other in self._signatures.values() if key in other.by_name]
-            if methods:
-                hint = f"it is a parameter of {', '.join(methods[:4])}, not of {signature.name}"
-        if hint is None:
-            hint = "known here: " + ", ".join(known)
-        where = place or "the top level"
-        self._report(f"unknown key {quote(key)} at {where}; {hint}", entry.key_position)
-
-    def _check_base(self, signature: Signature, base: str | None, groups: list[_Group]) -> None:
-        if signature.base is not BaseModel.REQUIRED or base is not None or not groups:
-            return
-        if all(group.base is not None for group in groups):
-            return  # slices that have their own
-        entry = self._root.entries.get("base_model")
-        if entry is not None and not _is_null(entry.node):
-            return  # given, and reported as wrong
-        if self._is_misspelt("base_model"):
-            return
-        self._report(
-            f"{signature.name} needs a base model; add at the top level: base_model: <path>",
-            entry.node.position if entry else self._root.entries["merge_method"].node.position,
-        )
-
-    def _check_count(self, signature: Signature, group: _Group) -> None:
-        base = group.base
-        if signature.base is BaseModel.REQUIRED and base is None:
-            return  # reported; the count depends on it
-        if any(item.reference is None for item in group.items):
-            return
-        references = dict.fromkeys(item.reference for item in group.items)
-        note = ""
-        if signature.base is BaseModel.REQUIRED:
-            if group.lists_base and base not in references:
-                self._report(
-                    f"the base model {quote(str(base))} is not among {group.place}; "
-                    "list it there, with its layer_range",
-                    group.position,
-                )
-                return
-            references[base] = None
-            note = ", the base included"
-        elif signature.base is BaseModel.OPTIONAL and base is not None:
-            references.pop(base, None)
-            note = ", not counting the base"
-        count = len(references)
-        low, high = signature.min_models, signature.max_models
-        if count >= low and (high is None or count <= high):
-            return
-        if high is None:
-            wanted = f"at least {_models_text(low)}"
-        elif low == high:
-            wanted = f"exactly {_models_text(low)}"
-        else:
-            wanted = f"{low} to {_models_text(high)}"
-        self._report(
-            f"{signature.name} merges {wanted}{note}; here there {_are_text(count)}",
-            group.position,
-        )
-
-    def _check_required(self, signature: Signature, group: _Group) -> None:
-        """A required parameter must have a setting somewhere for every model it belongs to.
-
-        Whether its filters cover every tensor is seen when the tensors are known.
-        """
-        base, items = group.base, group.items
-        method_position = self._root.entries["merge_method"].node.position
-        uses_base = signature.base is not BaseModel.UNUSED and base is not None
-        base_is_listed = any(item.reference == base for item in items)
-        for parameter in signature.parameters:
-            name = parameter.name
-            if not parameter.required or any(name in block.mentioned for block in group.blocks):
-                continue
-            if parameter.scope is Scope.GLOBAL:
-                if any(name in item.block.mentioned for item in items):
-                    continue  # reported, with the place to move it to
-                self._report(
-                    f"{signature.name} needs the parameter {name!r}; "
-                    "give it under the top-level 'parameters'",
-                    method_position,
-                )
-                continue
-            for item in items:
-                is_base = uses_base and item.reference == base
-                if name in item.block.mentioned or (is_base and parameter.scope is Scope.NON_BASE):
-                    continue
-                who = item.place + (f" ({quote(item.reference)})" if item.reference else "")
-                self._report(
-                    f"{who} has no {name!r}, which {signature.name} needs for every model; give "
-                    "it under this model's 'parameters', or for all under the top-level ones",
-                    item.position,
-                )
-            if (
-                parameter.scope is Scope.MODEL
-                and uses_base
-                and not base_is_listed
-                and not group.lists_base
-            ):
-                self._report(
-                    f"the base model has no {name!r}, which {signature.name} needs for every "
-                    "model; list the base under 'models' with its 'parameters', or give "
-                    f"{name!r} for all under the top-level 'parameters'",
-                    self._root.entries["base_model"].node.position,
-                )
-
     # Small things
 
     def _has(self, key: str) -> bool:
         entry = self._root.entries.get(key)
-        return entry is not None and not _is_null(entry.node)
+        return entry is not None and not is_null(entry.node)
 
     def _is_misspelt(self, wanted: str) -> bool:
         """Whether a key of the top level, itself reported, was meant to be this one."""
         strays = (key for key in self._root.entries if key not in TOP_LEVEL_KEYS)
         few = islice(strays, PROBLEM_LIMIT)
-        return any(_suggestion(key, TOP_LEVEL_KEYS) == wanted for key in few)
-
-    def _all_parameters(self) -> set[str]:
-        if self._signature is not None:
-            return set(self._signature.by_name)
-        return {name for signature in self._signatures.values() for name in signature.by_name}
+        return any(suggestion(key, TOP_LEVEL_KEYS) == wanted for key in few)
 
     def _text_of(self, node: Node, key: str) -> str | None:
         if isinstance(node, ScalarNode) and isinstance(node.value, str):
@@ -1037,106 +586,6 @@ class _Parser:
         self._report(f"{key!r} must be text, not {describe(node)}{quotes}", node.position)
         return None
 
-    def _report(self, message: str, position: Position) -> None:
-        self._problems.append(Problem(message, position))
-        if len(self._problems) > PROBLEM_LIMIT:
-            raise recipe_error(self._path, self._problems)
-
-    def _warn(self, message: str, position: Position) -> None:
-        self._warnings.append(Problem(message, position))
-
-
-def _convert(value: object, to: type[Scalar]) -> Scalar | None:
-    """The value as a parameter's type, or None.
-
-    As in mergekit, a quoted number is a number (YAML 1.1 reads 1e-4 as text) and 0 and 1 are
-    booleans; unlike there, a boolean is not a number.
-    """
-    if to is str:
-        return value if isinstance(value, str) else None
-    if isinstance(value, str):
-        if to is bool:
-            return BOOLEAN_WORDS.get(value)
-        text = value.strip()
-        if len(text) > 400 or not _NUMBER.fullmatch(text):
-            return None
-        value = int(text) if text.lstrip("+-").isdigit() else float(text)
-    if to is bool:
-        if isinstance(value, (bool, int, float)) and value in (0, 1):
-            return bool(value)
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    if not math.isfinite(number) or abs(number) > LARGEST_NUMBER:
-        return None
-    if to is float:
-        return number
-    return int(value) if number.is_integer() else None
-
-
-def _is_too_large(value: object) -> bool:
-    """Whether it is a float, or the text of one, that is finite and larger than it may be."""
-    if isinstance(value, str) and len(value) <= 400 and _NUMBER.fullmatch(value.strip()):
-        value = float(value)
-    return isinstance(value, float) and LARGEST_NUMBER < abs(value) < math.inf
-
-
-def _in_range(value: int | float, parameter: Parameter) -> bool:
-    return (parameter.minimum is None or value >= parameter.minimum) and (
-        parameter.maximum is None or value <= parameter.maximum
-    )
-
-
-def range_text(parameter: Parameter) -> str:
-    """A parameter's bounds in words: `from 0 to 1`, `at least 1`."""
-    low, high = parameter.minimum, parameter.maximum
-    if low is not None and high is not None:
-        return f"from {low:g} to {high:g}"
-    if low is not None:
-        return f"at least {low:g}"
-    return "of any size" if high is None else f"at most {high:g}"
-
-
-def _is_null(node: Node) -> bool:
-    return isinstance(node, ScalarNode) and node.value is None
-
-
-def _suggestion(word: str, known: Collection[str]) -> str | None:
-    """The known word that was probably meant."""
-    if len(word) > 64:  # the comparison takes quadratic time
-        return None
-    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.7)
-    return near[0] if near else None
-
-
-def _suggest(word: str, known: Collection[str]) -> str | None:
-    near = _suggestion(word, known)
-    if near is None:
-        return None
-    alien = next((c for c in word if c.isprintable() and not c.isascii()), None)
-    # Letters of other alphabets look like those of ours: the two words may look the same.
-    what = "" if alien is None else f" (the character {alien!r} is {alien!a})"
-    return f"did you mean {near!r}?{what}"
-
-
-def _known(signature: Signature) -> str:
-    if not signature.parameters:
-        return f"; {signature.name} takes no parameters"
-    names = ", ".join(parameter.name for parameter in signature.parameters)
-    return f"; parameters of {signature.name}: {names}"
-
-
-def _models_text(count: int) -> str:
-    return f"{count} model" if count == 1 else f"{count} models"
-
 
 def _layers_text(count: int) -> str:
     return f"{count} layer" if count == 1 else f"{count} layers"
-
-
-def _are_text(count: int) -> str:
-    return f"is {count}" if count == 1 else f"are {count}"

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .parse import BOOLEAN_WORDS, FLOAT_DTYPE_NAMES
+from .parse import FLOAT_DTYPE_NAMES
 from .signature import BaseModel, Parameter, Scope, Signature
 from .tokenizer_schema import tokenizer_schema
+from .values import BOOLEAN_WORDS
 
 _NUMBER_PATTERN = r"^\s*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 

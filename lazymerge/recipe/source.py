@@ -494,3 +494,8 @@ def number_text(value: int | float) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return repr(value)
+
+
+def is_null(node: Node) -> bool:
+    """Whether nothing is given."""
+    return isinstance(node, ScalarNode) and node.value is None
