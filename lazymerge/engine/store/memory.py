@@ -56,7 +56,7 @@ def store_needs(graph: Graph, shards: Sequence[Shard], device: DeviceClass) -> S
     names = (tensor.name for shard in shards for tensor in shard.tensors)
     span = max((spans[name] for name in names), default=0)
     longest = max(min(part_bytes(shard.size_bytes), shard.size_bytes) for shard in shards)
-    return StoreNeeds(min(least_window_bytes(shards, span), total), span, longest, total)
+    return StoreNeeds(least_window_bytes(shards, span), span, longest, total)
 
 
 def spans_of(graph: Graph, device: DeviceClass) -> Mapping[str, int]:

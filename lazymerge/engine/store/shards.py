@@ -94,7 +94,7 @@ def store_shards(
         made,
         recorded.sent,
         window_bytes=work.memory.store_bytes - CLIENT_BYTES,
-        least_bytes=needs.least_bytes,
+        span_bytes=needs.span_bytes,
     )
 
     def check_both() -> None:

@@ -51,20 +51,31 @@ WAKE_SECONDS = 0.1
 CLOSE_SECONDS = 2.0
 """How long a run that fails waits for requests to end."""
 
-MIB = 1 << 20
+STEP_BYTES = 1 << 16
+"""Parts are multiples of this, and so of a page of memory on every machine."""
 
 
 def part_bytes(size_bytes: int) -> int:
     """Length of the parts that a shard is uploaded in, by its size: all but the last are equal, as
     some stores want it."""
-    return max(PART_BYTES, -(-size_bytes // (MOST_PARTS * MIB)) * MIB)
+    return max(PART_BYTES, -(-size_bytes // (MOST_PARTS * STEP_BYTES)) * STEP_BYTES)
 
 
 def least_window_bytes(shards: Sequence[Shard], span_bytes: int) -> int:
     """The room with which a run can go on: a span, the two parts that it begins and ends in, and
-    the longest header. span_bytes: of the longest span."""
-    longest = max(part_bytes(shard.size_bytes) for shard in shards)
-    return span_bytes + 2 * longest + max(shard.header_bytes for shard in shards)
+    the longest header; or all there is, if that is less. span_bytes: of the longest span."""
+    total = sum(shard.size_bytes for shard in shards)
+    return min(_zone_bytes(shards, span_bytes) + _longest_part(shards), total)
+
+
+def _zone_bytes(shards: Sequence[Shard], span_bytes: int) -> int:
+    """How far beyond the beginning of the first part that is in memory a span may end and need not
+    wait: so far that no span with bytes of that part does."""
+    return span_bytes + _longest_part(shards) + max(shard.header_bytes for shard in shards)
+
+
+def _longest_part(shards: Sequence[Shard]) -> int:
+    return max(part_bytes(shard.size_bytes) for shard in shards)
 
 
 Made = Callable[[ShardRecord], None]
@@ -114,20 +125,21 @@ class ShardUploads:
         sent: Callable[[int], None],
         *,
         window_bytes: int,
-        least_bytes: int,
+        span_bytes: int,
     ) -> None:
         """shards: in the order in which their tensors are made. fingerprint: of the plan.
 
         made: is told of every complete shard, from threads of this object's own.
         sent: is told of bytes that have been uploaded, from these threads too.
-        window_bytes: what may be in memory of them. least_bytes: as `least_window_bytes` gives it.
+        window_bytes: what may be in memory of them; at least `least_window_bytes`.
+        span_bytes: of the longest span.
         """
         self._store = store
         self._fingerprint = fingerprint
         self._made = made
         self._sent = sent
-        self._window = max(window_bytes, least_bytes)
-        self._zone = least_bytes
+        self._zone = _zone_bytes(shards, span_bytes)
+        self._ahead = max(0, window_bytes - least_window_bytes(shards, span_bytes))
         self._shards: list[_Open] = []
         self._of: dict[str, tuple[_Open, Placement]] = {}
         self._bases: list[int] = []
@@ -261,14 +273,10 @@ class ShardUploads:
     # room; all of this with the lock
 
     def _has_room(self, opened: _Open, start: int, stop: int) -> bool:
-        last = self._base_of[opened.shard.file] + stop
-        if last <= self._lowest_byte() + self._zone - opened.part_bytes:
+        if self._base_of[opened.shard.file] + stop <= self._lowest_byte() + self._zone:
             return True
-        parts = (part for part in opened.parts_of(start, stop) if part not in opened.begun)
-        new = sum(map(opened.size, parts))
-        if opened.descriptor < 0:
-            new += opened.shard.header_bytes + opened.part_bytes
-        return self._held + new <= self._window - self._zone
+        touched = {*opened.parts_of(0, opened.shard.header_bytes), *opened.parts_of(start, stop)}
+        return self._held + sum(map(opened.size, touched - opened.begun)) <= self._ahead
 
     def _lowest_byte(self) -> int:
         """Where the first part that has not left memory begins, among the bytes of all shards."""
