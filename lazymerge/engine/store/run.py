@@ -138,6 +138,8 @@ def run_into_store(
         check_prefix(plan, address, contents, overwrite=overwrite)
     else:
         check_complete(plan, document, observer, strict=strict, hash_inputs=hash_inputs)
+        if not _missing(contents, document) and not _beginnings(contents):
+            return _nothing_to_do(plan, store, contents, document, observer)
     with _locked(store, observer) as lock:
         contents = look(store)  # once more, now that nobody else writes
         document = None if overwrite else complete_in_store(plan, contents)
@@ -206,13 +208,13 @@ def _nothing_to_do(
 ) -> RunReport:
     """Puts small files that are missing, and removes what a run that was killed at its very end has
     left."""
-    missing = [name for name in file_names(document) if name not in contents.objects]
+    missing = _missing(contents, document)
     if missing:
         with _beside(plan, store.address) as (folder, written):
             for name in set(missing) & set(written):
                 store.put(name, (folder / name).read_bytes())
         observer.noted(f"{', '.join(sorted(missing)[:4])} written anew: it was missing")
-    if any(name.startswith(f"{OWN_FOLDER}/") for name in contents.own):
+    if _beginnings(contents):
         remove_beginnings(store, contents.own)
     observer.noted(
         f"{store.address} holds this merge, complete; lazymerge verify reads it again, --overwrite "
@@ -228,6 +230,16 @@ def _nothing_to_do(
         measured_bytes=peak_resident_bytes(),
         resumed_tensors=len(plan.tensors),
     )
+
+
+def _missing(contents: StoreContents, document: Mapping[str, Any]) -> list[str]:
+    """Small files of a complete output that are not there."""
+    return [name for name in file_names(document) if name not in contents.objects]
+
+
+def _beginnings(contents: StoreContents) -> list[str]:
+    """What an output needs no more when it is complete."""
+    return [name for name in contents.own if name.startswith(f"{OWN_FOLDER}/")]
 
 
 @contextmanager

@@ -224,7 +224,6 @@ class ShardUploads:
         """Says that all bytes of a tensor are written, and what is known of it."""
         opened, _ = self._of[tensor]
         with self._changed:
-            self._open(opened)  # if it has no bytes, nobody has asked for room
             opened.tensors[tensor] = record
             self._complete_if_ready(opened)
 
@@ -243,7 +242,7 @@ class ShardUploads:
         """
         with self._changed:
             for opened in self._shards:
-                self._open(opened)  # without tensors
+                self._open(opened)  # one without any bytes of tensors, for which nobody has asked
                 self._complete_if_ready(opened)
             while self._left:
                 self.check()
