@@ -21,6 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint format docs docs-serve bench measure-methods methods-page clean help \
         measure-pages measure-planning measure-remote-planning screenshots \
+        measure-store crash-store \
         prove-low-memory check-memory check-determinism compare-mergekit compare-forms \
         compare-tokenizers crash-matrix cluster-matrix soak fuzz
 
@@ -79,6 +80,12 @@ measure-remote-planning: $(INSTALLED)
 
 measure-pages: $(INSTALLED)
 	$(BIN)/python scripts/measure_pages.py
+
+measure-store: $(INSTALLED)
+	$(BIN)/python scripts/measure_store.py
+
+crash-store: $(INSTALLED)
+	$(BIN)/python scripts/crash_store.py
 
 screenshots: $(INSTALLED)
 	$(BIN)/python scripts/make_screenshots.py

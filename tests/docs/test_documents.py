@@ -33,6 +33,7 @@ NOT_RUN = {
     "installs lazymerge": 3,
     "models that are nowhere": 1,
     "needs SLURM": 1,
+    "needs an object store": 1,
     "needs jq": 1,
     "needs systemd": 1,
     "sets up, trains or tests for minutes": 4,

@@ -338,10 +338,14 @@ class _Run:
         if not self.lock.is_supported:
             return
         shards = {shard.file for shard in self.plan.shards}
-        with suppress(UnsupportedError):
+        try:
             for upload in list(self.store.uploads()):
                 if upload.name in shards:
                     self.store.abort(upload)
+        except (UnsupportedError, InputError):  # it may write, and not look for these
+            self.observer.noted(
+                "uploads that killed runs may have left cannot be listed or aborted here"
+            )
 
     def remove_if_nothing_is_done(self) -> None:
         """Leaves no output behind that nobody could go on with."""
