@@ -26,7 +26,7 @@ from ...output.layout import INDEX_NAME, Shard
 from ...output.manifest import MANIFEST_NAME, MERGE_PATH, STATISTICS_NAME
 from ...output.store.address import StoreAddress
 from ...output.store.client import ConditionError, Store, StoredObject, UnsupportedError
-from ...output.store.lock import StoreLock
+from ...output.store.lock import StoreLock, store_lock_owner
 from ...output.store.reading import StoredFile
 from ...output.store.records import (
     ShardRecord,
@@ -138,13 +138,16 @@ def run_into_store(
         check_prefix(plan, address, contents, overwrite=overwrite)
     else:
         check_complete(plan, document, observer, strict=strict, hash_inputs=hash_inputs)
-        if not _missing(contents, document) and not _beginnings(contents):
-            return _nothing_to_do(plan, store, contents, document, observer)
+        is_tidy = not _beginnings(contents) or store_lock_owner(store) is not None
+        if is_tidy and not _missing(contents, document):
+            return _nothing_to_do(plan, store, observer)
     with _locked(store, observer) as lock:
         contents = look(store)  # once more, now that nobody else writes
         document = None if overwrite else complete_in_store(plan, contents)
         if document is not None:
-            return _nothing_to_do(plan, store, contents, document, observer)
+            _put_missing(plan, store, contents, document, observer)
+            remove_beginnings(store, contents.own)
+            return _nothing_to_do(plan, store, observer)
         resumes = check_prefix(plan, address, contents, overwrite=overwrite)
         if resumes and contents.merge and contents.merge.get("statistics") is True:
             plan = _planned(plan.with_statistics(), workforce, held_bytes)
@@ -199,28 +202,28 @@ def _locked(store: Store, observer: Observer) -> Iterator[StoreLock]:
     lock.release()
 
 
-def _nothing_to_do(
+def _put_missing(
     plan: Plan,
     store: Store,
     contents: StoreContents,
     document: Mapping[str, Any],
     observer: Observer,
-) -> RunReport:
-    """Puts small files that are missing, and removes what a run that was killed at its very end has
-    left."""
+) -> None:
+    """Puts small files that a complete output lacks."""
     missing = _missing(contents, document)
     if missing:
         with _beside(plan, store.address) as (folder, written):
             for name in set(missing) & set(written):
                 store.put(name, (folder / name).read_bytes())
         observer.noted(f"{', '.join(sorted(missing)[:4])} written anew: it was missing")
-    if _beginnings(contents):
-        remove_beginnings(store, contents.own)
+
+
+def _nothing_to_do(plan: Plan, store: Store, observer: Observer) -> RunReport:
     observer.noted(
         f"{store.address} holds this merge, complete; lazymerge verify reads it again, --overwrite "
         "makes it again"
     )
-    if plan.execution.gathers and STATISTICS_NAME not in contents.objects:
+    if plan.execution.gathers and store.head(STATISTICS_NAME) is None:
         observer.noted("it was made without --stats; --overwrite makes it again with statistics")
     return RunReport(
         output=str(store.address),
@@ -238,8 +241,8 @@ def _missing(contents: StoreContents, document: Mapping[str, Any]) -> list[str]:
 
 
 def _beginnings(contents: StoreContents) -> list[str]:
-    """What an output needs no more when it is complete."""
-    return [name for name in contents.own if name.startswith(f"{OWN_FOLDER}/")]
+    """What an output needs no more when it is complete, the lock of a run that was killed too."""
+    return [name for name in contents.objects if name.startswith(f"{OWN_FOLDER}/")]
 
 
 @contextmanager
