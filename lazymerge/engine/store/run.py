@@ -366,11 +366,12 @@ class _Run:
         began = time.perf_counter()
         plan, before = self.plan, dict(self.records)
         stamps = stamps_of(plan)
-        account = _Account(self.observer)
+        left = len(plan.tensors) - sum(len(record.tensors) for record in before.values())
+        self.observer.entered("merging")
+        account = _Account(self.observer, left)
         nonfinite = _nonfinite_of(before)
         if strict and nonfinite:
             raise LazymergeError(nonfinite_error(nonfinite[0]))
-        self.observer.entered("merging")
         missing = [shard for shard in plan.shards if shard.file not in before]
         taken = Taken()
         if missing:
@@ -384,7 +385,6 @@ class _Run:
                 check=self.lock.check,
                 strict=strict,
             )
-        self.observer.entered("finishing")
         check_unchanged(stamps, plan)
         if not workforce.is_elsewhere:
             store_baseline(plan.memory.libraries)
@@ -457,10 +457,15 @@ def _nonfinite_of(records: Mapping[str, ShardRecord]) -> list[str]:
 
 
 class _Account:
-    """Keeps account of what is done of an output."""
+    """Keeps account of what is done of an output. When all tensors are made, the last of their
+    bytes are still to be uploaded."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, tensors: int) -> None:
+        """tensors: that are to be made."""
         self._observer = observer
+        self._left = tensors
+        if not tensors:
+            observer.entered("finishing")
         self._lock = threading.Lock()
         self.bytes_read = self.bytes_written = self.bytes_fetched = 0
         self.timeline = Timeline()
@@ -478,6 +483,11 @@ class _Account:
 
     def finished(self, tensor: FinishedTensor) -> None:
         self._observer.finished(tensor.name)
+        with self._lock:
+            self._left -= 1
+            is_last = not self._left
+        if is_last:
+            self._observer.entered("finishing")
 
     def noted(self, message: str) -> None:
         self._observer.noted(message)

@@ -24,6 +24,7 @@ import ctypes
 import mmap
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -47,6 +48,13 @@ MOST_UPLOADS = 8
 
 WAKE_SECONDS = 0.1
 """How often who waits looks whether the run has been stopped."""
+
+COMPLETE_SECONDS = 60.0
+"""How long a store may take to make an object of its parts after the client has given up waiting
+(s3fs: 15 s) and asked again: it is then told that there is no such upload."""
+
+LOOK_SECONDS = 0.5
+"""Between looks whether it is there."""
 
 CLOSE_SECONDS = 2.0
 """How long a run that fails waits for requests to end."""
@@ -376,9 +384,12 @@ class ShardUploads:
     def _complete(self, opened: _Open) -> None:
         shard, etag = opened.shard, opened.etags.get(1, "")
         if opened.upload is not None:
-            with suppress(NoUploadError):  # by a request whose answer was lost
+            seconds = 0.0
+            try:
                 self._store.complete(opened.upload, opened.etags)
-            etag = self._etag_of(shard)
+            except NoUploadError:  # by a request whose answer was lost, or has not come yet
+                seconds = COMPLETE_SECONDS
+            etag = self._etag_of(shard, seconds)
         found = StoredObject(shard.file, shard.size_bytes, etag)
         record = new_record(self._fingerprint, found, opened.tensors)
         self._store.put(record.name, record.as_bytes())
@@ -390,14 +401,19 @@ class ShardUploads:
             self._left -= 1
             self._changed.notify_all()
 
-    def _etag_of(self, shard: Shard) -> str:
-        """That of a shard's object, which must be there, whole and of this plan."""
-        answer = self._store.head(shard.file)
-        if answer is not None:
-            found, noted = answer
-            is_ours = noted.get(FINGERPRINT_KEY) == self._fingerprint
-            if is_ours and found.size_bytes == shard.size_bytes:
-                return found.etag
+    def _etag_of(self, shard: Shard, seconds: float) -> str:
+        """That of a shard's object, which must be there, whole and of this plan, after so long."""
+        deadline = time.monotonic() + seconds
+        while True:
+            answer = self._store.head(shard.file)
+            if answer is not None:
+                found, noted = answer
+                is_ours = noted.get(FINGERPRINT_KEY) == self._fingerprint
+                if is_ours and found.size_bytes == shard.size_bytes:
+                    return found.etag
+            if time.monotonic() >= deadline or self._closing:
+                break
+            time.sleep(LOOK_SECONDS)
         raise LazymergeError(
             f"{self._store.address.url(shard.file)} is not what was uploaded: another run has "
             "aborted its upload, or replaced it. Run it again; shards that are complete stay"
