@@ -3,7 +3,9 @@ met at work, and has it wait where a trial wants to strike. Nothing of this is i
 
     TRIAL/workers/PID            a worker: its name, address and parent
     TRIAL/groups                 a line for every group that a worker has begun or ended
-    TRIAL/gates/MOMENT           put there by a trial: the next worker that comes to this moment
+    TRIAL/given/PID              the group that it has, as JSON: its shard and its tensors
+    TRIAL/gates/MOMENT           put there by a trial: the next worker that comes to this moment, of
+                                 a shard if it names one
     TRIAL/gates/MOMENT.PID       …has renamed the gate so, and waits
     TRIAL/gates/MOMENT.PID.open  …until this is there
 
@@ -42,11 +44,14 @@ def dask_setup(worker: Any) -> None:
     new.rename(trial / "workers" / str(os.getpid()))
 
 
-def pass_gate(trial: Path, moment: str) -> None:
-    """Waits at a gate, if there is one that no other worker waits at."""
+def pass_gate(trial: Path, moment: str, shard: str = "") -> None:
+    """Waits at a gate, if there is one that no other worker waits at. shard: that the worker is
+    at."""
     gate = trial / "gates" / moment
     waiting = gate.with_name(f"{moment}.{os.getpid()}")
     try:
+        if gate.read_text() not in ("", shard):
+            return
         gate.rename(waiting)
     except FileNotFoundError:
         return
@@ -62,7 +67,7 @@ def install(trial: Path) -> None:
 
     class GatedWriter(module.RangeWriter):
         def __init__(self, group: Any) -> None:
-            pass_gate(trial, "opening")
+            pass_gate(trial, "opening", group.file)
             super().__init__(group)
 
         def write(self, tensor: str, data: memoryview, offset: int) -> None:
@@ -104,6 +109,8 @@ def install(trial: Path) -> None:
 
     def make_and_tell(group: Any) -> Any:
         _note(trial, f"begins {group.number} {group.token}")
+        given = {"shard": group.file, "tensors": [tensor.name for tensor in group.placements]}
+        (trial / "given" / str(os.getpid())).write_text(json.dumps(given))
         try:
             told = make(group)
         except BaseException as error:

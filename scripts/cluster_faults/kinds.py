@@ -29,12 +29,12 @@ KINDS: dict[str, Kind] = {
     "wakes": Kind("SIGSTOP of a worker, SIGCONT while the run goes on", workers.wakes, 3),
     "late": Kind("SIGSTOP of a worker, SIGCONT when the run is complete", workers.writes_late, 3),
     "overwritten-opening": Kind(
-        "SIGSTOP before it opens the shard, SIGCONT when another merge is in its place",
-        workers.overwritten_at("opening"),
+        "SIGSTOP before it opens the shard, SIGCONT when another merge is half done in its place",
+        workers.overwritten_opening,
     ),
     "overwritten-half": Kind(
         "SIGSTOP when a tensor is half written, SIGCONT when another merge is in its place",
-        workers.overwritten_at("half"),
+        workers.overwritten_half,
     ),
     "joins": Kind("workers that come one by one, the first late", coordinators.joins_late),
     "scheduler-anew": Kind(
