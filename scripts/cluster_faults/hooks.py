@@ -61,14 +61,15 @@ def pass_gate(trial: Path, moment: str, shard: str = "") -> None:
 
 def install(trial: Path) -> None:
     """Puts the hooks into lazymerge, in this process."""
+    from lazymerge.cluster import destination
     from lazymerge.cluster import worker as module
     from lazymerge.engine.finite import MASKS
     from lazymerge.engine.worker import Worker
 
     class GatedWriter(module.RangeWriter):
-        def __init__(self, group: Any) -> None:
-            pass_gate(trial, "opening", group.file)
-            super().__init__(group)
+        def __init__(self, folder: Path, file: str, *others: Any) -> None:
+            pass_gate(trial, "opening", file)
+            super().__init__(folder, file, *others)
 
         def write(self, tensor: str, data: memoryview, offset: int) -> None:
             if (trial / "gates" / "half").exists():
@@ -101,11 +102,12 @@ def install(trial: Path) -> None:
         return write_at_once(self, frame, job, stage, start, stop)
 
     Worker._write_at_once = write_half_first  # type: ignore[method-assign]
-    find_token, make = module.token_path, module._make
+    open_own, make = destination.open_own, module._make
 
-    def find_token_later(folder: Path, token: str) -> Path:
+    def open_and_wait(*arguments: Any) -> int:
+        descriptor: int = open_own(*arguments)
         pass_gate(trial, "opened")
-        return find_token(folder, token)
+        return descriptor
 
     def make_and_tell(group: Any) -> Any:
         _note(trial, f"begins {group.number} {group.token}")
@@ -121,9 +123,8 @@ def install(trial: Path) -> None:
         return told
 
     names: dict[str, Any] = vars(module)
-    names.update(
-        RangeWriter=GatedWriter, _Told=SlowTold, token_path=find_token_later, _make=make_and_tell
-    )
+    names.update(RangeWriter=GatedWriter, _Told=SlowTold, _make=make_and_tell)
+    vars(destination)["open_own"] = open_and_wait
     from cluster_faults.mutations import mutate_worker
 
     mutate_worker(names)
