@@ -66,7 +66,7 @@ def install(trial: Path) -> None:
     from lazymerge.engine.finite import MASKS
     from lazymerge.engine.worker import Worker
 
-    class GatedWriter(module.RangeWriter):
+    class GatedWriter(destination.RangeWriter):
         def __init__(self, folder: Path, file: str, *others: Any) -> None:
             pass_gate(trial, "opening", file)
             super().__init__(folder, file, *others)
@@ -102,7 +102,9 @@ def install(trial: Path) -> None:
         return write_at_once(self, frame, job, stage, start, stop)
 
     Worker._write_at_once = write_half_first  # type: ignore[method-assign]
-    open_own, make = destination.open_own, module._make
+    names: dict[str, Any] = vars(module)
+    of_destination: dict[str, Any] = vars(destination)
+    open_own, make = of_destination["open_own"], module._make
 
     def open_and_wait(*arguments: Any) -> int:
         descriptor: int = open_own(*arguments)
@@ -122,9 +124,8 @@ def install(trial: Path) -> None:
         pass_gate(trial, "written")
         return told
 
-    names: dict[str, Any] = vars(module)
     names.update(RangeWriter=GatedWriter, _Told=SlowTold, _make=make_and_tell)
-    vars(destination)["open_own"] = open_and_wait
+    of_destination["open_own"] = open_and_wait
     from cluster_faults.mutations import mutate_worker
 
     mutate_worker(names)

@@ -18,6 +18,7 @@ from random import Random
 from typing import Any
 
 from lazymerge.output.journal import read_journal
+from lazymerge.output.manifest import MANIFEST_NAME
 
 from faults.harness import Ended, complaints
 
@@ -308,6 +309,9 @@ class Trial:
 
     def expect_equal(self, merge: Merge | None = None) -> None:
         """Compares all files of the output with those of a run without a cluster, and verifies."""
+        if not (self.output / MANIFEST_NAME).exists():
+            self.complain("the output is not complete")
+            return
         for text in (merge or self.bench.merge).differences(self.output):
             self.complain(text)
         ended = self.bench.lazymerge("verify", str(self.output))
