@@ -544,8 +544,8 @@ class _Run:
             return
         given = self._client.sync(_results, self._client, [attempt.future for attempt in ended])
         for attempt, result in zip(ended, given, strict=True):
-            attempt.future.release()  # here: what is raised while an object ends is lost
             self._has_ended(attempt, result)
+            attempt.future.release()  # here: what is raised while an object ends is lost
 
     def _has_ended(self, attempt: _Attempt, result: GroupResult | BaseException) -> None:
         """A worker has made its group, or has not.
