@@ -68,7 +68,8 @@ class FakeFuture:
         return self._result
 
     def release(self) -> None:
-        pass
+        """Dask's futures are cancelled by it, whatever they were."""
+        self.status = "cancelled"
 
 
 def good(future: FakeFuture) -> None:
