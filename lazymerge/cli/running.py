@@ -70,7 +70,11 @@ def workforce_of(
     from .console import messages
 
     address = parse_address(cluster)
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters of it is told
+    with suppress(ImportError):  # which is said later
+        import distributed  # noqa: F401  (sets the levels of its loggers)
+    # what matters of it is told; asyncio's logger is for what Dask's own tasks come to
+    for name in ("distributed", "distributed.client", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="distributed")
     if address.is_open:
         from rich.text import Text

@@ -238,7 +238,9 @@ async def _asked(client: Client, workers: Sequence[str]) -> dict[str, Any]:
             answer.cancel()
             answers[worker] = None
         else:
-            answers[worker] = answer.exception() or answer.result()
+            told = answer.exception() or answer.result()
+            is_unreachable = isinstance(told, OSError | TimeoutError)
+            answers[worker] = None if is_unreachable else told
     return answers
 
 
@@ -248,9 +250,15 @@ def workers_of(client: Client, device: str) -> dict[str, int]:
     Raises:
         OSError: the scheduler does not answer.
     """
-    found = client.scheduler_info(n_workers=-1)["workers"]
+    found = client.sync(_identity, client)["workers"]
     return {
         address: int(facts["nthreads"])
         for address, facts in found.items()
         if device == "cpu" or facts["resources"].get(GPU, 0) >= 1
     }
+
+
+async def _identity(client: Any) -> Any:
+    """What the scheduler says of itself. Not Client.scheduler_info: what that returns may be what
+    the client asks for every two seconds of its own accord, which has no workers in it."""
+    return await client.scheduler.identity(n_workers=-1)

@@ -39,6 +39,7 @@ from ..output.writer import ShardWriter
 from .connection import ClusterAddress, check_versions, connected, line_of, workers_of
 from .destination import shown_in_folder, shown_in_store
 from .group import Division, GroupResult, Terms
+from .interrupts import noted_interrupts
 from .worker import TOPIC, make_packed_group, plugin_digest, versions_here
 
 if TYPE_CHECKING:
@@ -338,20 +339,26 @@ class _Run:
         self._client.subscribe_topic(TOPIC, self._events.put)
         threading.Thread(target=self._keep_looking, name="workers", daemon=True).start()
         try:
-            while len(self._made) < len(self._division):
-                check()
-                self._check_cluster()
-                self._drop_lost()
-                self._give()
-                with suppress(Empty):
-                    self._happened(self._events.get(timeout=WAKE_SECONDS))
-                    while True:
-                        self._happened(self._events.get_nowait())
-                self._take_ended()
+            with noted_interrupts() as check_interrupts:
+                while len(self._made) < len(self._division):
+                    check()
+                    check_interrupts()
+                    self._go_on()
         finally:
             self._ended.set()
             for attempt in self._attempts.values():
                 attempt.future.release()
+
+    def _go_on(self) -> None:
+        """Gives what is to be given, and sees to what happens in the meantime."""
+        self._check_cluster()
+        self._drop_lost()
+        self._give()
+        with suppress(Empty):
+            self._happened(self._events.get(timeout=WAKE_SECONDS))
+            while True:
+                self._happened(self._events.get_nowait())
+        self._take_ended()
 
     def _keep_looking(self) -> None:
         """Asks which workers there are, until the run ends."""
@@ -455,11 +462,11 @@ class _Run:
             return
         self._deaths[attempt.number] += 1
         if self._deaths[attempt.number] >= MOST_DEATHS:
-            names = self._division.names(attempt.number)
+            name, *others = self._division.names(attempt.number)
+            more = f" and {len(others)} more" if others else ""
             raise LazymergeError(
-                f"{MOST_DEATHS} workers of {self._address} have ended while they made {names[0]} "
-                f"and {len(names) - 1} more tensors: give workers more memory, or a smaller "
-                "--memory than they have"
+                f"{MOST_DEATHS} workers of {self._address} have ended while they made {name}{more}"
+                ": give workers more memory, or a smaller --memory than they have"
             )
         self._give_up(attempt)
 
@@ -538,6 +545,7 @@ class _Run:
         given = self._client.sync(_results, self._client, [attempt.future for attempt in ended])
         for attempt, result in zip(ended, given, strict=True):
             self._has_ended(attempt, result)
+            attempt.future.release()  # here: what is raised while an object ends is lost
 
     def _has_ended(self, attempt: _Attempt, result: GroupResult | BaseException) -> None:
         """A worker has made its group, or has not.

@@ -3,7 +3,9 @@ met at work, and has it wait where a trial wants to strike. Nothing of this is i
 
     TRIAL/workers/PID            a worker: its name, address and parent
     TRIAL/groups                 a line for every group that a worker has begun or ended
-    TRIAL/gates/MOMENT           put there by a trial: the next worker that comes to this moment
+    TRIAL/given/PID              the group that it has, as JSON: its shard and its tensors
+    TRIAL/gates/MOMENT           put there by a trial: the next worker that comes to this moment, of
+                                 a shard if it names one
     TRIAL/gates/MOMENT.PID       …has renamed the gate so, and waits
     TRIAL/gates/MOMENT.PID.open  …until this is there
 
@@ -42,11 +44,14 @@ def dask_setup(worker: Any) -> None:
     new.rename(trial / "workers" / str(os.getpid()))
 
 
-def pass_gate(trial: Path, moment: str) -> None:
-    """Waits at a gate, if there is one that no other worker waits at."""
+def pass_gate(trial: Path, moment: str, shard: str = "") -> None:
+    """Waits at a gate, if there is one that no other worker waits at. shard: that the worker is
+    at."""
     gate = trial / "gates" / moment
     waiting = gate.with_name(f"{moment}.{os.getpid()}")
     try:
+        if gate.read_text() not in ("", shard):
+            return
         gate.rename(waiting)
     except FileNotFoundError:
         return
@@ -56,14 +61,15 @@ def pass_gate(trial: Path, moment: str) -> None:
 
 def install(trial: Path) -> None:
     """Puts the hooks into lazymerge, in this process."""
+    from lazymerge.cluster import destination
     from lazymerge.cluster import worker as module
     from lazymerge.engine.finite import MASKS
     from lazymerge.engine.worker import Worker
 
-    class GatedWriter(module.RangeWriter):
-        def __init__(self, group: Any) -> None:
-            pass_gate(trial, "opening")
-            super().__init__(group)
+    class GatedWriter(destination.RangeWriter):
+        def __init__(self, folder: Path, file: str, *others: Any) -> None:
+            pass_gate(trial, "opening", file)
+            super().__init__(folder, file, *others)
 
         def write(self, tensor: str, data: memoryview, offset: int) -> None:
             if (trial / "gates" / "half").exists():
@@ -96,14 +102,19 @@ def install(trial: Path) -> None:
         return write_at_once(self, frame, job, stage, start, stop)
 
     Worker._write_at_once = write_half_first  # type: ignore[method-assign]
-    find_token, make = module.token_path, module._make
+    names: dict[str, Any] = vars(module)
+    of_destination: dict[str, Any] = vars(destination)
+    open_own, make = of_destination["open_own"], module._make
 
-    def find_token_later(folder: Path, token: str) -> Path:
+    def open_and_wait(*arguments: Any) -> int:
+        descriptor: int = open_own(*arguments)
         pass_gate(trial, "opened")
-        return find_token(folder, token)
+        return descriptor
 
     def make_and_tell(group: Any) -> Any:
         _note(trial, f"begins {group.number} {group.token}")
+        given = {"shard": group.file, "tensors": [tensor.name for tensor in group.placements]}
+        (trial / "given" / str(os.getpid())).write_text(json.dumps(given))
         try:
             told = make(group)
         except BaseException as error:
@@ -113,10 +124,8 @@ def install(trial: Path) -> None:
         pass_gate(trial, "written")
         return told
 
-    names: dict[str, Any] = vars(module)
-    names.update(
-        RangeWriter=GatedWriter, _Told=SlowTold, token_path=find_token_later, _make=make_and_tell
-    )
+    names.update(RangeWriter=GatedWriter, _Told=SlowTold, _make=make_and_tell)
+    of_destination["open_own"] = open_and_wait
     from cluster_faults.mutations import mutate_worker
 
     mutate_worker(names)

@@ -30,9 +30,9 @@ def _last_tensor_unwritten(names: dict[str, Any]) -> None:
     range_writer: Any = names["RangeWriter"]
 
     class Forgetful(range_writer):  # type: ignore[misc]
-        def __init__(self, group: Any) -> None:
-            super().__init__(group)
-            self._last = group.placements[-1].name
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self._last = given[3][-1].name
             self._nowhere = os.open(os.devnull, os.O_WRONLY)
 
         def write(self, tensor: str, data: memoryview, offset: int) -> None:
@@ -47,7 +47,9 @@ def _last_tensor_unwritten(names: dict[str, Any]) -> None:
 
 
 def _token_not_looked_for(names: dict[str, Any]) -> None:
-    names["token_path"] = lambda folder, token: Path("/")
+    from lazymerge.cluster import destination
+
+    destination.token_path = lambda folder, token: Path("/")
 
 
 def _versions_are_believed(names: dict[str, Any]) -> None:
@@ -83,7 +85,8 @@ def _token_is_kept() -> None:
         (folder / f"cluster-{token}").touch()
         yield
 
-    coordinator._shown_to_workers = shown
+    names: dict[str, Any] = vars(coordinator)
+    names["shown_in_folder"] = shown
 
 
 def _lock_is_not_taken() -> None:

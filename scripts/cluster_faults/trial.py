@@ -17,6 +17,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from lazymerge.output.journal import read_journal
+from lazymerge.output.manifest import MANIFEST_NAME
+
 from faults.harness import Ended, complaints
 
 from .bench import HERE, OUTPUT_NAME, Bench, Merge
@@ -101,7 +104,7 @@ class Trial:
         self.random = Random(f"{seed}/{kind}/{number}")
         self.name = f"{kind}-{number}"
         self.folder = bench.folder / "trials" / self.name
-        for name in ("workers", "gates", "logs", "scratch"):
+        for name in ("workers", "given", "gates", "logs", "scratch"):
             (self.folder / name).mkdir(parents=True)
         self.output = self.folder / OUTPUT_NAME
         self.wrong: list[str] = []
@@ -216,24 +219,39 @@ class Trial:
         """As `when`, at a random moment."""
         return self.when(self.random.uniform(0.0, latest), client)
 
-    def shut_gate(self, moment: str) -> None:
-        """The next worker that comes to a moment is to wait there."""
-        (self.folder / "gates" / moment).touch()
+    def shut_gate(self, moment: str, shard: str = "") -> None:
+        """The next worker that comes to a moment is to wait there. shard: only if it is at that."""
+        new = self.folder / f"gate-{moment}"
+        new.write_text(shard)
+        new.rename(self.folder / "gates" / moment)
 
-    def at_gate(self, moment: str, client: Process) -> DaskWorker:
-        """The worker that waits at a gate.
+    def given(self, worker: DaskWorker) -> tuple[str, set[str]]:
+        """The shard that a worker is at, and the tensors that it is to make."""
+        given = json.loads((self.folder / "given" / str(worker.pid)).read_text())
+        return given["shard"], set(given["tensors"])
+
+    def finished(self) -> set[str]:
+        """The tensors that the output's journal says are finished."""
+        with suppress(OSError):
+            return set(read_journal(self.output).finished)
+        return set()
+
+    def at_gate(self, moment: str, client: Process, but: DaskWorker | None = None) -> DaskWorker:
+        """The worker that waits at a gate. but: that has waited there before.
 
         Raises:
             TrialError: there is none.
         """
         folder = self.folder / "gates"
 
-        def there() -> list[Path]:
+        def there() -> list[int]:
             if not client.is_alive:
                 raise TrialError(f"the run has ended, and no worker has come to {moment!r}")
-            return sorted(folder.glob(f"{moment}.*"))
+            before = "" if but is None else str(but.pid)
+            found = [path.name.split(".")[1] for path in folder.glob(f"{moment}.*")]
+            return [int(pid) for pid in found if pid != before]
 
-        pid = int(self.until(there, f"a worker at {moment!r}")[0].suffix[1:])
+        (pid, *_) = self.until(there, f"a worker at {moment!r}")
         worker = next(worker for worker in self.workers() if worker.pid == pid)
         self.say(f"{worker.name} (process {pid}) is at {moment!r}")
         return worker
@@ -291,6 +309,9 @@ class Trial:
 
     def expect_equal(self, merge: Merge | None = None) -> None:
         """Compares all files of the output with those of a run without a cluster, and verifies."""
+        if not (self.output / MANIFEST_NAME).exists():
+            self.complain("the output is not complete")
+            return
         for text in (merge or self.bench.merge).differences(self.output):
             self.complain(text)
         ended = self.bench.lazymerge("verify", str(self.output))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
 
 from .cluster import WORKERS, Cluster, made
 from .trial import DaskWorker, Process, Trial
@@ -143,24 +142,47 @@ def _go_on(trial: Trial, cluster: Cluster, worker: DaskWorker) -> None:
     trial.say(f"{worker.name}: {' '.join(last.split()[2:4]) or last}")
 
 
-def overwritten_at(moment: str) -> Callable[[Trial], None]:
-    """Trials whose worker is stopped at a moment."""
-
-    def overwritten(trial: Trial) -> None:
-        """A worker is stopped; the run is complete; another merge takes the output's place. The
-        worker goes on before that is complete, or after."""
-        cluster, client, worker = _at(trial, moment)
-        trial.signal(worker.pid, signal.SIGSTOP, worker.name)
-        trial.open_gate(moment, worker)
-        trial.expect(client.ended(), 0)
-        other = trial.bench.other_merge
-        again = trial.run(cluster.address, "--overwrite", merge=other)
-        if trial.random.random() < 0.5:
-            trial.when(0.05, again)
-            _go_on(trial, cluster, worker)
-        trial.expect(again.ended(), 0)
-        trial.expect_equal(other)
+def overwritten_half(trial: Trial) -> None:
+    """A worker is stopped when a tensor is half written; the run is complete; another merge takes
+    the output's place. The worker goes on before that is complete, or after."""
+    cluster, client, worker = _at(trial, "half")
+    trial.signal(worker.pid, signal.SIGSTOP, worker.name)
+    trial.open_gate("half", worker)
+    trial.expect(client.ended(), 0)
+    other = trial.bench.other_merge
+    again = trial.run(cluster.address, "--overwrite", merge=other)
+    if trial.random.random() < 0.7:
+        trial.when(trial.random.uniform(0.1, 0.6), again)
         _go_on(trial, cluster, worker)
-        trial.expect_equal(other)
+    trial.expect(again.ended(), 0)
+    trial.expect_equal(other)
+    _go_on(trial, cluster, worker)
+    trial.expect_equal(other)
 
-    return overwritten
+
+def overwritten_opening(trial: Trial) -> None:
+    """A worker is stopped before it opens the shard; the run is complete; another merge takes the
+    output's place. The worker goes on when that has finished the same tensors and not their shard:
+    there is a file then of the name and the length that it was told, and what it would write into
+    it would stay."""
+    _, client, worker = _at(trial, "opening")
+    shard, tensors = trial.given(worker)
+    trial.signal(worker.pid, signal.SIGSTOP, worker.name)
+    trial.open_gate("opening", worker)
+    trial.expect(client.ended(), 0)
+    fresh = made(trial, nannies=False)
+    other = trial.bench.other_merge
+    trial.shut_gate("opening", shard)
+    again = trial.run(fresh.address, "--overwrite", merge=other)
+    held = trial.at_gate("opening", again, but=worker)
+    partial = trial.output / f"{shard}.partial"
+    trial.until(
+        lambda: tensors <= trial.finished() or not partial.exists(), f"the tensors of {worker.name}"
+    )
+    trial.was_struck = partial.exists()
+    trial.say(f"{partial.name} is {'' if partial.exists() else 'not '}there")
+    trial.signal(worker.pid, signal.SIGCONT, worker.name)
+    trial.say(f"{worker.name}: {' '.join(trial.until_idle(worker).split()[2:4])}")
+    trial.open_gate("opening", held)
+    trial.expect(again.ended(), 0)
+    trial.expect_equal(other)

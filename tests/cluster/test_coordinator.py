@@ -68,7 +68,8 @@ class FakeFuture:
         return self._result
 
     def release(self) -> None:
-        pass
+        """Dask's futures are cancelled by it, whatever they were."""
+        self.status = "cancelled"
 
 
 def good(future: FakeFuture) -> None:
@@ -113,7 +114,12 @@ class FakeClient:
         assert on_error == "return"
         return {worker: self.versions.get(worker, function()) for worker in workers}
 
-    def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+    @property
+    def scheduler(self) -> FakeClient:
+        """What is asked of the scheduler is asked of this."""
+        return self
+
+    async def identity(self, n_workers: int) -> dict[str, Any]:
         assert n_workers == -1
         facts = {"nthreads": 1, "resources": {}}
         return {"workers": dict.fromkeys(self.workers, facts)}
@@ -313,10 +319,10 @@ def test_a_scheduler_that_does_not_answer(
         client.behaviours["a"] = hangs
         good(future)
 
-        def scheduler_info(n_workers: int) -> dict[str, Any]:
+        async def identity(n_workers: int) -> dict[str, Any]:
             raise OSError("gone")
 
-        client.scheduler_info = scheduler_info  # type: ignore[method-assign]
+        client.identity = identity  # type: ignore[method-assign]
 
     client.behaviours["a"] = last
     out = tmp_path / "out"
