@@ -167,7 +167,7 @@ def run_waiting(
     with ExitStack() as stack:
         address, scheduler = stack.enter_context(cluster(workers, scratch))
         patches: list[tuple[Any, str, Any]] = [
-            (coordinator, "make_packed_group", partial(pretend, fixed_s, rate)),
+            (coordinator, "make_group", partial(pretend, fixed_s, rate)),
             (coordinator._Run, "to_the_end", lambda run, check: giving(run, check, scheduler)),
             (writer, "_preallocate", os.ftruncate),  # a terabyte of holes
             (preparing, "check_disk", lambda *given, **named: None),
