@@ -87,7 +87,8 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
     device: the class of device that is to compute.
 
     Raises:
-        InputError: Dask is not installed, or a local cluster cannot have so many GPUs.
+        InputError: Dask is not installed, it has no certificates, or a local cluster cannot have so
+            many GPUs.
         LazymergeError: no scheduler answers.
     """
     try:
@@ -173,8 +174,30 @@ def _ctrl_c_for_this_thread() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _check_certificates(distributed: Any, address: str) -> None:
+    """Raises:
+    InputError: there are none for an address that takes some.
+    """
+    variables = "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, …__TLS__CLIENT__CERT and …__TLS__CLIENT__KEY"
+    try:
+        security = distributed.security.Security()
+        context = security.get_connection_args("client")["ssl_context"]
+    except OSError as error:  # errors of ssl are some too
+        raise InputError(
+            f"the certificates for {address} cannot be read: {line_of(error)}. Dask finds them by "
+            f"{variables}, or by distributed.comm.tls in its configuration"
+        ) from error
+    if context is None:
+        raise InputError(
+            f"{address} takes certificates. Dask finds them by {variables}, or by "
+            "distributed.comm.tls in its configuration"
+        )
+
+
 @contextmanager
 def _client(distributed: Any, address: str) -> Iterator[Client]:
+    if address.startswith("tls://"):
+        _check_certificates(distributed, address)
     try:
         client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:
