@@ -246,7 +246,8 @@ def processor_seconds(process: int) -> float:
 
 def worker_costs(division: Division, plan: Plan, folder: Path, number: int) -> tuple[float, float]:
     """Seconds that a group takes in a worker, and bytes a second."""
-    from lazymerge.cluster.worker import make_group, token_path
+    from lazymerge.cluster.destination import token_path
+    from lazymerge.cluster.worker import make_group
     from lazymerge.output.writer import PARTIAL_SUFFIX
 
     group = division.group(number)

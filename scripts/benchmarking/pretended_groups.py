@@ -36,6 +36,7 @@ def pretend(fixed_s: float, rate_bytes_per_s: float, group: Group) -> GroupResul
         ),
         bytes_read=group.work_bytes - written,
         bytes_written=written,
+        bytes_fetched=0,
         seconds=seconds,
         peak_bytes=0,
         notes=(),
