@@ -135,7 +135,8 @@ def cluster(workers: int, scratch: Path) -> Iterator[tuple[str, int]]:
         from distributed import Client
 
         dask.config.refresh()
-        file = scratch / f"address-{workers}"
+        file = scratch / "address"
+        file.unlink(missing_ok=True)
         log = scratch / "scheduler.log"
         with dask_process(["scheduler", str(file)], certificates, log) as scheduler:
             address = address_in(file)

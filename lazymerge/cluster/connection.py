@@ -17,7 +17,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from multiprocessing import resource_tracker
@@ -89,7 +89,7 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
     Raises:
         InputError: Dask is not installed, it has no certificates, or a local cluster cannot have so
             many GPUs.
-        LazymergeError: no scheduler answers.
+        LazymergeError: no scheduler answers, or the workers of a local cluster do not start.
     """
     try:
         import distributed
@@ -108,10 +108,18 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
             f"--cluster {address.text} --device {device}: a local cluster has one worker for its "
             "GPU, local:1; for several start workers with dask-cuda, and give their scheduler"
         )
-    with (
-        _local_cluster(distributed, address.local_workers, threads, device) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-    ):
+    with ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(
+                _local_cluster(distributed, address.local_workers, threads, device)
+            )
+            client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
+        except (OSError, RuntimeError, TimeoutError) as error:
+            raise LazymergeError(
+                f"the workers of {address.text} do not start ({line_of(error).rstrip('.')}). A "
+                "Python program that has them started needs if __name__ == '__main__': around what "
+                "it does, for each of them loads it"
+            ) from error
         yield client
 
 

@@ -84,7 +84,8 @@ class Page:
         ):
             _write_program(
                 programs / name,
-                f"#!{sys.executable}\nfrom {module} import command\ncommand()\n",
+                f"#!{sys.executable}\nfrom {module} import command\n"
+                "if __name__ == '__main__':\n    command()\n",  # as pip makes them
             )
         _write_program(programs / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
         interrupted = Path(__file__).with_name("interrupted.py")
