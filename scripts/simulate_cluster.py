@@ -135,7 +135,8 @@ def cluster(workers: int, scratch: Path) -> Iterator[tuple[str, int]]:
         from distributed import Client
 
         dask.config.refresh()
-        file = scratch / f"address-{workers}"
+        file = scratch / "address"
+        file.unlink(missing_ok=True)
         log = scratch / "scheduler.log"
         with dask_process(["scheduler", str(file)], certificates, log) as scheduler:
             address = address_in(file)
@@ -167,7 +168,7 @@ def run_waiting(
     with ExitStack() as stack:
         address, scheduler = stack.enter_context(cluster(workers, scratch))
         patches: list[tuple[Any, str, Any]] = [
-            (coordinator, "make_packed_group", partial(pretend, fixed_s, rate)),
+            (coordinator, "make_group", partial(pretend, fixed_s, rate)),
             (coordinator._Run, "to_the_end", lambda run, check: giving(run, check, scheduler)),
             (writer, "_preallocate", os.ftruncate),  # a terabyte of holes
             (preparing, "check_disk", lambda *given, **named: None),
@@ -246,7 +247,8 @@ def processor_seconds(process: int) -> float:
 
 def worker_costs(division: Division, plan: Plan, folder: Path, number: int) -> tuple[float, float]:
     """Seconds that a group takes in a worker, and bytes a second."""
-    from lazymerge.cluster.worker import make_group, token_path
+    from lazymerge.cluster.destination import token_path
+    from lazymerge.cluster.worker import make_group
     from lazymerge.output.writer import PARTIAL_SUFFIX
 
     group = division.group(number)

@@ -17,7 +17,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from multiprocessing import resource_tracker
@@ -87,8 +87,9 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
     device: the class of device that is to compute.
 
     Raises:
-        InputError: Dask is not installed, or a local cluster cannot have so many GPUs.
-        LazymergeError: no scheduler answers.
+        InputError: Dask is not installed, it has no certificates, or a local cluster cannot have so
+            many GPUs.
+        LazymergeError: no scheduler answers, or the workers of a local cluster do not start.
     """
     try:
         import distributed
@@ -107,10 +108,18 @@ def connected(address: ClusterAddress, *, threads: int | None, device: str) -> I
             f"--cluster {address.text} --device {device}: a local cluster has one worker for its "
             "GPU, local:1; for several start workers with dask-cuda, and give their scheduler"
         )
-    with (
-        _local_cluster(distributed, address.local_workers, threads, device) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-    ):
+    with ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(
+                _local_cluster(distributed, address.local_workers, threads, device)
+            )
+            client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
+        except (OSError, RuntimeError, TimeoutError) as error:
+            raise LazymergeError(
+                f"the workers of {address.text} do not start ({line_of(error).rstrip('.')}). A "
+                "Python program that has them started needs if __name__ == '__main__': around what "
+                "it does, for each of them loads it"
+            ) from error
         yield client
 
 
@@ -173,8 +182,30 @@ def _ctrl_c_for_this_thread() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _check_certificates(distributed: Any, address: str) -> None:
+    """Raises:
+    InputError: there are none for an address that takes some.
+    """
+    variables = "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, …__TLS__CLIENT__CERT and …__TLS__CLIENT__KEY"
+    try:
+        security = distributed.security.Security()
+        context = security.get_connection_args("client")["ssl_context"]
+    except OSError as error:  # errors of ssl are some too
+        raise InputError(
+            f"the certificates for {address} cannot be read: {line_of(error)}. Dask finds them by "
+            f"{variables}, or by distributed.comm.tls in its configuration"
+        ) from error
+    if context is None:
+        raise InputError(
+            f"{address} takes certificates. Dask finds them by {variables}, or by "
+            "distributed.comm.tls in its configuration"
+        )
+
+
 @contextmanager
 def _client(distributed: Any, address: str) -> Iterator[Client]:
+    if address.startswith("tls://"):
+        _check_certificates(distributed, address)
     try:
         client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:

@@ -38,9 +38,9 @@ from ..output.store.records import ShardRecord, record_name
 from ..output.writer import ShardWriter
 from .connection import ClusterAddress, check_versions, connected, line_of, workers_of
 from .destination import shown_in_folder, shown_in_store
-from .group import Division, GroupResult, Terms
+from .group import Division, GroupResult, Terms, packed_call
 from .interrupts import noted_interrupts
-from .worker import TOPIC, make_packed_group, plugin_digest, versions_here
+from .worker import TOPIC, make_group, plugin_digest, versions_here
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -521,9 +521,8 @@ class _Run:
         self._submitted += 1
         self._used.add(worker)
         future = self._client.submit(
-            make_packed_group,
-            # in bytes: the scheduler would take a group apart, and put it together again
-            pickle.dumps(self._division.group(number)),
+            pickle.loads,
+            packed_call(make_group, self._division.group(number)),
             key=key,
             workers=[worker],
             resources={"GPU": 1} if self._device != "cpu" else None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..engine.execution import Execution
@@ -98,6 +99,27 @@ class GroupResult:
     seconds: float
     peak_bytes: int
     record: ShardRecord | None = None
+
+
+class _Call:
+    """Becomes what a function makes of a group, when it is unpickled."""
+
+    def __init__(self, function: Callable[[Group], GroupResult], group: Group) -> None:
+        self._function = function
+        self._group = group
+
+    def __reduce__(self) -> tuple[Callable[[Group], GroupResult], tuple[Group]]:
+        return self._function, (self._group,)
+
+
+def packed_call(function: Callable[[Group], GroupResult], group: Group) -> bytes:
+    """A call of a function, made by whoever unpickles this.
+
+    What Dask is to call is then pickle.loads, with bytes: its scheduler takes apart what it is
+    given and puts it together again, which took it 8.8 ms for a group of 67 tensors (with bytes
+    3.4), and for which it would have to have lazymerge.
+    """
+    return pickle.dumps(_Call(function, group))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ run is over stops.
 
 from __future__ import annotations
 
-import pickle
 import socket
 import threading
 import time
@@ -60,12 +59,6 @@ _KINDS = {kind.exit_code: kind for kind in (LazymergeError, InputError, DoesNotF
 
 _one_at_a_time = threading.Lock()
 """A group has all threads of a worker and all the memory that it may take."""
-
-
-def make_packed_group(packed: bytes) -> GroupResult:
-    """As make_group, of its pickle; called by Dask, in a worker."""
-    group: Group = pickle.loads(packed)
-    return make_group(group)
 
 
 def make_group(group: Group) -> GroupResult:

@@ -18,6 +18,7 @@ from lazymerge.engine.store.run import run_into_store
 from lazymerge.errors import LazymergeError
 from lazymerge.output.store import uploads
 from lazymerge.output.store.address import store_address
+
 from store_server import StoreServer, store_server
 
 boto3 = pytest.importorskip("boto3", reason="moto is not installed")
