@@ -118,7 +118,7 @@ def test_an_interrupted_one_is_gone_on_with(
     assert not any("cluster-" in name for name in found)
     assert "lazymerge.json" not in found
     report = run_into_store(plan, store_address(OUT), workforce=cluster)
-    assert 0 < report.resumed_tensors < len(plan.tensors)
+    assert report.resumed_tensors > 0
     lazymerge.run(plan, tmp_path / "merged", fsync=False)
     found = objects(server)
     assert shards(found) == weights(tmp_path / "merged")
