@@ -8,7 +8,8 @@ are served on the loopback interface by a process of its own, with a pause befor
 web server, in safetensors and in torch files, and by a stand-in for the Hugging Face Hub. The
 command is `lazymerge plan --dry-run`, from start to end as a process.
 
-A Markdown table goes to stdout; of several runs the fastest counts.
+A Markdown table goes to stdout; of several runs the fastest counts. How often the command waits for
+answers, one after the other, is told by how much longer it takes with a pause of a second.
 """
 
 from __future__ import annotations
@@ -39,17 +40,19 @@ from measure_planning import ITEM_BYTES, LLAMA, RECIPE, Tensor, llama_13b, write
 from range_server import range_server
 
 MODELS = 3
+LONG_PAUSE_SECONDS = 1.0
 TOKENS = 32_000
 TOKENIZER_MODEL_BYTES = 500_000
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one plan took."""
+    """What one plan took. cpu_seconds: of the command's own."""
 
     requests: int
     bytes_sent: int
     seconds: float
+    cpu_seconds: float
 
 
 def write_beside(folder: Path) -> None:
@@ -192,7 +195,7 @@ def measure(
     finally:
         ours.send(None)
         server.join()
-    return Cost(requests, bytes_sent, run.wall_s)
+    return Cost(requests, bytes_sent, run.wall_s, run.cpu_s)
 
 
 WAYS = {
@@ -208,20 +211,23 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     milliseconds = round(1000 * arguments.latency)
-    print(f"| three 13B models | requests | bytes sent | no latency | {milliseconds} ms |")
-    print("| --- | --- | --- | --- | --- |")
+    pause = f"{milliseconds} ms"
+    print(f"| three 13B models | requests | bytes sent | waits | processor time | {pause} |")
+    print("| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory(prefix="lazymerge-remote-") as name:
         root = Path(name)
         make_models(root)
         for way, (serve, models, options) in WAYS.items():
-            near, far = (
-                [measure(root, serve, models, wait, options) for _ in range(arguments.runs)]
-                for wait in (0.0, arguments.latency)
-            )
+            costs = {
+                pause: [measure(root, serve, models, pause, options) for _ in range(arguments.runs)]
+                for pause in (0.0, arguments.latency, LONG_PAUSE_SECONDS)
+            }
+            near, far, slow = (min(cost.seconds for cost in each) for each in costs.values())
+            cpu_seconds = min(cost.cpu_seconds for each in costs.values() for cost in each)
+            sent = costs[arguments.latency][0]
             print(
-                f"| {way} | {far[0].requests} | {format_bytes(far[0].bytes_sent)} "
-                f"| {min(cost.seconds for cost in near):.2f} s "
-                f"| {min(cost.seconds for cost in far):.2f} s |",
+                f"| {way} | {sent.requests} | {format_bytes(sent.bytes_sent)} "
+                f"| {(slow - near) / LONG_PAUSE_SECONDS:.0f} | {cpu_seconds:.2f} s | {far:.2f} s |",
                 flush=True,
             )
 

@@ -294,6 +294,11 @@ class _Opening:
         def fetch(start: int, stop: int) -> bytes:
             return self._read(name, start, stop)
 
+        if not file.has_ranges:
+            raise InputError(
+                f"{file.url}: the server sends no ranges of files, and where the tensors of a "
+                "torch file lie stands at its end. Download the model, or use another server"
+            )
         try:
             with ThreadPoolExecutor(ENTRIES_AT_ONCE) as pool:
                 source = FetchedBytes(first, file.size_bytes, fetch, pool)

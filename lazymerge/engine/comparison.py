@@ -39,7 +39,7 @@ from .memory import (
 )
 from .needed_ranges import FetchNeeds, chunks_of, fetch_needs, path_of
 from .plan import Resources, aligned
-from .remote_inputs import Distant, remote_inputs
+from .remote_inputs import Distant, check_ranges, remote_inputs
 from .stages import TensorTask
 from .statistics import TensorStatistics
 
@@ -197,6 +197,7 @@ def plan_comparison(
         raise InputError("models are compared by the processor; leave --device out")
     fetch_tokenizers([one, other])
     remote = remote_inputs([one, other], streams=resources.streams)
+    check_ranges(remote, resources.network)
     compared = byte_reading([places_of(models, name) for name in integers])
     return ComparisonPlan(
         models=(first, second),

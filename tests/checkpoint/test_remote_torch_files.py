@@ -119,6 +119,12 @@ def test_safetensors_go_first(server: RangeServer) -> None:
     assert list(open_checkpoint(f"{server.address}/single").tensors) == ["other"]
 
 
+def test_a_server_without_ranges(server: RangeServer) -> None:
+    server.has_ranges = False
+    with pytest.raises(InputError, match="no ranges of files, and where the tensors of a torch"):
+        open_checkpoint(f"{server.address}/single")
+
+
 def test_broken_connections(server: RangeServer) -> None:
     server.answers["single/pytorch_model.bin"] = [503, 500]
     server.cuts["single/pytorch_model.bin"] = [100, 7]

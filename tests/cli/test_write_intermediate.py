@@ -277,7 +277,7 @@ def test_the_same_command_goes_on(
     answer = lazymerge("run", "recipe.yml", *ASKED)
     assert answer.code == 0
     assert "out-inner holds this merge, complete" in answer.err
-    assert "1 of 31 tensors are there already" in answer.err
+    assert "1 of 31 tensors is there already" in answer.err
     assert lazymerge("run", "recipe.yml", "-o", "new", ASKED[2], "inner", "-q").code == 0
     for name in ("", "-inner"):
         assert weights(nested / f"out{name}") == weights(nested / f"new{name}")

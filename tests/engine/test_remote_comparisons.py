@@ -174,6 +174,12 @@ def test_a_file_that_changes(server: RangeServer, command: str) -> None:
         run_comparison(plan) if command == "diff" else scan_checkpoint(checkpoint)
 
 
+def test_a_server_without_ranges(models: Path, server: RangeServer) -> None:
+    server.has_ranges = False
+    with pytest.raises(InputError, match="sends no ranges of files"):
+        lazymerge.diff(models / "one", f"{server.address}/two")
+
+
 def test_what_does_not_pass(models: Path, server: RangeServer) -> None:
     checkpoint = open_checkpoint(f"{server.address}/two")
     server.broken_from["two/model.safetensors"] = 600_000
