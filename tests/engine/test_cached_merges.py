@@ -213,7 +213,7 @@ class TestCache:
 class TestWholeFiles:
     def test_they_are_refused_unless_asked_for(self, server: RangeServer, tmp_path: Path) -> None:
         server.has_ranges = False
-        with pytest.raises(InputError, match=r"sends no ranges .* Give --whole-files"):
+        with pytest.raises(InputError, match=r"sends no ranges .* merge with --whole-files"):
             remote(server, tmp_path)
 
     @pytest.mark.parametrize("cached", [False, True])
