@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import lazymerge
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
+from lazymerge.inspection.plan_schema import plan_schema
 
 from conftest import write_checkpoint
 from range_server import RangeServer, range_server
@@ -104,6 +106,7 @@ class TestCache:
         assert f"{cache} has all of it" in dict(again.facts())["cache"]
         assert dict(again.facts())["network"].startswith("nothing: all ")
         assert again.as_dict()["totals"]["bytes_cached"] == again.bytes_to_fetch
+        jsonschema.validate(json.loads(json.dumps(again.as_dict())), plan_schema())
         assert again.cache_state is not None
         assert again.cache_state.grows_bytes == 0
         notes = Notes()
