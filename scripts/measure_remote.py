@@ -144,6 +144,7 @@ def make_models(root: Path, size_bytes: int) -> None:
         tensors = {f"model.layers.{n}.w.weight": matrix for n in range(matrices)}
         (root / f"m{number}").mkdir()
         save_file(tensors, root / f"m{number}" / "model.safetensors")
+        (root / f"m{number}" / "config.json").write_text('{"model_type": "llama"}')
     matrix = numpy.ones(SMALL, numpy.float16)
     layers = 600
     tensors = {
@@ -235,11 +236,11 @@ def measure_memory(bench: Bench) -> None:
     """What has to be fetched twice where the limit is small. By the command itself: this process
     holds more."""
     rows = [("ties, `--memory`", "held at a time", "fetched, of what is needed", "merge")]
-    least = bench.plan("ties").memory.smallest_limit_bytes >> 20
+    least = bench.plan("ties").memory.smallest_limit_bytes // (1 << 20) + 4
     for limit in (f"{least}MiB", f"{least + 64}MiB", "512MiB", "1GiB"):
         plan = bench.plan("ties", memory=limit)
         command = [sys.executable, "-m", "lazymerge", "run", str(bench.root / "recipe.yml")]
-        command += ["-o", str(bench.root / "out"), "--memory", limit, "--overwrite", "--json"]
+        command += ["-o", str(bench.root / "out"), "--memory", limit, "--overwrite", "--json", "-q"]
         bench.asked()
         done = subprocess.run([*command, "--no-fsync"], check=True, stdout=subprocess.PIPE)
         share = bench.asked()[1] / plan.bytes_to_fetch
