@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint format docs docs-serve bench measure-methods methods-page clean help \
-        measure-pages measure-planning measure-remote-planning screenshots \
+        measure-pages measure-planning measure-remote measure-remote-planning screenshots \
         measure-store crash-store \
         prove-low-memory check-memory check-determinism compare-mergekit compare-forms \
         compare-tokenizers crash-matrix cluster-matrix soak fuzz
@@ -74,6 +74,9 @@ measure-methods: $(INSTALLED)
 
 measure-planning: $(INSTALLED)
 	$(BIN)/python scripts/measure_planning.py
+
+measure-remote: $(INSTALLED)
+	$(BIN)/python scripts/measure_remote.py
 
 measure-remote-planning: $(INSTALLED)
 	$(BIN)/python scripts/measure_remote_planning.py

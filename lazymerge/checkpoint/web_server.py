@@ -142,8 +142,8 @@ async def _hand_on(content: Any, file: RemoteFile, start: int, stop: int, take: 
     left = stop - start
     skipped = 0 if file.has_ranges else start
     while left > 0:
-        received, _ = await content.readchunk()
-        if not received:
+        received, is_chunk_end = await content.readchunk()
+        if not received and not is_chunk_end:
             return
         piece = memoryview(received)[skipped:][:left]
         skipped = max(0, skipped - len(received))

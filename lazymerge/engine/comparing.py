@@ -23,7 +23,7 @@ from .comparison import Comparison, ComparisonPlan, places_of
 from .download import download, missing_files
 from .fetching import Fetcher
 from .inputs import InputFiles, read_exactly
-from .memory import CONNECTION_BYTES
+from .memory import connection_bytes
 from .readahead import ReadAhead
 from .recent import Recent
 from .run import changed_since, stamps_of_models
@@ -111,7 +111,7 @@ def _stream(
     )
     fetcher = None
     if plan.remote:
-        budget = memory.fetch_bytes - CONNECTION_BYTES
+        budget = memory.fetch_bytes - connection_bytes(execution.network)
         fetcher = Fetcher(
             plan.graph,
             plan.tasks,
@@ -157,7 +157,7 @@ def _compare_integers(
     was held at a time of what lies elsewhere."""
     if not plan.integers:
         return (), 0
-    budget = plan.memory.fetch_bytes - CONNECTION_BYTES
+    budget = plan.memory.fetch_bytes - connection_bytes(plan.resources.network)
     reader = ByteStreams(plan.bytes_compared, plan.remote, budget, stamps=stamps)
     with closing(reader):
         unequal = tuple(

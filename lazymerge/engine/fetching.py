@@ -43,11 +43,9 @@ from .needed_ranges import (
 )
 from .network import Network
 from .remote_inputs import CachedInput, Distant
+from .sample_requests import MOST_REQUEST_BYTES, SampleRequest, sample_requests
 from .scheduler import Job
 from .stages import TensorTask
-
-MOST_REQUEST_BYTES = 32 << 20
-"""Of one request: at 100 MB/s a third of a second, so that 50 ms of waiting cost an eighth."""
 
 CLOSE_SECONDS = 2.0
 """How long the end of a run waits for requests to end."""
@@ -108,6 +106,7 @@ class Fetcher:
         held_bytes. Both are closed with the rest.
         """
         network = network or Network()
+        self._network = network
         self.cache = cache
         self._held_files = dict(held or {})
         self._share = budget_bytes // workers
@@ -234,11 +233,18 @@ class Fetcher:
             self._note_held()
             for key in needed:  # what else is there of them must not be let go of meanwhile
                 self._sifted[key] = self._sifted.get(key, 0) + 1
-        waiting = [
-            self._picking.submit(self._pick_one, read, start, stop)
-            for read in reads
-            for start, stop in _joined(job.pieces[0])
-        ]
+            found = {
+                key for key in needed if key in self._chunks and self._chunks[key].state != "queued"
+            }
+        requests = sample_requests(
+            reads,
+            _joined(job.pieces[0]),
+            self._layouts,
+            self._network.gap_bytes,
+            self._network.connections,
+            lambda path, number: (path, number) in found,
+        )
+        waiting = [self._picking.submit(self._pick_one, request) for request in requests]
         try:
             for each in waiting:
                 each.result()
@@ -246,20 +252,22 @@ class Fetcher:
             for each in waiting:
                 each.cancel()
             wait(waiting)  # none of them may write when the files are closed
+        with self._changed:
+            while any(self._chunks[key].state != "here" for key in found):
+                self._wait()
 
-    def _pick_one(self, read: Read, start: int, stop: int) -> None:
+    def _pick_one(self, request: SampleRequest) -> None:
         if self._closing or self._is_stopped():
             raise FetchingStopped
-        path, item_bytes = path_of(read), DTYPES[read.dtype].item_bytes
+        path = request.path
         descriptor = self._descriptors[path]
-        offset = read.tensor.start + start * item_bytes
 
-        def take(piece: Any) -> None:
-            nonlocal offset
-            offset = self._store(path, descriptor, piece, offset)
+        def put(data: Any, offset: int) -> None:
+            self._store(path, descriptor, data, offset)
 
         self.requests += 1
-        self._files[path].read(offset, read.tensor.start + stop * item_bytes, take, keeps=False)
+        take = request.sifting(put)
+        self._files[path].read(request.start, request.stop, take, keeps=request.keeps)
 
     def _drop(self, job: Job, needed: Mapping[Key, int]) -> None:
         with self._changed:

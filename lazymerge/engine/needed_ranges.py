@@ -77,17 +77,18 @@ def chunks_of(reads: Iterable[Read], max_gap_bytes: int = MAX_GAP_BYTES) -> dict
         if read.tensor.size_bytes:
             place = (read.tensor.start, read.tensor.stop_exclusive)
             ranges.setdefault(path_of(read), []).append(place)
-    return {path: _cut(_united(sorted(set(each)), max_gap_bytes)) for path, each in ranges.items()}
+    return {path: _cut(united(sorted(set(each)), max_gap_bytes)) for path, each in ranges.items()}
 
 
-def _united(ranges: Sequence[tuple[int, int]], max_gap_bytes: int) -> list[tuple[int, int]]:
-    united: list[tuple[int, int]] = []
+def united(ranges: Sequence[tuple[int, int]], max_gap_bytes: int) -> list[tuple[int, int]]:
+    """Ranges, ascending, with those between which no more than a gap lies as one."""
+    found: list[tuple[int, int]] = []
     for start, stop in ranges:
-        if united and start - united[-1][1] <= max_gap_bytes:
-            united[-1] = (united[-1][0], max(united[-1][1], stop))
+        if found and start - found[-1][1] <= max_gap_bytes:
+            found[-1] = (found[-1][0], max(found[-1][1], stop))
         else:
-            united.append((start, stop))
-    return united
+            found.append((start, stop))
+    return found
 
 
 def _cut(ranges: Sequence[tuple[int, int]]) -> FileChunks:

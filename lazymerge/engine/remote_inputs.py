@@ -154,8 +154,9 @@ def check_ranges(files: Mapping[str, Distant], network: Network) -> None:
     for path, file in files.items():
         if not file.has_ranges and not network.whole_files:
             raise InputError(
-                f"{path}: the server sends no ranges of files, only whole ones. Give --whole-files "
-                "to have them read from beginning to end, download the model, or use another server"
+                f"{path}: the server sends no ranges of files, only whole ones. Download the "
+                "model, use another server, or merge with --whole-files, which reads each file "
+                "from beginning to end"
             )
 
 

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from ..engine.fetching import MOST_REQUEST_BYTES
 from ..engine.network import CONNECTIONS
 from ..engine.plan import Plan
 from ..engine.remote_inputs import Distant
+from ..engine.sample_requests import MOST_REQUEST_BYTES
 from ..errors import LazymergeError
 
 SAMPLE_SECONDS = 1.5

@@ -31,7 +31,7 @@ from ..engine.byte_streams import ByteStreams, byte_reading
 from ..engine.finite import MASKS, WIDTHS
 from ..engine.inputs import read_exactly
 from ..engine.memory import (
-    CONNECTION_BYTES,
+    connection_bytes,
     default_limit_bytes,
     default_workers,
     fetch_window_bytes,
@@ -39,7 +39,7 @@ from ..engine.memory import (
 from ..engine.native.library import float8_values
 from ..engine.needed_ranges import FetchNeeds
 from ..engine.network import Network
-from ..engine.remote_inputs import remote_inputs
+from ..engine.remote_inputs import check_ranges, remote_inputs
 from ..errors import DoesNotFitError
 from ..sizes import format_memory
 
@@ -121,7 +121,7 @@ def scan_memory(
     held = max(reserved_bytes("numpy"), resident_bytes()) + TENSOR_BYTES * tensor_count
     each = WORKER_BYTES
     if fetches is not None:
-        held += CONNECTION_BYTES
+        held += connection_bytes(Network())
         each += fetches.job_bytes
     possible = int(min(wanted, (limit - held) // each))
     if possible < 1:
@@ -131,7 +131,7 @@ def scan_memory(
         )
     if fetches is None:
         return ScanMemory(possible)
-    own = CONNECTION_BYTES + possible * fetches.job_bytes
+    own = connection_bytes(Network()) + possible * fetches.job_bytes
     left = limit - held - possible * each
     return ScanMemory(possible, own + fetch_window_bytes(left, own, fetches, Network()))
 
@@ -164,10 +164,11 @@ def scan_checkpoint(
             parts.setdefault(place, (folder, part))
     ordered = [parts[key] for key in sorted(parts)]
     remote = remote_inputs([checkpoint], streams=streams)
+    check_ranges(remote, Network())
     reading = byte_reading([[place] for place in ordered])
     fetches = reading.needs(remote) if remote else None
     room = scan_memory(len(ordered), memory, workers, fetches)
-    budget = room.fetch_bytes - CONNECTION_BYTES
+    budget = room.fetch_bytes - connection_bytes(Network())
     own = local()
     with (
         closing(ByteStreams(reading, remote, budget, room.workers)) as reader,

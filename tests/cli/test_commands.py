@@ -105,6 +105,15 @@ def test_wrong_usage(lazymerge: Command, place: Path, arguments: list[str]) -> N
     assert files_under(place) == before
 
 
+def test_a_limit_of_no_cache(lazymerge: Command, place: Path) -> None:
+    write_recipe(place, TASK_ARITHMETIC)
+    for command in ("plan", "run", "resume"):
+        arguments = ["recipe.yml", "-o", "out"] if command != "resume" else ["out"]
+        answer = lazymerge(command, *arguments, "--cache-limit", "4GB")
+        assert (answer.code, answer.out) == (2, "")
+        assert command == "resume" or "(--cache DIR)" in answer.err
+
+
 # methods, schema
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import lazymerge
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
+from lazymerge.inspection.plan_schema import plan_schema
 
 from conftest import write_checkpoint
 from range_server import RangeServer, range_server
@@ -104,6 +106,7 @@ class TestCache:
         assert f"{cache} has all of it" in dict(again.facts())["cache"]
         assert dict(again.facts())["network"].startswith("nothing: all ")
         assert again.as_dict()["totals"]["bytes_cached"] == again.bytes_to_fetch
+        jsonschema.validate(json.loads(json.dumps(again.as_dict())), plan_schema())
         assert again.cache_state is not None
         assert again.cache_state.grows_bytes == 0
         notes = Notes()
@@ -213,7 +216,7 @@ class TestCache:
 class TestWholeFiles:
     def test_they_are_refused_unless_asked_for(self, server: RangeServer, tmp_path: Path) -> None:
         server.has_ranges = False
-        with pytest.raises(InputError, match=r"sends no ranges .* Give --whole-files"):
+        with pytest.raises(InputError, match=r"sends no ranges .* merge with --whole-files"):
             remote(server, tmp_path)
 
     @pytest.mark.parametrize("cached", [False, True])
@@ -299,7 +302,7 @@ def test_gaps_between_tensors(
     server.most_at_once = 0
     run_plan(plan, tmp_path / "out", fsync=False)
     assert fetched(server) == plan.bytes_to_fetch == size
-    assert server.most_at_once <= 2
+    assert server.most_at_once <= 4  # it may count one that has been read to its end already
 
 
 def test_settings_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

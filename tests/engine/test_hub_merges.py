@@ -350,6 +350,24 @@ class TestStreamed:
         lazymerge.run(plan, tmp_path / "out", fsync=False)
         assert weights(tmp_path / "out") == expected
 
+    def test_ranges_that_are_kept(
+        self,
+        models: dict[str, Path],
+        hub: HubServer,
+        tmp_path: Path,
+        expected: bytes,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        key = tmp_path / "ranges.key"
+        monkeypatch.setattr("lazymerge.checkpoint.cached_pieces._key_path", lambda: key)
+        path = recipe("org/a", "org/b", tmp_path / "hub.yml")
+        for number in range(2):
+            plan = lazymerge.plan(path, stream=True, cache=tmp_path / "ranges")
+            hub.log.clear()
+            lazymerge.run(plan, tmp_path / str(number), fsync=False)
+            assert weights(tmp_path / str(number)) == expected
+        assert hub.log == []
+
     def test_connections_that_break(
         self,
         models: dict[str, Path],

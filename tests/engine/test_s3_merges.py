@@ -101,6 +101,20 @@ def test_a_merge(bucket: Any, tmp_path: Path) -> None:
     run_plan(lazymerge.plan(tmp_path / "plan.json"), tmp_path / "saved", fsync=False)
 
 
+def test_a_cache(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = tmp_path / "ranges.key"
+    monkeypatch.setattr("lazymerge.checkpoint.cached_pieces._key_path", lambda: key)
+    model(bucket, tmp_path, "a", 1)
+    model(bucket, tmp_path, "b", 2)
+    for number in range(2):
+        plan = lazymerge.plan(recipe("s3://models", tmp_path / "r.yml"), cache=tmp_path / "cache")
+        run_plan(plan, tmp_path / str(number), fsync=False)
+    assert plan.cache_state is not None
+    assert plan.cache_state.held_bytes == plan.bytes_to_fetch
+    first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in "01")
+    assert first == second
+
+
 def test_an_object_that_changes(bucket: Any, tmp_path: Path) -> None:
     model(bucket, tmp_path, "a", 1)
     model(bucket, tmp_path, "b", 2)
