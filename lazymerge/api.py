@@ -18,15 +18,12 @@ from .engine.download import missing_files
 from .engine.execution import DEFAULT_READ_MODE, ReadMode
 from .engine.network import network
 from .engine.output_report import OutputReport, report_of
-from .engine.plan import (
-    DEFAULT_MAX_SHARD_BYTES,
-    Plan,
-    Resources,
-    load_plan,
-    plan_recipe_file,
-)
+from .engine.plan import DEFAULT_MAX_SHARD_BYTES, Plan
+from .engine.planning import plan_recipe_file
 from .engine.report import Observer, RunReport
+from .engine.resources import Resources
 from .engine.run import run_plan
+from .engine.saved_plans import load_plan
 from .engine.store.contents import check_no_intermediates, unfinished_plan
 from .engine.store.run import run_into_store
 from .engine.store.status import store_status

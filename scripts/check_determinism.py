@@ -41,7 +41,9 @@ from typing import Any
 
 import yaml
 from lazymerge.engine.execution import default_kernels
-from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan, signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.stages import TensorTask, tensor_tasks
 from lazymerge.errors import DoesNotFitError

@@ -45,7 +45,8 @@ from random import Random
 from typing import Any
 
 import yaml
-from lazymerge.engine.plan import Plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import signatures
 from lazymerge.errors import LazymergeError
 from lazymerge.version import __version__
 

@@ -51,9 +51,11 @@ from lazymerge.checkpoint import Checkpoint, open_checkpoint, read_header
 from lazymerge.checkpoint.broken_file import BrokenFileError
 from lazymerge.checkpoint.scattered import FetchedBytes
 from lazymerge.checkpoint.torch_file import parse_torch_file, read_torch_file
-from lazymerge.engine.plan import Resources, load_plan, make_plan, signatures
+from lazymerge.engine.planning import make_plan, signatures
 from lazymerge.engine.report import Silent
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.saved_plans import load_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
 from lazymerge.errors import InputError, LazymergeError

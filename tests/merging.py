@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import yaml
 from lazymerge.engine.null import walk_plan
-from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan, signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.recipe import Recipe, parse_recipe
 from safetensors.torch import load_file

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lazymerge.engine.plan import Plan, Resources, make_plan
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan
+from lazymerge.engine.resources import Resources
 
 from conftest import write_checkpoint
 from merging import recipe_of

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from lazymerge.cli.main import main
-from lazymerge.engine.plan import signatures
+from lazymerge.engine.planning import signatures
 from lazymerge.methods import METHODS
 from lazymerge.recipe import parse_recipe
 

@@ -51,7 +51,7 @@ def diff(
     """Compare two models tensor by tensor, in one pass over both; nothing is written."""
     from ..engine.comparing import run_comparison
     from ..engine.comparison import plan_comparison
-    from ..engine.plan import Resources
+    from ..engine.resources import Resources
     from ..sizes import parse_size
     from .console import messages, print_json, results
 
@@ -213,7 +213,7 @@ def _facts(found: Comparison) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from ..engine.plan import dtype_shares, dtype_text
+    from ..engine.models import dtype_shares, dtype_text
     from ..sizes import format_bytes, format_count, format_memory, format_seconds
 
     plan = found.plan

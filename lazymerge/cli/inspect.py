@@ -135,7 +135,7 @@ def inspection_view(
 
 def _facts(found: Inspection, seconds: float | None) -> Iterator[tuple[str, str]]:
     """Label and sentence of everything there is one of."""
-    from ..engine.plan import adapter_text
+    from ..engine.models import adapter_text
     from ..sizes import counted, format_bytes, format_count
 
     checkpoint, facts = found.checkpoint, found.facts

@@ -22,7 +22,7 @@ def methods(
     as_json: JsonOption = False,
 ) -> None:
     """List the merge methods, or explain one."""
-    from ..engine.plan import signatures
+    from ..engine.planning import signatures
 
     load_plugins(plugin)
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.plan import Plan, adapter_text, dtype_shares, dtype_text
+from ..engine.models import adapter_text, dtype_shares, dtype_text
+from ..engine.plan import Plan
 from ..engine.remote_facts import CacheState
 from ..inspection.estimate import Estimate
 from ..inspection.findings import Finding, findings_of

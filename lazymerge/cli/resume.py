@@ -123,7 +123,7 @@ def _stale_plan(folder: Path, plugin: list[Path] | None) -> Plan | None:
     """
     from ..engine.complete import tidy_up
     from ..engine.finishing import faults
-    from ..engine.plan import Resources
+    from ..engine.resources import Resources
     from ..engine.unfinished import plan_again, run_again
     from ..errors import LazymergeError
     from ..output.manifest import MANIFEST_NAME, read_document

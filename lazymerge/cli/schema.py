@@ -23,7 +23,7 @@ def schema(
 
         print_json(plan_schema())
         return
-    from ..engine.plan import signatures
+    from ..engine.planning import signatures
     from ..recipe import json_schema
 
     print_json(json_schema(signatures()))

@@ -33,7 +33,8 @@ from ..engine.memory import (
     default_workers,
     plan_memory,
 )
-from ..engine.plan import needs_of_remote, torch_version
+from ..engine.needs import needs_of_remote
+from ..engine.plan import torch_version
 from ..engine.store.memory import StoreNeeds, held_beside_client, store_needs
 from ..engine.store.shards import store_shard
 from ..engine.streaming import FinishedTensor, Work, stream

@@ -37,9 +37,10 @@ from .memory import (
     default_workers,
     plan_memory,
 )
+from .models import aligned
 from .needed_ranges import FetchNeeds, chunks_of, fetch_needs, path_of
-from .plan import Resources, aligned
 from .remote_inputs import Distant, check_ranges, remote_inputs
+from .resources import Resources
 from .stages import TensorTask
 from .statistics import TensorStatistics
 

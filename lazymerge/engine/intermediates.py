@@ -33,7 +33,9 @@ from ..output.lock import OutputLock
 from ..recipe import part_named
 from .complete import complete_document
 from .memory import NODE_BYTES
-from .plan import Plan, make_plan, open_models, read_folders
+from .models import open_models
+from .plan import Plan, read_folders
+from .planning import make_plan
 from .preparing import check_output
 
 

@@ -41,7 +41,8 @@ from ..output.manifest import (
 from ..output.writer import sync_file, sync_folder, write_error
 from .complete import tidy_up
 from .finishing import faults, write_beside_weights
-from .plan import Plan, Resources, Split
+from .plan import Plan, Split
+from .resources import Resources
 from .stages import TensorTask, bytes_read
 from .statistics import load_statistics
 from .statistics_file import join_statistics

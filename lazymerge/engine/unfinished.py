@@ -26,16 +26,10 @@ from ..output.store.address import StoreAddress
 from ..recipe import Recipe
 from ..recipe.tokenizer import BASE, UNION
 from ..version import __version__
-from .plan import (
-    MOST_PATH,
-    Plan,
-    Resources,
-    Split,
-    make_plan,
-    network_again,
-    recipe_again,
-    torch_version,
-)
+from .plan import Plan, Split, torch_version
+from .planning import make_plan
+from .resources import Resources
+from .saved_plans import MOST_PATH, network_again, recipe_again
 
 
 def beginning_of_manifest(plan: Plan) -> dict[str, Any]:

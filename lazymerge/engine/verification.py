@@ -23,7 +23,8 @@ from ..output.checksum import file_checksum, tensor_checksum
 from ..output.layout import OutputTensor, lay_out
 from ..output.manifest import CHECKSUM, MANIFEST_NAME, read_document
 from .finishing import faults
-from .plan import Plan, Resources
+from .plan import Plan
+from .resources import Resources
 from .run import run_plan
 from .unfinished import plan_again
 

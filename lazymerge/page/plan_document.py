@@ -14,7 +14,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ..engine.likeness import NAMES_A_TENSOR
-from ..engine.plan import Plan, adapter_text, dtype_shares, dtype_text
+from ..engine.models import adapter_text, dtype_shares, dtype_text
+from ..engine.plan import Plan
 from ..graph.node import Apply, Node, Read, Reduce, Write
 from ..graph.operation import reduce_operation
 from ..inspection.bytes_by_model import bytes_by_model, model_of_folder

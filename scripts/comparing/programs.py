@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Any
 
 import yaml
-from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan, signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.recipe import parse_recipe
 

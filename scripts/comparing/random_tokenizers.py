@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import torch
-from lazymerge.engine.plan import signatures
+from lazymerge.engine.planning import signatures
 from tokenizer_cases import KINDS, add_special, make_model
 from tokenizers import Tokenizer, pre_tokenizers
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from lazymerge.adapters import open_model, split_reference
-from lazymerge.engine.plan import Resources
 from lazymerge.engine.report import Silent
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.errors import InputError
 from safetensors.torch import load_file, save_file

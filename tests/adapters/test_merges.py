@@ -21,10 +21,12 @@ import yaml
 from lazymerge.engine.execution import Kernels
 from lazymerge.engine.native import library
 from lazymerge.engine.null import walk_plan
-from lazymerge.engine.plan import Resources, load_plan, make_plan, signatures
+from lazymerge.engine.planning import make_plan, signatures
 from lazymerge.engine.reference import run_reference
 from lazymerge.engine.report import Silent
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.saved_plans import load_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
 from lazymerge.errors import InputError

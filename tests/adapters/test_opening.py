@@ -24,7 +24,7 @@ from lazymerge.api import inspect
 from lazymerge.checkpoint.tensor import LowRank
 from lazymerge.cli.inspect import inspection_view
 from lazymerge.cli.plan_view import plan_view
-from lazymerge.engine.plan import Resources
+from lazymerge.engine.resources import Resources
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
 from rich.console import Console
 from safetensors.torch import load_file, save_file

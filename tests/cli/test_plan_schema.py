@@ -10,7 +10,9 @@ import pytest
 from command_line import CONFIG, Command, llama_tensors
 from jsonschema import Draft202012Validator
 from lazymerge.cli import plan_time
-from lazymerge.engine.plan import PLAN_FORMAT, load_plan, signatures
+from lazymerge.engine.plan import PLAN_FORMAT
+from lazymerge.engine.planning import signatures
+from lazymerge.engine.saved_plans import load_plan
 from lazymerge.inspection import measurement
 from lazymerge.inspection.plan_schema import plan_schema
 from lazymerge.recipe import load_recipe

@@ -11,7 +11,8 @@ import pytest
 from command_line import TASK_ARITHMETIC, Command, write_recipe
 from lazymerge.cli.log_json import JsonLog
 from lazymerge.cli.progress import MOST_SLOWEST, PHASES, Progress
-from lazymerge.engine.plan import Plan, plan_recipe_file
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import plan_recipe_file
 from lazymerge.output.manifest import MANIFEST_NAME
 from lazymerge.output.writer import ShardWriter
 from lazymerge.sizes import format_memory

@@ -18,7 +18,8 @@ import torch
 from lazymerge.engine import blocks, frame, streaming
 from lazymerge.engine import run as run_module
 from lazymerge.engine.execution import Kernels
-from lazymerge.engine.plan import Plan, Resources
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.scheduler import Scheduler
 from lazymerge.engine.stages import joined_statistics_bytes, statistics_bytes
 from lazymerge.engine.worker import Worker

@@ -27,7 +27,8 @@ from lazymerge.engine.blocks import (
 from lazymerge.engine.execution import Execution, Kernels, ReadMode
 from lazymerge.engine.native import library
 from lazymerge.engine.null import layout_slots, verify_layout
-from lazymerge.engine.plan import Plan, Resources
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.stages import (
     BUFFER_ALIGNMENT,
     RUN_BLOCKS,

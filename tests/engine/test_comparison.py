@@ -13,7 +13,7 @@ import torch
 from lazymerge.engine import comparing
 from lazymerge.engine.comparing import run_comparison
 from lazymerge.engine.comparison import plan_comparison
-from lazymerge.engine.plan import Resources
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.statistics import change_of
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
 

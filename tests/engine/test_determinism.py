@@ -15,7 +15,9 @@ import pytest
 import torch
 from lazymerge.checkpoint import open_checkpoint
 from lazymerge.engine import scheduler
-from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan, signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.output.manifest import MANIFEST_NAME
 from merge_cases import RECIPES, write_models

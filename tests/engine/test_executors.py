@@ -19,8 +19,10 @@ from lazymerge.checkpoint import DTYPES
 from lazymerge.engine import blocks
 from lazymerge.engine.execution import Execution
 from lazymerge.engine.null import IllegalPlanError, layout_slots, verify_layout, walk_plan
-from lazymerge.engine.plan import Plan, Resources, make_plan
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan
 from lazymerge.engine.reference import run_reference
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.stages import (
     NativeLayout,

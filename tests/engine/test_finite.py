@@ -17,7 +17,7 @@ from lazymerge.engine.finite import MASKS, has_nonfinite
 from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.native import library
 from lazymerge.engine.nonfinite import NonfiniteTensor, count_nonfinite
-from lazymerge.engine.plan import Resources
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.errors import LazymergeError
 

@@ -19,9 +19,12 @@ from lazymerge.checkpoint.block_scales import SUFFIX
 from lazymerge.engine.execution import Kernels
 from lazymerge.engine.native import library
 from lazymerge.engine.null import walk_plan
-from lazymerge.engine.plan import Plan, Resources, load_plan, make_plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan, signatures
 from lazymerge.engine.reference import run_reference
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.saved_plans import load_plan
 from lazymerge.engine.verification import verify_output
 from lazymerge.graph.operation import Done
 from lazymerge.graph.operations.block_scales import BlockScales

@@ -21,8 +21,10 @@ from lazymerge.engine.intermediates import (
     outputs_of,
     plan_intermediate,
 )
-from lazymerge.engine.plan import Plan, load_plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import signatures
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.saved_plans import load_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.errors import DoesNotFitError, InputError
 from lazymerge.graph.compile import seed_of_part

@@ -16,7 +16,8 @@ from lazymerge.engine import memory
 from lazymerge.engine.baseline import peak_resident_bytes, reserved_bytes, resident_bytes
 from lazymerge.engine.execution import Execution, Kernels, ReadMode
 from lazymerge.engine.memory import MIB, MemoryPlan, plan_memory
-from lazymerge.engine.plan import Plan, Resources
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.resources import Resources
 from lazymerge.errors import DoesNotFitError
 
 from conftest import needs_kernels, write_checkpoint

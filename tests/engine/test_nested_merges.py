@@ -11,7 +11,8 @@ import lazymerge
 import pytest
 import torch
 import yaml
-from lazymerge.engine.plan import Resources, signatures
+from lazymerge.engine.planning import signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.errors import InputError, RecipeError
 from lazymerge.graph.compile import seed_of_part

@@ -12,13 +12,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lazymerge.checkpoint import open_checkpoint
-from lazymerge.engine import plan as planning
+from lazymerge.engine import planning
 from lazymerge.engine.blocks import BLOCK_ELEMENTS
 from lazymerge.engine.inputs import GatheredInput, InputFiles
 from lazymerge.engine.memory import table_bytes
 from lazymerge.engine.null import walk_plan
-from lazymerge.engine.plan import Plan, Resources, make_plan
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan
 from lazymerge.engine.reference import run_reference
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.tokenizer import TokenizerPlan
 from lazymerge.graph.node import Read

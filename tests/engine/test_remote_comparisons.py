@@ -16,7 +16,7 @@ from lazymerge.engine import byte_streams, comparing, fetching
 from lazymerge.engine.comparing import run_comparison
 from lazymerge.engine.comparison import Comparison, plan_comparison
 from lazymerge.engine.memory import CONNECTION_BYTES
-from lazymerge.engine.plan import Resources
+from lazymerge.engine.resources import Resources
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
 from lazymerge.inspection.scan import TensorScan, scan_checkpoint
 

@@ -18,11 +18,12 @@ import pytest
 import torch
 import yaml
 from lazymerge.engine import plan as plan_module
-from lazymerge.engine import streaming, torch_loading
+from lazymerge.engine import saved_plans, streaming, torch_loading
 from lazymerge.engine import unfinished as unfinished_module
 from lazymerge.engine.inputs import InputFiles
-from lazymerge.engine.plan import Plan, Resources
+from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.scheduler import Scheduler
 from lazymerge.engine.unfinished import difference, plan_of_unfinished
@@ -259,8 +260,8 @@ def test_models_of_ones_home(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_another_torch(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = begin(recipe, tmp_path / "out")
     plan.save(tmp_path / "plan.json")
-    monkeypatch.setattr(plan_module, "torch_version", lambda: "1.0")
-    monkeypatch.setattr(unfinished_module, "torch_version", lambda: "1.0")
+    for module in (plan_module, saved_plans, unfinished_module):
+        monkeypatch.setattr(module, "torch_version", lambda: "1.0")
     with pytest.raises(InputError, match=r"was written with torch .*, this is 1\.0"):
         lazymerge.resume(tmp_path / "out")
     with pytest.raises(InputError, match=r"it was begun by torch .*, this is 1\.0"):

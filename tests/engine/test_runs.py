@@ -20,8 +20,10 @@ from lazymerge.engine import blocks, finishing, scheduler
 from lazymerge.engine import run as run_module
 from lazymerge.engine.execution import Kernels, ReadMode
 from lazymerge.engine.inputs import InputFiles
-from lazymerge.engine.plan import Plan, Resources, make_plan
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan
 from lazymerge.engine.report import Silent
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.scheduler import SPAN_BLOCKS
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError

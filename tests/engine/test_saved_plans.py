@@ -14,8 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazymerge.cli.plan_view import plan_view
-from lazymerge.engine.plan import PLAN_FORMAT, Plan, Resources, load_plan, make_plan, torch_version
+from lazymerge.engine.plan import PLAN_FORMAT, Plan, torch_version
+from lazymerge.engine.planning import make_plan
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.saved_plans import load_plan
 from lazymerge.errors import DoesNotFitError, InputError
 from lazymerge.version import __version__
 from merge_cases import RECIPES

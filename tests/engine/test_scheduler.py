@@ -25,7 +25,7 @@ from lazymerge.engine import blocks, streaming
 from lazymerge.engine import run as run_module
 from lazymerge.engine import scheduler as scheduler_module
 from lazymerge.engine.pairs import Pairs
-from lazymerge.engine.plan import Resources
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.scheduler import Job, Scheduler
 from lazymerge.engine.stages import tensor_tasks
 from lazymerge.graph.graph import Graph

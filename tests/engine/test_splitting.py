@@ -11,9 +11,12 @@ import pytest
 import torch
 import yaml
 from lazymerge.engine import splitting
-from lazymerge.engine.plan import Plan, Resources, load_plan, plan_recipe_file
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import plan_recipe_file
 from lazymerge.engine.report import Silent
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.saved_plans import load_plan
 from lazymerge.engine.splitting import join_parts, split_plan, write_parts
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output

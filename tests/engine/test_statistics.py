@@ -19,8 +19,9 @@ import torch
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from lazymerge.engine.plan import Plan, Resources
+from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.engine.statistics import (
     Statistics,

@@ -11,9 +11,11 @@ import pytest
 import torch
 import yaml
 from lazymerge.engine.execution import ReadMode
-from lazymerge.engine.plan import Plan, Resources, load_plan
+from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.saved_plans import load_plan
 from lazymerge.engine.unfinished import plan_of_unfinished
 from lazymerge.engine.verification import verify_output
 from lazymerge.errors import InputError

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan, signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.recipe import parse_recipe
 
 from conftest import write_checkpoint

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 import yaml
-from lazymerge.engine.plan import Plan, Resources, plan_recipe_file
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import plan_recipe_file
+from lazymerge.engine.resources import Resources
 from lazymerge.inspection.suspicions import Suspicion, suspicions
 
 from conftest import write_checkpoint

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from lazymerge.engine.plan import Resources, make_plan
+from lazymerge.engine.planning import make_plan
+from lazymerge.engine.resources import Resources
 from lazymerge.graph.node import Read
 from lazymerge.inspection.bytes_by_model import bytes_by_model
 from lazymerge.inspection.forms import forms_of

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from lazymerge.cli.plan_time import rough_seconds, time_lines
-from lazymerge.engine.plan import Plan, make_plan
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan
 from lazymerge.inspection import disks, measurement
 from lazymerge.inspection.disks import cached_share, reading_rate, writing_rate
 from lazymerge.inspection.estimate import estimate, unique_bytes_read

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lazymerge.engine.plan import Plan, Resources, make_plan
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.stages import bytes_read, expected_passes
 from lazymerge.inspection.differences import ALL, differences
 from lazymerge.inspection.layers import folded_names, layer_rows
@@ -31,7 +33,7 @@ def planned(models: Path, recipe: dict[str, Any], **options: Any) -> Plan:
 
 def with_slices(models: Path) -> Plan:
     """Layers 0 to 2, and 1 to 3: two of them twice."""
-    from lazymerge.engine.plan import signatures
+    from lazymerge.engine.planning import signatures
     from lazymerge.recipe import parse_recipe
 
     slices = [(0, 3), (1, 4)]

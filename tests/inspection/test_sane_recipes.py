@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan, signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.inspection.suspicions import suspicions
 from lazymerge.recipe import parse_recipe
 from small_models import CONFIG, model_tensors, write_tokenizer

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lazymerge.engine.plan import Resources, plan_recipe_file
+from lazymerge.engine.planning import plan_recipe_file
+from lazymerge.engine.resources import Resources
 from lazymerge.inspection.suspicions import influence, suspicions
 from small_models import (
     CONFIG,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lazymerge.engine import blocks
 from lazymerge.engine.execution import Kernels
 from lazymerge.engine.native import library
-from lazymerge.engine.plan import Resources
+from lazymerge.engine.resources import Resources
 from lazymerge.errors import InputError
 from lazymerge.graph.operations import selection
 from tensor_cases import BLOCK, DTYPE_NAMES, DTYPES, Family

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from lazymerge.engine import blocks
 from lazymerge.engine.execution import Kernels
 from lazymerge.engine.native import library
-from lazymerge.engine.plan import Resources
+from lazymerge.engine.resources import Resources
 from lazymerge.graph.operations import selection
 from tensor_cases import (
     BLOCK,

@@ -15,8 +15,10 @@ import pytest
 import torch
 import yaml
 from lazymerge.engine import blocks
-from lazymerge.engine.plan import Resources, load_plan, signatures
+from lazymerge.engine.planning import signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.saved_plans import load_plan
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError, RecipeError
 from lazymerge.graph import operation as operations
 from lazymerge.methods import METHODS, plugins

@@ -22,7 +22,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lazymerge.engine.plan import Resources
+from lazymerge.engine.resources import Resources
 from lazymerge.errors import InputError, RecipeError
 from lazymerge.graph.random_bits import fill_uniform, stream_key
 from merge_and_compare import (

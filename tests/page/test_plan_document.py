@@ -76,7 +76,8 @@ def hostile_plan(folder: Path) -> Any:
         "base_model": "base",
         "models": [{"model": m, "parameters": {"weight": 1}} for m in ("one", "two")],
     }
-    from lazymerge.engine.plan import Resources, make_plan
+    from lazymerge.engine.planning import make_plan
+    from lazymerge.engine.resources import Resources
 
     from merging import recipe_of
 

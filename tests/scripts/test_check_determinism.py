@@ -11,7 +11,8 @@ from random import Random
 import pytest
 import torch
 import yaml
-from lazymerge.engine.plan import Plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import signatures
 from lazymerge.engine.run import run_plan
 from lazymerge.recipe import Recipe, parse_recipe
 from safetensors.torch import load_file, save_file

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from lazymerge.engine.plan import signatures
+from lazymerge.engine.planning import signatures
 
 import check_memory as check
 from method_recipes import model_counts

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 import yaml
-from lazymerge.engine.plan import signatures
+from lazymerge.engine.planning import signatures
 from lazymerge.recipe import parse_recipe
 from safetensors.torch import save_file
 

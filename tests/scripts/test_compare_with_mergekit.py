@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lazymerge.engine.plan import Resources, make_plan, signatures
+from lazymerge.engine.planning import make_plan, signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.recipe import parse_recipe
 from lazymerge.recipe.signature import Parameter, Scope, Signature
 from safetensors.torch import load_file, save_file

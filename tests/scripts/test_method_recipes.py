@@ -8,7 +8,8 @@ from random import Random
 import pytest
 import torch
 import yaml
-from lazymerge.engine.plan import Resources, make_plan, signatures
+from lazymerge.engine.planning import make_plan, signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.recipe import parse_recipe
 from lazymerge.recipe.signature import BaseModel, Parameter, Scope, Signature
 

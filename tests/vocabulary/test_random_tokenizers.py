@@ -7,7 +7,8 @@ from random import Random
 
 import pytest
 import yaml
-from lazymerge.engine.plan import Resources, make_plan, signatures
+from lazymerge.engine.planning import make_plan, signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.recipe import parse_recipe
 from tokenizer_cases import KINDS
 from tokenizers import Tokenizer

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lazymerge.engine.plan import Plan, Resources, plan_recipe_file
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import plan_recipe_file
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 from lazymerge.errors import InputError
 from safetensors.torch import load_file

@@ -11,7 +11,8 @@ from ...output.manifest import MANIFEST_NAME, MERGE_PATH
 from ...output.store.address import StoreAddress, is_address
 from ...output.store.client import Store
 from ...output.store.records import StoreContents, look
-from ..plan import Plan, Resources
+from ..plan import Plan
+from ..resources import Resources
 from ..unfinished import check_is_of_plan, plan_to_resume
 
 MOST_NAMED = 4

@@ -21,7 +21,8 @@ from ...output.store.reading import StoredFile
 from ...output.store.records import ShardRecord, StoreContents, is_own_object, look
 from ...output.store.uploads import MOST_UPLOADS
 from ..finishing import span_elements
-from ..plan import Plan, Resources
+from ..plan import Plan
+from ..resources import Resources
 from ..verification import (
     Checked,
     Entry,

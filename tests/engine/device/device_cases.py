@@ -15,7 +15,8 @@ from lazymerge.engine import blocks
 from lazymerge.engine.device.host import HostDevice
 from lazymerge.engine.device.interface import Device
 from lazymerge.engine.null import walk_plan
-from lazymerge.engine.plan import Plan, Resources
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import RunReport, run_plan
 from lazymerge.graph.graph import Graph
 from lazymerge.graph.node import Apply, Read, Reduce, Write, as_parameters

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from device_cases import on_device, run_on_host, use_small_blocks
-from lazymerge.engine.plan import Plan, Resources, make_plan
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan
+from lazymerge.engine.resources import Resources
 
 from conftest import write_checkpoint
 from merging import bits, recipe_of, run

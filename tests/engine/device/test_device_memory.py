@@ -16,8 +16,10 @@ from lazymerge.engine import blocks
 from lazymerge.engine.device import memory as device_memory
 from lazymerge.engine.device.host import HostDevice
 from lazymerge.engine.device.memory import RESERVED_BYTES, fit_to_device, open_lanes
-from lazymerge.engine.plan import Plan, Resources, load_plan
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.saved_plans import load_plan
 from lazymerge.engine.stages import DeviceLayout, RawLayout, stage_layout
 from lazymerge.errors import DoesNotFitError, InputError
 from typer.testing import CliRunner

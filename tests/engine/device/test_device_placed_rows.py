@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 from device_cases import on_device, run_on_host, use_small_blocks
-from lazymerge.engine.plan import Plan, Resources, make_plan, signatures
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.planning import make_plan, signatures
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.stages import DeviceLayout, stage_layout
 from lazymerge.recipe import parse_recipe
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from device_cases import LATE, on_device, run_on_host, use_small_blocks
-from lazymerge.engine import plan as planning
+from lazymerge.engine import planning
 from lazymerge.engine.tokenizer import TokenizerPlan
 from lazymerge.vocabulary import Alignment
 

@@ -40,8 +40,9 @@ from lazymerge.engine.device.frame import DeviceFrame
 from lazymerge.engine.device.host import HostDevice, HostQueue
 from lazymerge.engine.device.memory import open_lanes
 from lazymerge.engine.inputs import InputFiles
-from lazymerge.engine.plan import Plan, Resources
+from lazymerge.engine.plan import Plan
 from lazymerge.engine.reference import run_reference
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.stages import DeviceLayout, stage_layout
 from lazymerge.errors import InputError
 from lazymerge.graph.operation import apply_operation

@@ -18,7 +18,7 @@ import xxhash._xxhash
 import yaml
 from lazymerge.engine.execution import default_kernels
 from lazymerge.engine.native import library
-from lazymerge.engine.plan import Resources
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.stages import NativeLayout, TorchLayout, stage_layout
 
 from conftest import needs_kernels, write_checkpoint
@@ -123,7 +123,7 @@ def test_one_that_was_left_does_not_hide_the_right_one(elsewhere: Path) -> None:
 @needs_kernels
 def test_a_plan_made_with_kernels_is_run_without_them(tmp_path: Path, elsewhere: Path) -> None:
     """Saved on one machine, loaded on another: who computes is decided there."""
-    from lazymerge.engine.plan import load_plan
+    from lazymerge.engine.saved_plans import load_plan
 
     shutil.copy(BUILT, elsewhere / BUILT.name)
     plan = plan_of(tmp_path, LINEAR, models())

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from kernel_driver import AWKWARD, assert_same
 from lazymerge.engine import blocks
 from lazymerge.engine.execution import Kernels, ReadMode
-from lazymerge.engine.plan import Plan, Resources
+from lazymerge.engine.plan import Plan
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.stages import NativeLayout, TorchLayout, stage_layout
 from lazymerge.errors import InputError
 from lazymerge.graph.graph import Graph
