@@ -7,8 +7,8 @@ Makes two models, starts a stand-in for an S3 store on the loopback interface, i
 own, that throws away what it is given, with a pause before every answer and a bound of every
 connection's rate, and then takes turns:
 
-    upload     the merged file, from the page cache, by boto3's own multipart uploads: 8 parts at a
-               time, as long as those of a merge
+    upload     a file as long as the merged one, from the page cache, by boto3's own multipart
+               uploads: as many parts at a time as those of a merge, and as long
     merge      lazymerge run RECIPE -o s3://…, in a process of its own, from its first block to its
                last object
 
@@ -208,8 +208,8 @@ def upload(path: Path) -> float:
 def merge(recipe: Path, memory: str) -> dict[str, Any]:
     """What a run reports, as `--json` prints it."""
     command = [sys.executable, "-m", "lazymerge", "run", str(recipe), "-o", "s3://bucket/merged"]
-    options = ["--memory", memory, "--overwrite", "--json"]
-    done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+    options = ["--memory", memory, "--overwrite", "--json", "-q"]
+    done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -37,14 +37,16 @@ from ..layout import Placement, Shard, shard_header
 from .client import PIECE_BYTES, NoUploadError, Store, StoredObject, Upload
 from .records import FINGERPRINT_KEY, ShardRecord, TensorRecord, new_record
 
-PART_BYTES = 16 << 20
-"""Of an upload: at 100 MB/s a sixth of a second, so that 50 ms of waiting cost a quarter."""
+PART_BYTES = 8 << 20
+"""Of an upload: MOST_UPLOADS of them, at 100 MB/s and with 50 ms of waiting, come to 600 MB/s, as
+8 parts of twice the length would; with a small limit of memory more of them are on their way."""
 
 MOST_PARTS = 10_000
 """Of one object. Source: Amazon S3 user guide, multipart upload limits."""
 
-MOST_UPLOADS = 8
-"""Parts on their way at a time."""
+MOST_UPLOADS = 10
+"""Parts on their way at a time: the connections that the client has by default. Source: botocore,
+max_pool_connections."""
 
 WAKE_SECONDS = 0.1
 """How often who waits looks whether the run has been stopped."""
