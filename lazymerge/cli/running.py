@@ -113,17 +113,11 @@ def run_and_report(
     log_json: file that a log for machines is appended to.
     workforce: who makes the tensors; None: this process.
     """
-    from ..errors import InputError
     from ..output.store.address import StoreAddress
     from .log_json import STDERR, json_log
 
     with json_log(log_json) as log:
         if isinstance(output, StoreAddress):
-            if workforce is not None:
-                raise InputError(
-                    f"--cluster merges into folders, and {output} is in a store: leave --cluster "
-                    "out, or merge into a folder that all workers see and copy that"
-                )
             from .running_store import run_into_store_and_report
 
             run_into_store_and_report(
