@@ -462,3 +462,36 @@ def test_what_cannot_be_an_output(models: Path, tmp_path: Path) -> None:
 def test_no_such_bucket(server: StoreServer, models: Path) -> None:
     with pytest.raises(InputError, match="there is no bucket 'nowhere'"):
         lazymerge.run(plan_of(models), "s3://nowhere/out")
+
+
+def test_memory_of_a_process(
+    server: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With parts of their real length and the smallest limit: no more than was planned."""
+    monkeypatch.setattr(uploads, "PART_BYTES", 8 << 20)
+    for seed, name in enumerate("ab"):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            f"model.layers.{n}.w": torch.randn(3000, 2500, generator=generator).bfloat16()
+            for n in range(4)
+        }
+        write_checkpoint(tmp_path / name, tensors, {"model_type": "llama"})
+    document = {
+        "merge_method": "linear",
+        "models": [{"model": name} for name in "ab"],
+        "parameters": {"weight": 0.5},
+    }
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(document))
+    monkeypatch.chdir(tmp_path)
+    least = lazymerge.plan("r.yml").into_store().memory.smallest_limit_bytes
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lazymerge", "run", "r.yml", "-o", OUT, "--json", "-q"]
+    done = subprocess.run(
+        [*command, "--memory", str(least)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["measured_bytes"] <= report["memory"]["projected_bytes"] <= least
+    lazymerge.run(lazymerge.plan("r.yml"), tmp_path / "local", fsync=False)
+    name = "model.safetensors"
+    assert objects(server)[name] == (tmp_path / "local" / name).read_bytes()
