@@ -170,6 +170,27 @@ def test_all_arrives_and_little_is_held(seed: int, more_bytes: int, workers: int
     assert not store.parts
 
 
+def test_a_shard_without_bytes_keeps_nobody_waiting() -> None:
+    """The first of all, and one in the middle, with as little room as possible."""
+    sizes = [0, 80_000, 0, 80_000]
+    shards = lay_out([OutputTensor(f"t{n}", "F32", (s,)) for n, s in enumerate(sizes)], 0)
+    assert len(shards) == len(sizes)
+    store = SlowStore()
+    uploading = ShardUploads(
+        cast("Store", store),
+        shards,
+        "plan",
+        lambda _: None,
+        lambda _: None,
+        window_bytes=least_window_bytes(shards, SPAN_BYTES),
+        span_bytes=SPAN_BYTES,
+    )
+    write_all(uploading, shards, 1)
+    uploading.wait(lambda: None)
+    for shard in shards:
+        assert store.objects[shard.file] == expected(shard)
+
+
 def test_a_store_that_fails_stops_the_workers(seed: int) -> None:
     shards, store = shards_of(seed), SlowStore(0.001, fails_at=5)
     uploading = ShardUploads(

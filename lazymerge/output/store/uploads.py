@@ -296,6 +296,8 @@ class ShardUploads:
                 self._gone.remove(opened.first + part)
                 part += 1
             if part < len(opened.missing):
+                if opened.shard.size_bytes == opened.shard.header_bytes:
+                    self._open(opened)  # it has no bytes for which anybody would ask
                 break
             number, part = number + 1, 0
         self._lowest = number, part
