@@ -40,7 +40,6 @@ from benchmarking.dask_processes import (
     write_certificates,
 )
 from benchmarking.pretended_groups import pretend
-from benchmarking.processes import lazymerge_environment, run_measured
 
 if TYPE_CHECKING:
     from lazymerge.cluster.group import Division
@@ -50,8 +49,14 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 GB = 1_000_000_000
 
-PART_LAYERS = 8
-"""Of the model by which giving groups away is measured: five with experts, 7,800 tensors."""
+PART_LAYERS = 5
+"""Of the model by which giving groups away is measured: two with experts, 3,200 tensors."""
+
+THREADS = 2
+"""Of a worker."""
+
+MANY_WORKERS = (256, 512, 1024, 2048)
+"""Of runs that ask where the limit lies when storage is none."""
 
 SETTLED_SECONDS, WATCHED_SECONDS = 4.0, 12.0
 """How long workers that finish nothing are left alone, and then watched."""
@@ -114,7 +119,7 @@ def divided(plan: Plan, workers: int, folder: Path) -> Division:
     from lazymerge.cluster.group import Division, Terms
     from lazymerge.engine.run import stamps_of
 
-    terms = Terms("token", str(folder), None, None, False, False, True, {})
+    terms = Terms("token", str(folder), None, THREADS, False, False, True, {})
     return Division(plan, plan.tasks, workers, stamps_of(plan), terms)
 
 
@@ -245,8 +250,8 @@ def processor_seconds(process: int) -> float:
     return float(times.user + times.system)
 
 
-def worker_costs(division: Division, plan: Plan, folder: Path, number: int) -> tuple[float, float]:
-    """Seconds that a group takes in a worker, and bytes a second."""
+def worker_costs(division: Division, number: int, folder: Path) -> float:
+    """Seconds of a processor that a group takes in a worker."""
     from lazymerge.cluster.destination import token_path
     from lazymerge.cluster.worker import make_group
     from lazymerge.output.writer import PARTIAL_SUFFIX
@@ -260,19 +265,19 @@ def worker_costs(division: Division, plan: Plan, folder: Path, number: int) -> t
         stream.truncate(group.file_bytes)
     seconds = []
     try:
-        for _ in range(9):
-            began = time.perf_counter()
+        for _ in range(5):
+            began = time.process_time()
             make_group(group)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
     finally:
         shard.unlink()
-    return median(seconds), division.work_bytes(number) / median(seconds)
+    return median(seconds)
 
 
-def smallest_and_largest(division: Division) -> tuple[int, int]:
-    """Numbers of the groups that read and write least, and most."""
-    numbers = range(len(division))
-    return min(numbers, key=division.work_bytes), max(numbers, key=division.work_bytes)
+def smallest_and_middle(division: Division) -> tuple[int, int]:
+    """Numbers of the group that reads and writes least, and of one of the usual size."""
+    numbers = sorted(range(len(division)), key=division.work_bytes)
+    return numbers[0], numbers[len(numbers) // 2]
 
 
 def division_rows(plan: Plan, counts: Sequence[int], folder: Path) -> Iterator[str]:
@@ -315,10 +320,12 @@ def measured_costs(
     most = max(counts)
     watch = watched(plan, scratch, most)
     show("")
-    division = divided(plan, 1, scratch)
-    small, large = smallest_and_largest(division)
-    fixed_s, _ = worker_costs(division, plan, scratch / "out", small)
-    _, rate = worker_costs(division, plan, scratch / "out", large)
+    division = divided(plan, most, scratch / "worker")
+    small, usual = smallest_and_middle(division)
+    fixed_s = worker_costs(division, small, scratch / "worker")
+    usual_s = worker_costs(division, usual, scratch / "worker")
+    size = division.work_bytes(usual)
+    rate = THREADS * size / (usual_s - fixed_s)
     costs = Costs(group_s, tensor_s, scheduler_s, *watch, fixed_s, rate)
     show(f"- the command: {group_s * 1e3:.1f} ms a group, {tensor_s * 1e6:.0f} us a tensor beside")
     show(f"- the scheduler: {scheduler_s * 1e3:.1f} ms a group")
@@ -326,10 +333,9 @@ def measured_costs(
         f"- {most} workers that finish nothing: the command {watch[0] * most:.1%} of a processor, "
         f"the scheduler {watch[1] * most:.1%}"
     )
-    least, most_bytes = division.work_bytes(small), division.work_bytes(large)
     show(
-        f"- a worker: {fixed_s * 1e3:.0f} ms a group of {least / 1000:.0f} kB; "
-        f"{rate / GB:.2f} GB/s in a group of {most_bytes / GB:.1f} GB"
+        f"- a worker: {fixed_s * 1e3:.1f} ms a group; beside, {usual_s - fixed_s:.2f} s of a "
+        f"processor for {size / GB:.2f} GB, which is {rate / GB:.1f} GB/s with {THREADS} threads"
     )
     return costs
 
@@ -360,19 +366,18 @@ def clock(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 
-def limits(plan: Plan, costs: Costs, folder: Path) -> Iterator[str]:
-    """How many workers it takes until command or scheduler are busy nearly all the time; of the
-    numbers that are powers of the square root of two."""
-    for step in range(2, 25):
-        workers = round(2 ** (step / 2))
-        run = simulate(sizes_of(divided(plan, workers, folder)), workers, costs)
-        if run.busiest in (COORDINATOR, SCHEDULER):
-            yield (
-                f"With storage without limit, the {run.busiest} is busy for "
-                f"{run.busy[run.busiest]:.0%} of the time at {workers} workers, which would move "
-                f"{workers * costs.worker_rate / GB:.0f} GB/s."
-            )
-            return
+def limit_rows(plan: Plan, costs: Costs, folder: Path) -> Iterator[str]:
+    """What comes after the storage: runs with one that has no limit."""
+    yield "| workers | groups | time | moved | command busy | scheduler busy | what limits |"
+    yield "|---|---|---|---|---|---|---|"
+    for workers in MANY_WORKERS:
+        groups = sizes_of(divided(plan, workers, folder))
+        run = simulate(groups, workers, costs)
+        moved = sum(size for size, _ in groups) / run.seconds
+        yield (
+            f"| {workers:,} | {len(groups):,} | {clock(run.seconds)} | {moved / GB:,.0f} GB/s "
+            f"| {run.busy[COORDINATOR]:.0%} | {run.busy[SCHEDULER]:.0%} | {run.busiest} |"
+        )
 
 
 def checked_rows(plan: Plan, scratch: Path, costs: Costs, counts: Sequence[int]) -> Iterator[str]:
@@ -401,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--storage", default="1,5,20,100", metavar="N,N", help="GB/s of all together"
     )
-    parser.add_argument("--tried", default="8,64", metavar="N,N", help="workers that are started")
+    parser.add_argument("--tried", default="1,8,64", metavar="N,N", help="workers that are started")
     parsed = parser.parse_args(arguments)
     counts, tried = (numbers(text) for text in (parsed.workers, parsed.tried))
     rates = [rate * GB for rate in numbers(parsed.storage)]
@@ -415,16 +420,20 @@ def report(
     folder: Path, counts: Sequence[int], tried: Sequence[int], rates: Sequence[float]
 ) -> None:
     """Prints everything."""
+    from lazymerge.engine.baseline import peak_resident_bytes
+
     show = partial(print, flush=True)
-    recipe, small = make_model(folder / "whole", None), make_model(folder / "part", PART_LAYERS)
-    command = [sys.executable, "-m", "lazymerge", "plan", str(recipe), "--dry-run"]
-    planning = run_measured(command, lazymerge_environment(), folder / "log")
-    plan, part = planned(recipe), planned(small)
+    recipe = make_model(folder / "whole", None)
+    began = time.process_time()
+    plan = planned(recipe)
+    planning_s = time.process_time() - began
+    peak = peak_resident_bytes()
+    part = planned(make_model(folder / "part", PART_LAYERS))
     show(
         f"{len(plan.tasks):,} tensors, {sum(t.size_bytes for t in all_placements(plan)) / 2e9:.0f} "
         f"billion parameters, {plan.bytes_read / GB:,.0f} GB read and "
-        f"{plan.bytes_written / GB:,.0f} GB written. Planning: {planning.cpu_s:.1f} s of a "
-        f"processor, {planning.peak_rss_bytes / MIB:.0f} MiB.\n"
+        f"{plan.bytes_written / GB:,.0f} GB written. Planning: {planning_s:.1f} s of a "
+        f"processor, {peak / MIB:.0f} MiB.\n"
     )
     for row in division_rows(plan, counts, folder):
         show(row)
@@ -434,7 +443,7 @@ def report(
     for row in simulated_rows(plan, costs, counts, rates, folder):
         show(row)
     show("")
-    for row in limits(plan, costs, folder):
+    for row in limit_rows(plan, costs, folder):
         show(row)
     show("")
     for row in checked_rows(part, folder, costs, tried):
