@@ -340,9 +340,9 @@ class Trial:
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            for process in self._processes:
-                process.popen.poll()
             time.sleep(LOOK_SECONDS)
+        for process in self._processes:
+            process.popen.wait()
         for close in reversed(self._closing):
             close()
 
