@@ -40,7 +40,6 @@ from benchmarking.dask_processes import (
     write_certificates,
 )
 from benchmarking.pretended_groups import pretend
-from benchmarking.processes import lazymerge_environment, run_measured
 
 if TYPE_CHECKING:
     from lazymerge.cluster.group import Division
@@ -50,8 +49,8 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 GB = 1_000_000_000
 
-PART_LAYERS = 8
-"""Of the model by which giving groups away is measured: five with experts, 7,800 tensors."""
+PART_LAYERS = 5
+"""Of the model by which giving groups away is measured: two with experts, 3,200 tensors."""
 
 SETTLED_SECONDS, WATCHED_SECONDS = 4.0, 12.0
 """How long workers that finish nothing are left alone, and then watched."""
@@ -260,7 +259,7 @@ def worker_costs(division: Division, plan: Plan, folder: Path, number: int) -> t
         stream.truncate(group.file_bytes)
     seconds = []
     try:
-        for _ in range(9):
+        for _ in range(5):
             began = time.perf_counter()
             make_group(group)
             seconds.append(time.perf_counter() - began)
@@ -315,7 +314,7 @@ def measured_costs(
     most = max(counts)
     watch = watched(plan, scratch, most)
     show("")
-    division = divided(plan, 1, scratch)
+    division = divided(plan, most, scratch)
     small, large = smallest_and_largest(division)
     fixed_s, _ = worker_costs(division, plan, scratch / "out", small)
     _, rate = worker_costs(division, plan, scratch / "out", large)
@@ -415,16 +414,20 @@ def report(
     folder: Path, counts: Sequence[int], tried: Sequence[int], rates: Sequence[float]
 ) -> None:
     """Prints everything."""
+    from lazymerge.engine.baseline import peak_resident_bytes
+
     show = partial(print, flush=True)
-    recipe, small = make_model(folder / "whole", None), make_model(folder / "part", PART_LAYERS)
-    command = [sys.executable, "-m", "lazymerge", "plan", str(recipe), "--dry-run"]
-    planning = run_measured(command, lazymerge_environment(), folder / "log")
-    plan, part = planned(recipe), planned(small)
+    recipe = make_model(folder / "whole", None)
+    began = time.process_time()
+    plan = planned(recipe)
+    planning_s = time.process_time() - began
+    peak = peak_resident_bytes()
+    part = planned(make_model(folder / "part", PART_LAYERS))
     show(
         f"{len(plan.tasks):,} tensors, {sum(t.size_bytes for t in all_placements(plan)) / 2e9:.0f} "
         f"billion parameters, {plan.bytes_read / GB:,.0f} GB read and "
-        f"{plan.bytes_written / GB:,.0f} GB written. Planning: {planning.cpu_s:.1f} s of a "
-        f"processor, {planning.peak_rss_bytes / MIB:.0f} MiB.\n"
+        f"{plan.bytes_written / GB:,.0f} GB written. Planning: {planning_s:.1f} s of a "
+        f"processor, {peak / MIB:.0f} MiB.\n"
     )
     for row in division_rows(plan, counts, folder):
         show(row)
