@@ -7,7 +7,8 @@
 # make measure-methods, make methods-page, make clean, and make prove-low-memory,
 # make check-memory, make check-determinism,
 # make compare-mergekit, make compare-forms, make compare-tokenizers, make crash-matrix,
-# make cluster-matrix, make fuzz (minutes each), make soak (an hour).
+# make cluster-matrix, make simulate-cluster, make measure-cluster, make fuzz (minutes each),
+# make soak (an hour).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -23,10 +24,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
         measure-pages measure-planning measure-remote measure-remote-planning screenshots \
         measure-store crash-store \
         prove-low-memory check-memory check-determinism compare-mergekit compare-forms \
-        compare-tokenizers crash-matrix cluster-matrix soak fuzz
+        compare-tokenizers crash-matrix cluster-matrix simulate-cluster measure-cluster soak fuzz
 
 help:
-	@sed -n '3,10p' Makefile | cut -c3-
+	@sed -n '3,11p' Makefile | cut -c3-
 
 $(INSTALLED): pyproject.toml setup.py Makefile $(wildcard lazymerge/engine/native/*.[ch])
 	@echo "setting up $(VENV) (first time: some minutes)"
@@ -118,6 +119,12 @@ compare-tokenizers: $(INSTALLED)
 
 crash-matrix: $(INSTALLED)
 	$(BIN)/python scripts/crash_matrix.py
+
+simulate-cluster: $(INSTALLED)
+	$(BIN)/python scripts/simulate_cluster.py
+
+measure-cluster: $(INSTALLED)
+	$(BIN)/python scripts/measure_cluster.py
 
 cluster-matrix: $(INSTALLED)
 	$(BIN)/python scripts/cluster_matrix.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarking.cluster_model import COORDINATOR, SCHEDULER, STORAGE, Costs, simulate
 
 FREE = Costs(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e9)
