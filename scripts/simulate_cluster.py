@@ -52,6 +52,9 @@ GB = 1_000_000_000
 PART_LAYERS = 5
 """Of the model by which giving groups away is measured: two with experts, 3,200 tensors."""
 
+THREADS = 2
+"""Of a worker."""
+
 SETTLED_SECONDS, WATCHED_SECONDS = 4.0, 12.0
 """How long workers that finish nothing are left alone, and then watched."""
 
@@ -113,7 +116,7 @@ def divided(plan: Plan, workers: int, folder: Path) -> Division:
     from lazymerge.cluster.group import Division, Terms
     from lazymerge.engine.run import stamps_of
 
-    terms = Terms("token", str(folder), None, None, False, False, True, {})
+    terms = Terms("token", str(folder), None, THREADS, False, False, True, {})
     return Division(plan, plan.tasks, workers, stamps_of(plan), terms)
 
 
@@ -244,8 +247,8 @@ def processor_seconds(process: int) -> float:
     return float(times.user + times.system)
 
 
-def worker_costs(division: Division, plan: Plan, folder: Path, number: int) -> tuple[float, float]:
-    """Seconds that a group takes in a worker, and bytes a second."""
+def worker_costs(division: Division, number: int, folder: Path) -> float:
+    """Seconds of a processor that a group takes in a worker."""
     from lazymerge.cluster.destination import token_path
     from lazymerge.cluster.worker import make_group
     from lazymerge.output.writer import PARTIAL_SUFFIX
@@ -260,18 +263,18 @@ def worker_costs(division: Division, plan: Plan, folder: Path, number: int) -> t
     seconds = []
     try:
         for _ in range(5):
-            began = time.perf_counter()
+            began = time.process_time()
             make_group(group)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
     finally:
         shard.unlink()
-    return median(seconds), division.work_bytes(number) / median(seconds)
+    return median(seconds)
 
 
-def smallest_and_largest(division: Division) -> tuple[int, int]:
-    """Numbers of the groups that read and write least, and most."""
-    numbers = range(len(division))
-    return min(numbers, key=division.work_bytes), max(numbers, key=division.work_bytes)
+def smallest_and_middle(division: Division) -> tuple[int, int]:
+    """Numbers of the group that reads and writes least, and of one of the usual size."""
+    numbers = sorted(range(len(division)), key=division.work_bytes)
+    return numbers[0], numbers[len(numbers) // 2]
 
 
 def division_rows(plan: Plan, counts: Sequence[int], folder: Path) -> Iterator[str]:
@@ -314,10 +317,12 @@ def measured_costs(
     most = max(counts)
     watch = watched(plan, scratch, most)
     show("")
-    division = divided(plan, most, scratch)
-    small, large = smallest_and_largest(division)
-    fixed_s, _ = worker_costs(division, plan, scratch / "out", small)
-    _, rate = worker_costs(division, plan, scratch / "out", large)
+    division = divided(plan, most, scratch / "worker")
+    small, usual = smallest_and_middle(division)
+    fixed_s = worker_costs(division, small, scratch / "worker")
+    usual_s = worker_costs(division, usual, scratch / "worker")
+    size = division.work_bytes(usual)
+    rate = THREADS * size / (usual_s - fixed_s)
     costs = Costs(group_s, tensor_s, scheduler_s, *watch, fixed_s, rate)
     show(f"- the command: {group_s * 1e3:.1f} ms a group, {tensor_s * 1e6:.0f} us a tensor beside")
     show(f"- the scheduler: {scheduler_s * 1e3:.1f} ms a group")
@@ -325,10 +330,9 @@ def measured_costs(
         f"- {most} workers that finish nothing: the command {watch[0] * most:.1%} of a processor, "
         f"the scheduler {watch[1] * most:.1%}"
     )
-    least, most_bytes = division.work_bytes(small), division.work_bytes(large)
     show(
-        f"- a worker: {fixed_s * 1e3:.0f} ms a group of {least / 1000:.0f} kB; "
-        f"{rate / GB:.2f} GB/s in a group of {most_bytes / GB:.1f} GB"
+        f"- a worker: {fixed_s * 1e3:.1f} ms a group; beside, {usual_s - fixed_s:.2f} s of a "
+        f"processor for {size / GB:.2f} GB, which is {rate / GB:.1f} GB/s with {THREADS} threads"
     )
     return costs
 
@@ -400,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--storage", default="1,5,20,100", metavar="N,N", help="GB/s of all together"
     )
-    parser.add_argument("--tried", default="8,64", metavar="N,N", help="workers that are started")
+    parser.add_argument("--tried", default="1,8,64", metavar="N,N", help="workers that are started")
     parsed = parser.parse_args(arguments)
     counts, tried = (numbers(text) for text in (parsed.workers, parsed.tried))
     rates = [rate * GB for rate in numbers(parsed.storage)]

@@ -26,7 +26,9 @@ def pretend(fixed_s: float, rate_bytes_per_s: float, group: Group) -> GroupResul
         if left > TOLD_SECONDS:
             done = round(min(1.0, 1 - left / seconds) * group.work_bytes)
             told = {"token": group.token, "group": group.number, "worker": worker.address}
-            worker.log_event(TOPIC, {**told, "tensor": last, "read": done, "written": 0})
+            worker.log_event(
+                TOPIC, {**told, "tensor": last, "read": done, "written": 0, "fetched": 0}
+            )
     written = sum(placement.size_bytes for placement in group.placements)
     return GroupResult(
         number=group.number,
