@@ -55,6 +55,9 @@ PART_LAYERS = 5
 THREADS = 2
 """Of a worker."""
 
+MANY_WORKERS = (256, 512, 1024, 2048)
+"""Of runs that ask where the limit lies when storage is none."""
+
 SETTLED_SECONDS, WATCHED_SECONDS = 4.0, 12.0
 """How long workers that finish nothing are left alone, and then watched."""
 
@@ -363,19 +366,18 @@ def clock(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 
-def limits(plan: Plan, costs: Costs, folder: Path) -> Iterator[str]:
-    """How many workers it takes until command or scheduler are busy nearly all the time; of the
-    numbers that are powers of the square root of two."""
-    for step in range(2, 25):
-        workers = round(2 ** (step / 2))
-        run = simulate(sizes_of(divided(plan, workers, folder)), workers, costs)
-        if run.busiest in (COORDINATOR, SCHEDULER):
-            yield (
-                f"With storage without limit, the {run.busiest} is busy for "
-                f"{run.busy[run.busiest]:.0%} of the time at {workers} workers, which would move "
-                f"{workers * costs.worker_rate / GB:.0f} GB/s."
-            )
-            return
+def limit_rows(plan: Plan, costs: Costs, folder: Path) -> Iterator[str]:
+    """What comes after the storage: runs with one that has no limit."""
+    yield "| workers | groups | time | moved | command busy | scheduler busy | what limits |"
+    yield "|---|---|---|---|---|---|---|"
+    for workers in MANY_WORKERS:
+        groups = sizes_of(divided(plan, workers, folder))
+        run = simulate(groups, workers, costs)
+        moved = sum(size for size, _ in groups) / run.seconds
+        yield (
+            f"| {workers:,} | {len(groups):,} | {clock(run.seconds)} | {moved / GB:,.0f} GB/s "
+            f"| {run.busy[COORDINATOR]:.0%} | {run.busy[SCHEDULER]:.0%} | {run.busiest} |"
+        )
 
 
 def checked_rows(plan: Plan, scratch: Path, costs: Costs, counts: Sequence[int]) -> Iterator[str]:
@@ -441,7 +443,7 @@ def report(
     for row in simulated_rows(plan, costs, counts, rates, folder):
         show(row)
     show("")
-    for row in limits(plan, costs, folder):
+    for row in limit_rows(plan, costs, folder):
         show(row)
     show("")
     for row in checked_rows(part, folder, costs, tried):

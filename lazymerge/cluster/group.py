@@ -26,7 +26,8 @@ MOST_GROUP_BYTES = 4 << 30
 quarter of a minute at 300 MB/s."""
 
 LEAST_GROUP_BYTES = 256 << 20
-"""A group costs 20 to 30 ms beside its work (docs/performance.md), these bytes 0.2 s or more."""
+"""Beside its work a group costs its worker 4 ms, and the time until the next one comes, 10 ms or
+more (docs/performance.md, On a cluster); these bytes take 0.1 s of a processor, from disks more."""
 
 
 @dataclass(frozen=True, slots=True)
