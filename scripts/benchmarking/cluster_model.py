@@ -65,7 +65,7 @@ class _Server:
 
     def serve(self, now: float, seconds: float) -> float:
         """When something that comes now will be done."""
-        self.busy_s += seconds * self.slowed
+        self.busy_s += seconds
         self.free_at = max(now, self.free_at) + seconds * self.slowed
         return self.free_at
 
