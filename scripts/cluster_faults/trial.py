@@ -342,7 +342,8 @@ class Trial:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(LOOK_SECONDS)
         for process in self._processes:
-            process.popen.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.popen.wait(10)
         for close in reversed(self._closing):
             close()
 
