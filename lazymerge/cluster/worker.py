@@ -45,6 +45,10 @@ from ..version import __version__
 from .destination import FolderSign, RangeWriter, Sign, StoreSign
 from .group import Group, GroupResult
 
+MOST_SHARE = 0.8
+"""Of the limit that a Dask worker has for itself, whatever --memory says: beyond, it takes no more
+work."""
+
 USED_SHARE = 0.6
 """Of the limit that a Dask worker has for itself: from there on it takes measures (it moves results
 to disk, stops taking tasks at 0.8, is killed at 0.95). Source: Dask, worker memory management."""
@@ -158,7 +162,7 @@ def _memory(group: Group, device: Device | None) -> MemoryPlan:
     Raises:
         DoesNotFitError: it does not fit into the worker's memory.
     """
-    limit = group.limit_bytes or _dask_limit_bytes() or default_limit_bytes()
+    limit = _limit_bytes(group.limit_bytes, _dask_limit_bytes())
     needs = needs_of_remote(group.graph, group.tasks, group.remote_inputs, group.execution)
     kinds = kinds_of(group.graph, group.tasks)
     memory = plan_memory(
@@ -296,10 +300,16 @@ def _dask_worker_address() -> str:
     return "" if worker is None else str(worker.address)
 
 
+def _limit_bytes(asked: int | None, of_worker: int | None) -> int:
+    """Of the process's memory. asked: by --memory. of_worker: what Dask grants it."""
+    if of_worker is None:
+        return asked or default_limit_bytes()
+    return int(of_worker * USED_SHARE) if asked is None else min(asked, int(of_worker * MOST_SHARE))
+
+
 def _dask_limit_bytes() -> int | None:
     worker = _dask_worker()
-    limit = None if worker is None else worker.memory_manager.memory_limit
-    return int(limit * USED_SHARE) if limit else None
+    return None if worker is None else worker.memory_manager.memory_limit
 
 
 def _dask_threads() -> int | None:

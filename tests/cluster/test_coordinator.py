@@ -212,6 +212,7 @@ def facts(out: Path) -> dict[str, Any]:
 def test_all_is_well(
     plan: Plan, expected: Mapping[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(coordinator, "REPEAT_SECONDS", 60.0)
     client = FakeClient("a", "b", "c")
     notes = run(plan, client, tmp_path / "out", monkeypatch)
     assert weights(tmp_path / "out") == expected

@@ -15,6 +15,7 @@ from cluster_cases import write_models, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazymerge.cluster import group as group_module
+from lazymerge.cluster import worker
 from lazymerge.cluster import worker as worker_module
 from lazymerge.cluster.destination import token_path
 from lazymerge.cluster.group import Division, Group, Terms
@@ -132,6 +133,16 @@ def test_a_worker_stops_when_the_run_has_ended(
     monkeypatch.setattr(worker_module._Told, "moved", ended)
     with pytest.raises(LazymergeError, match=r"cluster-abc is gone: the run has ended"):
         make_group(divide(plan, out).group(0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "of_worker", "limit"),
+    [(None, 1000, 600), (500, None, 500), (500, 1000, 500), (5000, 1000, 800)],
+)
+def test_a_worker_keeps_to_both_limits(
+    asked: int | None, of_worker: int | None, limit: int
+) -> None:
+    assert worker._limit_bytes(asked, of_worker) == limit
 
 
 def test_groups_carry_what_they_need_and_no_more(plan: Plan) -> None:
