@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ..checkpoint import Checkpoint
 from ..checkpoint.folder import SUFFIX
 from ..checkpoint.hub import Moved
-from ..errors import InputError, LazymergeError
+from ..errors import InputAtFaultError, InputError, LazymergeError
 from ..graph.node import Read
 from ..output.folder import clear_output_folder
 from ..output.lock import OutputLock
@@ -223,9 +223,10 @@ def _close_later(error: AbandonedError, prepared: Prepared, lock: OutputLock) ->
 
 def _is_to_be_removed(prepared: Prepared, error: BaseException) -> bool:
     """Whether nobody could go on with what a run leaves: nothing is done; or an input is at fault,
-    and when that has been put right it is another merge."""
+    and when that has been put right it is another merge. Other mistakes (certificates, versions of
+    a cluster's workers, credentials that have expired) leave the merge what it is."""
     is_anything_done = prepared.recovery.finished or prepared.checksums
-    return isinstance(error, InputError) or not is_anything_done
+    return isinstance(error, InputAtFaultError) or not is_anything_done
 
 
 def _nothing_to_do(plan: Plan, folder: Path, observer: Observer) -> RunReport:

@@ -23,7 +23,7 @@ from lazymerge.engine import unfinished as unfinished_module
 from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.plan import Plan, Resources
 from lazymerge.engine.report import Silent
-from lazymerge.engine.run import run_plan
+from lazymerge.engine.run import Taken, run_plan
 from lazymerge.engine.scheduler import Scheduler
 from lazymerge.engine.unfinished import difference, plan_of_unfinished
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
@@ -435,6 +435,32 @@ def test_an_output_without_one_of_its_files_is_not_complete(recipe: Path, tmp_pa
     (out / plan.shards[1].file).unlink()
     with pytest.raises(InputError, match="is not empty"):
         run_plan(plan, out)
+
+
+def test_other_mistakes_leave_what_is_finished(recipe: Path, tmp_path: Path) -> None:
+    """Credentials that expire after an hour; certificates that a resumed run lacks."""
+    out = tmp_path / "out"
+
+    class Expires(Silent):
+        def finished(self, tensor: str) -> None:
+            raise InputError("may not be read")
+
+    with pytest.raises(InputError, match="may not be read"):
+        run_plan(planned(recipe), out, observer=Expires())
+    kept = lazymerge.status(out).tensors
+    assert kept > 0
+    with pytest.raises(InputError, match="no certificates"):
+        run_plan(planned(recipe), out, workforce=RefusingWorkforce())
+    assert lazymerge.status(out).tensors == kept
+
+
+class RefusingWorkforce:
+    """A cluster that is not to be had."""
+
+    is_elsewhere = True
+
+    def make(self, *_: object, **__: object) -> Taken:
+        raise InputError("no certificates")
 
 
 def test_an_input_at_fault_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
