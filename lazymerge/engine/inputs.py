@@ -81,6 +81,22 @@ class InputFiles:
                     os.posix_fadvise(self._descriptors[key], 0, 0, os.POSIX_FADV_RANDOM)
             return self._descriptors[key]
 
+    def check(self) -> None:
+        """Checks that no file was written to since it was opened. On a cluster nobody else can: the
+        models may lie on every machine's own disk.
+
+        Raises:
+            LazymergeError: one was.
+        """
+        for (path, _), descriptor in list(self._descriptors.items()):
+            try:
+                status = os.fstat(descriptor)
+            except OSError as error:
+                raise LazymergeError(f"cannot read {path}: {error.strerror}") from error
+            stamp = (status.st_size, status.st_mtime_ns)
+            if self._stamps.get(path, stamp) != stamp:
+                raise changed_error(path)
+
     def close(self) -> None:
         """Closes all files."""
         while self._descriptors:
