@@ -32,6 +32,7 @@ from ...output.store.records import (
     ShardRecord,
     StoreContents,
     document_bytes,
+    is_of_plan,
     look,
     read_record,
     remove_beginnings,
@@ -355,6 +356,7 @@ class _Run:
         if self.records or self.records is None or self.lock.is_lost:
             return
         with suppress(LazymergeError):  # what went wrong first is what is to be said
+            self.abort_uploads()  # of a cluster's workers, that are gone or will be
             contents = look(self.store)
             if contents.manifest is None:
                 remove_output(self.store, contents.own)
@@ -441,10 +443,37 @@ class _Run:
             document = manifest(plan, self.beginning, checksums, beside, folder, report, timeline)
         if report.cluster is not None:
             document["run"]["cluster"] = report.cluster
-        self.lock.check()
+        self.lock.confirm()
+        self._check_shards()
         store.put(MANIFEST_NAME, document_bytes({**document, "name": store.address.name}))
         with suppress(LazymergeError):  # it is complete all the same
             remove_beginnings(store, [*look(store).own])
+
+
+    def _check_shards(self) -> None:
+        """Checks that the objects are those that were made: a worker of an earlier run, of another
+        plan, may have come back and completed what it had begun.
+
+        Raises:
+            LazymergeError: one is not there, or another.
+        """
+        assert self.records is not None
+        found = self.store.objects()
+        for record in self.records.values():
+            there = found.get(record.file)
+            if there is not None and there.etag == record.etag:
+                continue
+            # made twice, by workers that did not know of each other: some stores give each another
+            # ETag
+            looked = self.store.head(record.file)
+            if looked is None or not is_of_plan(*looked, record.size_bytes, record.fingerprint):
+                with suppress(LazymergeError):
+                    self.store.remove([record.name])
+                raise LazymergeError(
+                    f"{self.store.address.url(record.file)} is not what this run has made: another "
+                    "run's worker has replaced it, or somebody has removed it. Run it again; the "
+                    "other shards stay"
+                )
 
 
 def _nonfinite_of(records: Mapping[str, ShardRecord]) -> list[str]:

@@ -35,7 +35,7 @@ from typing import cast
 from ...errors import LazymergeError
 from ..layout import Placement, Shard, shard_header
 from .client import PIECE_BYTES, NoUploadError, Store, StoredObject, Upload
-from .records import FINGERPRINT_KEY, ShardRecord, TensorRecord, new_record
+from .records import FINGERPRINT_KEY, ShardRecord, TensorRecord, is_of_plan, new_record
 
 PART_BYTES = 16 << 20
 """Of an upload: at 100 MB/s a sixth of a second, so that 50 ms of waiting cost a quarter."""
@@ -407,10 +407,8 @@ class ShardUploads:
         while True:
             answer = self._store.head(shard.file)
             if answer is not None:
-                found, noted = answer
-                is_ours = noted.get(FINGERPRINT_KEY) == self._fingerprint
-                if is_ours and found.size_bytes == shard.size_bytes:
-                    return found.etag
+                if is_of_plan(*answer, shard.size_bytes, self._fingerprint):
+                    return answer[0].etag
             if time.monotonic() >= deadline or self._closing:
                 break
             time.sleep(LOOK_SECONDS)
