@@ -104,9 +104,13 @@ class InputFiles:
             os.close(descriptor)
 
 
-def changed_error(path: str) -> LazymergeError:
+class ChangedInputError(LazymergeError):
+    """An input was written to while it was merged."""
+
+
+def changed_error(path: str) -> ChangedInputError:
     """What to raise for an input that is not what it was when its merge went on."""
-    return LazymergeError(
+    return ChangedInputError(
         f"{path} was changed while it was merged (its size or time of modification is not what it "
         "was): what has been read of it may be of both. Begin anew with --overwrite, or put the "
         "file back as it was"

@@ -719,7 +719,9 @@ def test_a_folder_where_a_file_belongs(recipe: Path, tmp_path: Path, name: str) 
 @pytest.mark.parametrize("way", ["in place", "by renaming"])
 def test_an_input_that_changes_under_the_run(recipe: Path, tmp_path: Path, way: str) -> None:
     out, path = tmp_path / "out", tmp_path / "a" / "model.safetensors"
-    data = bytearray(path.read_bytes())
+    before, modified_ns = path.read_bytes(), path.stat().st_mtime_ns
+    run_plan(planned(recipe), tmp_path / "undisturbed")
+    data = bytearray(before)
     data[-1] ^= 1
 
     class Changer(Stopper):
@@ -737,6 +739,12 @@ def test_an_input_that_changes_under_the_run(recipe: Path, tmp_path: Path, way: 
     assert is_unfinished(out)
     with pytest.raises(InputError, match="has changed: its time of modification"):
         lazymerge.resume(out)
+    path.write_bytes(before)
+    os.utime(path, ns=(modified_ns, modified_ns))
+    assert lazymerge.resume(out).resumed_tensors == 0, "nothing of that run is believed"
+    for shard in planned(recipe).shards:
+        made, expected = (tmp_path / name / shard.file for name in ("out", "undisturbed"))
+        assert made.read_bytes() == expected.read_bytes()
 
 
 def test_inputs_stay_open_while_a_worker_reads(

@@ -375,6 +375,28 @@ def test_a_shard_that_somebody_replaces(server: StoreServer, models: Path) -> No
     assert_equal(server, models)
 
 
+def test_an_input_that_changes_and_is_put_back(
+    server: StoreServer, models: Path, tmp_path: Path
+) -> None:
+    """What was made meanwhile is not believed."""
+    path = models / "a" / "model.safetensors"
+    modified_ns = path.stat().st_mtime_ns
+
+    def strike(request: Request) -> None:
+        if request.line.startswith("PUT") and request.line.endswith("safetensors.json"):
+            os.utime(path, ns=(0, 0))
+
+    server.after = strike
+    try:
+        with pytest.raises(LazymergeError, match="was changed while it was merged"):
+            lazymerge.run(plan_of(models), OUT)
+    finally:
+        os.utime(path, ns=(modified_ns, modified_ns))
+    server.after = lambda _: None
+    assert lazymerge.run(plan_of(models), OUT).resumed_tensors == 0
+    assert_equal(server, models)
+
+
 def test_a_run_that_was_stopped_until_another_took_its_lock(
     server: StoreServer, models: Path
 ) -> None:

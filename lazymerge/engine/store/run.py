@@ -35,6 +35,7 @@ from ...output.store.records import (
     is_of_plan,
     look,
     read_record,
+    record_name,
     remove_beginnings,
     remove_output,
     statistics_of,
@@ -44,6 +45,7 @@ from ..baseline import peak_resident_bytes, resident_bytes, store_baseline
 from ..complete import check_complete, nonfinite_error
 from ..download import download
 from ..finishing import manifest, write_beside_weights
+from ..inputs import ChangedInputError
 from ..nonfinite import examine
 from ..plan import Plan
 from ..report import Observer, RunReport, Silent
@@ -376,18 +378,24 @@ class _Run:
             raise LazymergeError(nonfinite_error(nonfinite[0]))
         missing = [shard for shard in plan.shards if shard.file not in before]
         taken = Taken()
-        if missing:
-            taken = workforce.make_shards(
-                plan,
-                missing,
-                Target(self.store.address, plan.fingerprint),
-                account,
-                self._made,
-                stamps=stamps,
-                check=self.lock.check,
-                strict=strict,
-            )
-        check_unchanged(stamps, plan)
+        try:
+            if missing:
+                taken = workforce.make_shards(
+                    plan,
+                    missing,
+                    Target(self.store.address, plan.fingerprint),
+                    account,
+                    self._made,
+                    stamps=stamps,
+                    check=self.lock.check,
+                    strict=strict,
+                )
+            check_unchanged(stamps, plan)
+        except ChangedInputError:  # what was made may be of another file, which may be put back
+            with suppress(LazymergeError):
+                self.store.remove([record_name(shard.file) for shard in missing])
+            self.records = before
+            raise
         if not workforce.is_elsewhere:
             store_baseline(plan.memory.libraries)
         self.lock.check()
@@ -449,7 +457,6 @@ class _Run:
         with suppress(LazymergeError):  # it is complete all the same
             remove_beginnings(store, [*look(store).own])
 
-
     def _check_shards(self) -> None:
         """Checks that the objects are those that were made: a worker of an earlier run, of another
         plan, may have come back and completed what it had begun.
@@ -458,6 +465,11 @@ class _Run:
             LazymergeError: one is not there, or another.
         """
         assert self.records is not None
+        absent = [shard.file for shard in self.plan.shards if shard.file not in self.records]
+        if absent:
+            raise LazymergeError(
+                f"{self.store.address.url(absent[0])} was not made: a defect of lazymerge"
+            )
         found = self.store.objects()
         for record in self.records.values():
             there = found.get(record.file)
