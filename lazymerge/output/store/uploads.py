@@ -406,9 +406,8 @@ class ShardUploads:
         deadline = time.monotonic() + seconds
         while True:
             answer = self._store.head(shard.file)
-            if answer is not None:
-                if is_of_plan(*answer, shard.size_bytes, self._fingerprint):
-                    return answer[0].etag
+            if answer is not None and is_of_plan(*answer, shard.size_bytes, self._fingerprint):
+                return answer[0].etag
             if time.monotonic() >= deadline or self._closing:
                 break
             time.sleep(LOOK_SECONDS)
