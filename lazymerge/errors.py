@@ -42,6 +42,10 @@ class InputError(LazymergeError):
     exit_code = 2
 
 
+class InputAtFaultError(InputError):
+    """What an input holds cannot be merged: when it has been put right, it is another merge."""
+
+
 class DoesNotFitError(LazymergeError):
     """The merge needs more memory or disk than there is (exit code 3)."""
 

@@ -308,5 +308,5 @@ def done_line(plan: Plan, report: RunReport) -> RenderableType:
 def _of_a_worker(cluster: Mapping[str, Any]) -> str:
     workers, groups, repeated = (cluster[key] for key in ("workers", "groups", "repeated"))
     again = f", {repeated} more than once" if repeated else ""
-    one = "worker" if workers == 1 else "workers"
-    return f"of a worker ({workers} {one} made {groups} groups of tensors{again})"
+    made = f"{counted(workers, 'worker')} made {counted(groups, 'group')} of tensors"
+    return f"of a worker ({made}{again})"

@@ -12,6 +12,7 @@ machine that others use too, they reach it.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import signal
@@ -138,7 +139,7 @@ def _local_cluster(
         "distributed.worker.http.routes": [],
     }
     runner = LoopRunner()
-    resource_tracker.ensure_running()  # when it is started later, it unblocks what is blocked here
+    _start_resource_tracker()
     with _ctrl_c_for_this_thread():
         runner.start()
     try:
@@ -165,6 +166,21 @@ def _local_cluster(
     finally:
         runner.stop()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start_resource_tracker() -> None:
+    """Of multiprocessing: when it is started later, it unblocks signals that are blocked here. It
+    clears up after a command that was interrupted while its workers were being started, and would
+    say so on the terminal."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from ..engine.stages import TensorTask
 from ..engine.store.shards import Target
 from ..engine.streaming import Stamps, Told
 from ..errors import LazymergeError
+from ..methods.plugins import plugin_digest
 from ..output.layout import Shard
 from ..output.store.client import Store
 from ..output.store.records import ShardRecord, record_name
@@ -40,7 +41,7 @@ from .connection import ClusterAddress, check_versions, connected, line_of, work
 from .destination import shown_in_folder, shown_in_store
 from .group import Division, GroupResult, Terms, packed_call
 from .interrupts import noted_interrupts
-from .worker import TOPIC, make_group, plugin_digest, versions_here
+from .worker import TOPIC, make_group, versions_here
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -67,7 +68,9 @@ MOST_ATTEMPTS = 3
 
 MOST_FAILURES = 3
 """Of one group, on several workers where there are; and of one worker without a group that it makes
-in between, after which it is given none any more."""
+in between, after which it is given none any more. A group's count are those of workers that have
+made something, when there are such: some that come later and are not fit (another version, no such
+filesystem) do not end a run that others can finish."""
 
 MOST_DEATHS = 5
 """Of workers while they make one group: it kills them, most likely for want of memory."""
@@ -308,6 +311,7 @@ class _Run:
         self._bad: Counter[str] = Counter()
         self._submitted = 0
         self._used: set[str] = set()
+        self._able: set[str] = set()
         self._workers: Mapping[str, int] = {}
         self._looked = self._had_workers = time.monotonic()
         self._is_told = False
@@ -565,6 +569,7 @@ class _Run:
             self._failed(attempt, result)
         else:
             self._bad[attempt.worker] = 0
+            self._able.add(attempt.worker)
             self._done(attempt, result)
 
     def _failed(self, attempt: _Attempt, error: Exception) -> None:
@@ -573,7 +578,8 @@ class _Run:
         self._bad[attempt.worker] += 1
         failures = self._failures.setdefault(attempt.number, [])
         failures.append((attempt.worker, error))
-        if len(failures) >= MOST_FAILURES:
+        blaming = [worker for worker, _ in failures if worker in self._able or not self._able]
+        if len(blaming) >= MOST_FAILURES:
             raise self._worst_failure()
         if self._bad[attempt.worker] >= MOST_FAILURES:
             self._told.noted(f"{attempt.worker} is given nothing any more: {line_of(error)}")

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from ..engine.store.memory import StoreNeeds, held_beside_client, store_needs
 from ..engine.store.shards import store_shard
 from ..engine.streaming import FinishedTensor, Work, stream
 from ..errors import DoesNotFitError, InputError, LazymergeError
-from ..methods.plugins import load_installed, load_plugin
+from ..methods.plugins import installed_versions, load_installed, load_plugin, plugin_digest
 from ..output.store.records import ShardRecord
 from ..version import __version__
 from .destination import FolderSign, RangeWriter, Sign, StoreSign
@@ -251,9 +250,9 @@ class _Told:
 
 
 def versions_here() -> dict[str, str]:
-    """Of the packages that decide the output's bytes: of the code that runs, not of what was
-    installed once."""
-    return {"lazymerge": __version__, "torch": torch_version()}
+    """Of the packages that decide the output's bytes, those with merge methods among them: of
+    lazymerge's code that runs, not of what was installed once."""
+    return {**installed_versions(), "lazymerge": __version__, "torch": torch_version()}
 
 
 def _check_versions(wanted: Mapping[str, str]) -> None:
@@ -278,11 +277,6 @@ def _load_plugins(group: Group) -> None:
         if Path(path).is_file() and plugin_digest(Path(path)) != digest:
             raise InputError(f"plugin {path} is another file here than where the run was planned")
         load_plugin(path)
-
-
-def plugin_digest(path: Path) -> str:
-    """Of a plugin's text."""
-    return blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _dask_worker() -> Any:

@@ -81,6 +81,22 @@ class InputFiles:
                     os.posix_fadvise(self._descriptors[key], 0, 0, os.POSIX_FADV_RANDOM)
             return self._descriptors[key]
 
+    def check(self) -> None:
+        """Checks that no file was written to since it was opened. On a cluster nobody else can: the
+        models may lie on every machine's own disk.
+
+        Raises:
+            LazymergeError: one was.
+        """
+        for (path, _), descriptor in list(self._descriptors.items()):
+            try:
+                status = os.fstat(descriptor)
+            except OSError as error:
+                raise LazymergeError(f"cannot read {path}: {error.strerror}") from error
+            stamp = (status.st_size, status.st_mtime_ns)
+            if self._stamps.get(path, stamp) != stamp:
+                raise changed_error(path)
+
     def close(self) -> None:
         """Closes all files."""
         while self._descriptors:
@@ -88,9 +104,13 @@ class InputFiles:
             os.close(descriptor)
 
 
-def changed_error(path: str) -> LazymergeError:
+class ChangedInputError(LazymergeError):
+    """An input was written to while it was merged."""
+
+
+def changed_error(path: str) -> ChangedInputError:
     """What to raise for an input that is not what it was when its merge went on."""
-    return LazymergeError(
+    return ChangedInputError(
         f"{path} was changed while it was merged (its size or time of modification is not what it "
         "was): what has been read of it may be of both. Begin anew with --overwrite, or put the "
         "file back as it was"

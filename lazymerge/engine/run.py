@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ..checkpoint import Checkpoint
 from ..checkpoint.folder import SUFFIX
 from ..checkpoint.hub import Moved
-from ..errors import InputError, LazymergeError
+from ..errors import InputAtFaultError, InputError, LazymergeError
 from ..graph.node import Read
 from ..output.folder import clear_output_folder
 from ..output.lock import OutputLock
@@ -41,7 +41,7 @@ from .device.interface import Device
 from .device.memory import fit_to_device
 from .download import download
 from .finishing import manifest, write_beside_weights
-from .inputs import changed_error
+from .inputs import ChangedInputError, changed_error
 from .memory import available_memory_bytes
 from .nonfinite import examine
 from .plan import Plan
@@ -196,6 +196,8 @@ def _closed_at_the_end(prepared: Prepared, folder: Path, lock: OutputLock) -> It
         _close_later(error, prepared, lock)
         raise
     except BaseException as error:
+        if isinstance(error, ChangedInputError) and not lock.is_lost:
+            _disown(prepared)
         prepared.writer.close()
         prepared.journal.close()
         lock.touch()  # what is there may be another's by now
@@ -204,6 +206,14 @@ def _closed_at_the_end(prepared: Prepared, folder: Path, lock: OutputLock) -> It
                 prepared.writer.discard()
                 clear_output_folder(folder)
         raise
+
+
+def _disown(prepared: Prepared) -> None:
+    """Says that what this run has finished is not there: it may be of an input that was another
+    file meanwhile, and when that is put back as it was, the next run would believe it."""
+    with suppress(LazymergeError):  # what went wrong first is what is to be said
+        for name in prepared.checksums:
+            prepared.journal.lost(name)
 
 
 def _close_later(error: AbandonedError, prepared: Prepared, lock: OutputLock) -> None:
@@ -223,9 +233,10 @@ def _close_later(error: AbandonedError, prepared: Prepared, lock: OutputLock) ->
 
 def _is_to_be_removed(prepared: Prepared, error: BaseException) -> bool:
     """Whether nobody could go on with what a run leaves: nothing is done; or an input is at fault,
-    and when that has been put right it is another merge."""
+    and when that has been put right it is another merge. Other mistakes (certificates, versions of
+    a cluster's workers, credentials that have expired) leave the merge what it is."""
     is_anything_done = prepared.recovery.finished or prepared.checksums
-    return isinstance(error, InputError) or not is_anything_done
+    return isinstance(error, InputAtFaultError) or not is_anything_done
 
 
 def _nothing_to_do(plan: Plan, folder: Path, observer: Observer) -> RunReport:

@@ -174,6 +174,7 @@ def stream(
                 for worker in workers:
                     device.pin(worker.arena)
             run_workers(scheduler, workers, check)
+        files.check()
     except AbandonedError as error:
         error.close_inputs = lambda: _close(files, fetcher)  # a worker may be reading on
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 from collections import Counter
@@ -19,10 +20,11 @@ from lazymerge.cluster import worker
 from lazymerge.cluster import worker as worker_module
 from lazymerge.cluster.destination import token_path
 from lazymerge.cluster.group import Division, Group, Terms
-from lazymerge.cluster.worker import make_group, plugin_digest
+from lazymerge.cluster.worker import make_group
 from lazymerge.engine.plan import Plan
 from lazymerge.engine.run import stamps_of
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
+from lazymerge.methods.plugins import plugin_digest
 from lazymerge.output.layout import shard_header
 from lazymerge.version import __version__
 
@@ -214,6 +216,22 @@ class TestRefusals:
             make_group(replace(group, stamps=stamps))
         assert self.untouched(group, out)
 
+    def test_an_input_that_changes(
+        self, group: Group, recipe: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On the worker's own disk: nobody else would notice."""
+        path, (_, modified_ns) = next(iter(group.stamps.items()))
+
+        def change(*_: object) -> None:
+            os.utime(path, ns=(0, 0))
+
+        monkeypatch.setattr(worker_module._Told, "moved", change)
+        try:
+            with pytest.raises(LazymergeError, match="was changed while it was merged"):
+                make_group(group)
+        finally:
+            os.utime(path, ns=(modified_ns, modified_ns))
+
     def test_too_little_memory(self, group: Group, out: Path) -> None:
         with pytest.raises(DoesNotFitError, match="the smallest limit that works"):
             make_group(replace(group, limit_bytes=1 << 20))
@@ -227,6 +245,8 @@ class TestRefusals:
         plugin.write_text("A = 2\n")
         with pytest.raises(InputError, match=r"mine\.py is another file here"):
             make_group(replace(group, plugins=[(str(plugin), digest)]))
+        with pytest.raises(InputError, match=r"mine\.py has changed since this process loaded it"):
+            make_group(replace(group, plugins=[(str(plugin), plugin_digest(plugin))]))
         with pytest.raises(InputError, match="there is no plugin"):
             make_group(replace(group, plugins=[(str(tmp_path / "gone.py"), digest)]))
 

@@ -24,7 +24,7 @@ from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
 from lazymerge.engine.resources import Resources
-from lazymerge.engine.run import run_plan
+from lazymerge.engine.run import Taken, run_plan
 from lazymerge.engine.scheduler import Scheduler
 from lazymerge.engine.unfinished import difference, plan_of_unfinished
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
@@ -438,6 +438,32 @@ def test_an_output_without_one_of_its_files_is_not_complete(recipe: Path, tmp_pa
         run_plan(plan, out)
 
 
+def test_other_mistakes_leave_what_is_finished(recipe: Path, tmp_path: Path) -> None:
+    """Credentials that expire after an hour; certificates that a resumed run lacks."""
+    out = tmp_path / "out"
+
+    class Expires(Silent):
+        def finished(self, tensor: str) -> None:
+            raise InputError("may not be read")
+
+    with pytest.raises(InputError, match="may not be read"):
+        run_plan(planned(recipe), out, observer=Expires())
+    kept = lazymerge.status(out).tensors
+    assert kept > 0
+    with pytest.raises(InputError, match="no certificates"):
+        run_plan(planned(recipe), out, workforce=RefusingWorkforce())
+    assert lazymerge.status(out).tensors == kept
+
+
+class RefusingWorkforce:
+    """A cluster that is not to be had."""
+
+    is_elsewhere = True
+
+    def make(self, *_: object, **__: object) -> Taken:
+        raise InputError("no certificates")
+
+
 def test_an_input_at_fault_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
     """When it has been put right, it is another merge."""
     for model in ("base", "a", "b"):
@@ -694,7 +720,9 @@ def test_a_folder_where_a_file_belongs(recipe: Path, tmp_path: Path, name: str) 
 @pytest.mark.parametrize("way", ["in place", "by renaming"])
 def test_an_input_that_changes_under_the_run(recipe: Path, tmp_path: Path, way: str) -> None:
     out, path = tmp_path / "out", tmp_path / "a" / "model.safetensors"
-    data = bytearray(path.read_bytes())
+    before, modified_ns = path.read_bytes(), path.stat().st_mtime_ns
+    run_plan(planned(recipe), tmp_path / "undisturbed")
+    data = bytearray(before)
     data[-1] ^= 1
 
     class Changer(Stopper):
@@ -712,6 +740,12 @@ def test_an_input_that_changes_under_the_run(recipe: Path, tmp_path: Path, way: 
     assert is_unfinished(out)
     with pytest.raises(InputError, match="has changed: its time of modification"):
         lazymerge.resume(out)
+    path.write_bytes(before)
+    os.utime(path, ns=(modified_ns, modified_ns))
+    assert lazymerge.resume(out).resumed_tensors == 0, "nothing of that run is believed"
+    for shard in planned(recipe).shards:
+        made, expected = (tmp_path / name / shard.file for name in ("out", "undisturbed"))
+        assert made.read_bytes() == expected.read_bytes()
 
 
 def test_inputs_stay_open_while_a_worker_reads(

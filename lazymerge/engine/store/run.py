@@ -32,8 +32,10 @@ from ...output.store.records import (
     ShardRecord,
     StoreContents,
     document_bytes,
+    is_of_plan,
     look,
     read_record,
+    record_name,
     remove_beginnings,
     remove_output,
     statistics_of,
@@ -43,6 +45,7 @@ from ..baseline import peak_resident_bytes, resident_bytes, store_baseline
 from ..complete import check_complete, nonfinite_error
 from ..download import download
 from ..finishing import manifest, write_beside_weights
+from ..inputs import ChangedInputError
 from ..nonfinite import examine
 from ..plan import Plan
 from ..report import Observer, RunReport, Silent
@@ -355,6 +358,7 @@ class _Run:
         if self.records or self.records is None or self.lock.is_lost:
             return
         with suppress(LazymergeError):  # what went wrong first is what is to be said
+            self.abort_uploads()  # of a cluster's workers, that are gone or will be
             contents = look(self.store)
             if contents.manifest is None:
                 remove_output(self.store, contents.own)
@@ -374,18 +378,24 @@ class _Run:
             raise LazymergeError(nonfinite_error(nonfinite[0]))
         missing = [shard for shard in plan.shards if shard.file not in before]
         taken = Taken()
-        if missing:
-            taken = workforce.make_shards(
-                plan,
-                missing,
-                Target(self.store.address, plan.fingerprint),
-                account,
-                self._made,
-                stamps=stamps,
-                check=self.lock.check,
-                strict=strict,
-            )
-        check_unchanged(stamps, plan)
+        try:
+            if missing:
+                taken = workforce.make_shards(
+                    plan,
+                    missing,
+                    Target(self.store.address, plan.fingerprint),
+                    account,
+                    self._made,
+                    stamps=stamps,
+                    check=self.lock.check,
+                    strict=strict,
+                )
+            check_unchanged(stamps, plan)
+        except ChangedInputError:  # what was made may be of another file, which may be put back
+            with suppress(LazymergeError):
+                self.store.remove([record_name(shard.file) for shard in missing])
+            self.records = before
+            raise
         if not workforce.is_elsewhere:
             store_baseline(plan.memory.libraries)
         self.lock.check()
@@ -441,10 +451,41 @@ class _Run:
             document = manifest(plan, self.beginning, checksums, beside, folder, report, timeline)
         if report.cluster is not None:
             document["run"]["cluster"] = report.cluster
-        self.lock.check()
+        self.lock.confirm()
+        self._check_shards()
         store.put(MANIFEST_NAME, document_bytes({**document, "name": store.address.name}))
         with suppress(LazymergeError):  # it is complete all the same
             remove_beginnings(store, [*look(store).own])
+
+    def _check_shards(self) -> None:
+        """Checks that the objects are those that were made: a worker of an earlier run, of another
+        plan, may have come back and completed what it had begun.
+
+        Raises:
+            LazymergeError: one is not there, or another.
+        """
+        assert self.records is not None
+        absent = [shard.file for shard in self.plan.shards if shard.file not in self.records]
+        if absent:
+            raise LazymergeError(
+                f"{self.store.address.url(absent[0])} was not made: a defect of lazymerge"
+            )
+        found = self.store.objects()
+        for record in self.records.values():
+            there = found.get(record.file)
+            if there is not None and there.etag == record.etag:
+                continue
+            # made twice, by workers that did not know of each other: some stores give each another
+            # ETag
+            looked = self.store.head(record.file)
+            if looked is None or not is_of_plan(*looked, record.size_bytes, record.fingerprint):
+                with suppress(LazymergeError):
+                    self.store.remove([record.name])
+                raise LazymergeError(
+                    f"{self.store.address.url(record.file)} is not what this run has made: another "
+                    "run's worker has replaced it, or somebody has removed it. Run it again; the "
+                    "other shards stay"
+                )
 
 
 def _nonfinite_of(records: Mapping[str, ShardRecord]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ...errors import InputError
+from ...errors import InputAtFaultError
 from ..operation import ApplyOperation, BlockInput, Cost, Parameters, register
 from ..vector import same_bytes
 
@@ -33,7 +33,7 @@ class Identical(ApplyOperation):
         for index, other in enumerate(inputs[1:], start=1):
             if not same_bytes(first, other.raw(1)):
                 models = cast("tuple[str, ...]", prepared["models"])
-                raise InputError(
+                raise InputAtFaultError(
                     f"tensor {prepared['tensor']} holds integers or booleans, which cannot be "
                     f"merged, and differs between {models[0]} and {models[index]}; "
                     "make them equal, or leave one of the two models out"

@@ -53,6 +53,7 @@ class StoreLock:
         self._content = json.dumps({**asdict(this_owner()), "token": secrets.token_hex(8)}).encode()
         self._etag = ""
         self._released = threading.Event()
+        self._touching = threading.Lock()
         self._toucher = threading.Thread(target=self._keep_touching, name="lock", daemon=True)
         self.taken_over: Owner | None = None
         """Whose it was, if its owner ended without releasing it."""
@@ -107,11 +108,33 @@ class StoreLock:
     def _keep_touching(self) -> None:
         while not self._released.wait(TOUCH_SECONDS):
             with suppress(LazymergeError, UnsupportedError):  # a network that is away may come back
-                try:
-                    self._etag = self._store.put(LOCK_PATH, self._content, only_if=self._etag)
-                except ConditionError:
+                self._touch()
+            if self.is_lost:
+                return
+
+    def _touch(self) -> None:
+        """Writes the lock again, if it is still there and ours."""
+        with self._touching:
+            try:
+                self._etag = self._store.put(LOCK_PATH, self._content, only_if=self._etag)
+            except ConditionError:
+                found = self._store.get(LOCK_PATH, _MOST_BYTES)
+                if found is None or found.content != self._content:
                     self.is_lost = True
-                    return
+                else:  # by a request of ours whose answer was lost
+                    self._etag = found.etag
+
+    def confirm(self) -> None:
+        """Asks the store whether the lock is held: this process may have been stopped for as long
+        as others wait for it, and not have looked since.
+
+        Raises:
+            LockLostError: somebody has removed or replaced the lock.
+            LazymergeError: the store fails.
+        """
+        if self.is_supported:
+            self._touch()
+        self.check()
 
     def check(self) -> None:
         """Raises:

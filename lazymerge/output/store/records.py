@@ -92,6 +92,13 @@ def new_record(
     )
 
 
+def is_of_plan(
+    found: StoredObject, noted: Mapping[str, str], size_bytes: int, fingerprint: str
+) -> bool:
+    """Whether an object is a shard of a plan, whole. noted: of it when it was made."""
+    return found.size_bytes == size_bytes and noted.get(FINGERPRINT_KEY) == fingerprint
+
+
 def record_name(file: str) -> str:
     """Of the object that says that a shard is complete."""
     return f"{RECORD_FOLDER}/{file}.json"

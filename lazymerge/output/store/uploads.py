@@ -35,7 +35,7 @@ from typing import cast
 from ...errors import LazymergeError
 from ..layout import Placement, Shard, shard_header
 from .client import PIECE_BYTES, NoUploadError, Store, StoredObject, Upload
-from .records import FINGERPRINT_KEY, ShardRecord, TensorRecord, new_record
+from .records import FINGERPRINT_KEY, ShardRecord, TensorRecord, is_of_plan, new_record
 
 PART_BYTES = 8 << 20
 """Of an upload: MOST_UPLOADS of them, at 100 MB/s and with 50 ms of waiting, come to 600 MB/s, as
@@ -410,11 +410,8 @@ class ShardUploads:
         deadline = time.monotonic() + seconds
         while True:
             answer = self._store.head(shard.file)
-            if answer is not None:
-                found, noted = answer
-                is_ours = noted.get(FINGERPRINT_KEY) == self._fingerprint
-                if is_ours and found.size_bytes == shard.size_bytes:
-                    return found.etag
+            if answer is not None and is_of_plan(*answer, shard.size_bytes, self._fingerprint):
+                return answer[0].etag
             if time.monotonic() >= deadline or self._closing:
                 break
             time.sleep(LOOK_SECONDS)
