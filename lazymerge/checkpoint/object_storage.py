@@ -147,6 +147,7 @@ class S3Transport(_ObjectStorage):
         if answer.get("ETag") != file.pin:
             raise changed_error(file)
         async with answer["Body"] as body:
+            _check_range(answer, file, start, stop)
             left = stop - start
             while left > 0 and (piece := await body.read(min(transport.PIECE_BYTES, left))):
                 take(piece)
@@ -231,6 +232,23 @@ class GsTransport(_ObjectStorage):
             ):
                 take(piece)
                 left -= len(piece)
+
+
+def _check_range(answer: Mapping[str, Any], file: RemoteFile, start: int, stop: int) -> None:
+    """Checks that an answer of S3 is the range that was asked for: not all that speaks like it
+    knows ranges, and what is between does not always let them through.
+
+    Raises:
+        LazymergeError: it is all of the file. PassingError: it is another range.
+    """
+    found = answer.get("ContentRange")
+    if found is None and (start, stop) != (0, file.size_bytes):
+        raise LazymergeError(
+            f"{file.url}: the storage sends no ranges of files, only whole ones. Use another "
+            "server (for s3: AWS_ENDPOINT_URL), or download the model"
+        )
+    if found is not None and found != f"bytes {start}-{stop - 1}/{file.size_bytes}":
+        raise PassingError("the storage answers with another range than was asked for")
 
 
 def _object_path(url: str) -> str:
