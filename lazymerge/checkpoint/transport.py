@@ -141,11 +141,16 @@ def read_range(reader: Reader, file: RemoteFile, start: int, stop: int, take: Ta
         LazymergeError: it cannot be read.
     """
     done = start
+    failed: list[BaseException] = []
 
     def count(piece: Any) -> None:
         nonlocal done
         piece = memoryview(piece)[: stop - done]
-        take(piece)
+        try:
+            take(piece)
+        except BaseException as error:
+            failed.append(error)  # it is not the network's, whatever it is taken for
+            raise
         done += len(piece)
 
     def once() -> int:
@@ -153,6 +158,8 @@ def read_range(reader: Reader, file: RemoteFile, start: int, stop: int, take: Ta
         try:
             reader.read(file, done, stop, count)
         except PassingError as error:
+            if failed:
+                raise failed[0] from None
             error.args = (f"{error} ({done - start:,} of {stop - start:,} bytes came)",)
             if done > before:
                 raise _ProgressError(*error.args) from None

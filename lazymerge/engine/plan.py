@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from hashlib import blake2b
@@ -21,6 +20,7 @@ from ..adapters import is_local, open_model, split_reference
 from ..architecture import LayerStacks, find_layer_stacks
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint
+from ..checkpoint.at_once import requesting
 from ..checkpoint.fused import is_rows_of, taken_apart
 from ..checkpoint.header import garbage_collector_paused
 from ..checkpoint.hub_reference import SCHEME, is_commit, local_path
@@ -971,7 +971,7 @@ def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]
     if are_here:
         opened = [open_one(reference) for reference in references]
     else:
-        with ThreadPoolExecutor(MODELS_AT_ONCE) as pool:
+        with requesting(MODELS_AT_ONCE) as pool:
             opened = list(pool.map(open_one, references))
     problems = [each for each in opened if isinstance(each, str)]
     if problems:

@@ -150,7 +150,12 @@ def test_a_storage_that_ignores_ranges(
         return await ask(self, method, *rest, **options)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", ask_for_all)
-    with pytest.raises(LazymergeError, match=r"s3://models/\w/model.*sends no ranges of files"):
-        plan = lazymerge.plan(recipe("s3://models", tmp_path / "r.yml"))
-        assert first_ignored
+    path = recipe("s3://models", tmp_path / "r.yml")
+    said = r"s3://models/\w/model.*sends no ranges of files"
+    if not first_ignored:
+        with pytest.raises(LazymergeError, match=said):
+            lazymerge.plan(path)
+        return
+    plan = lazymerge.plan(path)
+    with pytest.raises(LazymergeError, match=said):
         run_plan(plan, tmp_path / "out", fsync=False)
