@@ -38,6 +38,10 @@ PASSING_CODES = frozenset(
 """Of answers 4xx, those that say to come again."""
 
 
+MOST_PAGES = 100
+"""Of a folder's list: of 1,000 files each; the largest models have some hundreds."""
+
+
 class _ObjectStorage:
     """What the kinds have in common."""
 
@@ -182,7 +186,7 @@ class GsTransport(_ObjectStorage):
         fields = "items(name,size,generation),nextPageToken"
         wanted = {"prefix": prefix, "delimiter": "/", "fields": fields}
         files: dict[str, RemoteFile] = {}
-        while True:
+        for _ in range(MOST_PAGES):
             page = await self._json(f"/storage/v1/b/{quote(bucket, safe='')}/o", wanted)
             for facts in page.get("items", ()):
                 name = str(facts["name"]).removeprefix(prefix)
@@ -191,6 +195,10 @@ class GsTransport(_ObjectStorage):
             if not page.get("nextPageToken"):
                 return files
             wanted["pageToken"] = str(page["nextPageToken"])
+        raise LazymergeError(
+            f"{url}: the storage lists more than {MOST_PAGES:,} pages of files. Name a folder that "
+            "holds a model and nothing else"
+        )
 
     async def _json(self, path: str, wanted: Mapping[str, str]) -> dict[str, Any]:
         async with await self._ask(f"{path}?{urlencode(wanted)}", {}) as answer:

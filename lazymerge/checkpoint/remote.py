@@ -230,9 +230,11 @@ class _Opening:
         Raises:
             AbsentError: there is no such folder.
         """
-        self._listed = persistently(self._url, lambda: self._transport.names(self._url))
-        if self._listed is not None:
-            names = [name for name in self._listed if is_plain_name(name) and name.isprintable()]
+        listed = persistently(self._url, lambda: self._transport.names(self._url))
+        if listed is not None:
+            # files are made by these names, here too
+            names = [name for name in listed if is_plain_name(name) and name.isprintable()]
+            self._listed = {name: listed[name] for name in names}
             if not names:
                 raise AbsentError(self._url)
             index = index_among(sorted(names))
