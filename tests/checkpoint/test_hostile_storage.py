@@ -44,7 +44,7 @@ def test_names_that_lead_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_checkpoint(tmp_path / "a", {"w": torch.ones(9)}, {"model_type": "llama"})
     target = tmp_path / "elsewhere.tiktoken"
     outside = [f"{target}", "../outside.tiktoken", "x\0.tiktoken", "\ud800.tiktoken"]
-    storage = Listing(tmp_path / "a", {name: b"x" for name in (*outside, "good.tiktoken")})
+    storage = Listing(tmp_path / "a", dict.fromkeys((*outside, "good.tiktoken"), b"x"))
     monkeypatch.setattr(remote, "_transport", lambda _: storage)
     source = open_remote_model("gs://bucket/a").remote
     assert source is not None

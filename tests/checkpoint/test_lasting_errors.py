@@ -97,6 +97,19 @@ class TestAtOnce:
             said = refused(f"{secure.address}/a")
         assert "the server's certificate is not accepted (self-signed certificate)" in said
 
+    def test_a_redirect_from_tls_to_none(
+        self, server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self_signed(tmp_path))
+        monkeypatch.setitem(fsspec_options(), "https", {"ssl": False})  # whoever it is
+        with range_server(server.root, context) as secure:
+            assert open_remote_model(f"{secure.address}/a").tensors
+            secure.redirects["a/config.json"] = f"{server.address}/a/config.json"
+            said = refused(f"{secure.address}/a")
+        assert "sends it on to where nobody vouches for what comes" in said
+        assert server.log == []
+
 
 class TestThatPasses:
     @pytest.fixture(autouse=True)
@@ -123,6 +136,14 @@ class TestThatPasses:
         with pytest.raises(LazymergeError, match=f"may not be read .*answers {status}") as caught:
             source.read("model.safetensors", 0, 10, lambda _: None)
         assert not isinstance(caught.value, InputError)
+
+
+def fsspec_options() -> dict[str, object]:
+    from fsspec.config import conf
+
+    remote._transport.cache_clear()
+    options: dict[str, object] = conf
+    return options
 
 
 def self_signed(folder: Path) -> Path:
