@@ -148,7 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
         with file.open("rb") as stream:
             while start + sent < stop:
                 length = min(1 << 18, stop - start - sent)
-                count = os.sendfile(self.connection.fileno(), stream.fileno(), start + sent, length)
+                place = start + sent
+                if isinstance(self.connection, ssl.SSLSocket):
+                    count = self.wfile.write(os.pread(stream.fileno(), length, place))
+                else:
+                    count = os.sendfile(self.connection.fileno(), stream.fileno(), place, length)
                 sent += count
                 with server.lock:
                     server.bytes_sent += count

@@ -145,6 +145,7 @@ def read_start(source: HubSource, name: str, count: int) -> bytes:
         ) as response,
     ):
         hf_raise_for_status(response)
+        _check_is_plain(f"{source.repository}/{name}", response)
         for piece in response.iter_bytes(_PIECE_BYTES):
             start += piece
             if len(start) >= count:
@@ -209,12 +210,16 @@ class HubFile:
             ):
                 hf_raise_for_status(response)
                 self._check(file, start, response)
+                left = stop - start
                 for piece in response.iter_bytes():
                     try:
-                        take(piece)
+                        take(piece[:left])
                     except BaseException as error:
                         failed.append(error)  # it is not the Hub's
                         raise
+                    left -= len(piece)
+                    if left <= 0:  # whatever else it sends
+                        break
         except HubUnreachableError as error:
             if failed:
                 raise failed[0] from None
@@ -222,6 +227,7 @@ class HubFile:
 
     def _check(self, file: RemoteFile, start: int, response: Any) -> None:
         """Checks that an answer is the range that was asked for."""
+        _check_is_plain(file.url, response)
         if response.status_code != 206:
             raise NoRangesError(
                 f"{file.url}: this Hub sends no ranges of files, only whole ones. Leave --stream "
@@ -232,6 +238,16 @@ class HubFile:
             raise HubUnreachableError(f"{file.url}: another range came than was asked for")
         if found.rpartition("/")[2] != str(file.size_bytes):
             raise changed_error(file)
+
+
+def _check_is_plain(file: str, response: Any) -> None:
+    """Refuses answers that are packed: a few bytes of one may become gigabytes in memory."""
+    coding = str(response.headers.get("Content-Encoding") or "identity").strip().lower()
+    if coding != "identity":
+        raise UnusableError(
+            f"{file}: the Hub sends it packed ({coding[:40]!r}), though asked not to. Ask another "
+            "one (HF_ENDPOINT), or download the model"
+        )
 
 
 def fetch(source: HubSource, name: str, moved: Moved | None = None) -> None:

@@ -8,11 +8,11 @@ plan, before anything large is fetched.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError
+from .at_once import requesting
 from .broken_file import BrokenFileError
 from .folder import (
     CONFIG_LIMIT_BYTES,
@@ -51,7 +51,7 @@ def open_hub_model(reference: str, wanted: HubReference) -> Checkpoint:
         small = {index: INDEX_LIMIT_BYTES} if index is not None else {}
         if CONFIG_NAME in source.sizes:
             small[CONFIG_NAME] = CONFIG_LIMIT_BYTES
-        with ThreadPoolExecutor(max(1, len(small))) as pool:
+        with requesting(max(1, len(small))) as pool:
             list(pool.map(lambda pair: fetch_small(source, *pair), small.items()))
         checkpoint = open_folder(
             reference,
@@ -111,7 +111,7 @@ def hub_headers(source: HubSource, files: list[str], notices: list[str]) -> list
     """
     absent = [file for file in files if not source.has(file)]
     try:
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        with requesting(REQUESTS_AT_ONCE) as pool:
             return list(pool.map(lambda file: _header(source, file), files))
     except NoRangesError:
         of_torch = [file for file in absent if is_torch_name(file)]
@@ -152,7 +152,7 @@ def _torch_header(source: HubSource, file: str, where: str) -> Header:
 
     first = read_start(source, file, FIRST_READ_BYTES)
     try:
-        with ThreadPoolExecutor(ENTRIES_AT_ONCE) as pool:
+        with requesting(ENTRIES_AT_ONCE) as pool:
             return parse_torch_file(FetchedBytes(first, source.sizes[file], part, pool), file)
     except BrokenFileError as error:
         raise InputError(f"{where}: {error}") from None

@@ -38,6 +38,10 @@ PASSING_CODES = frozenset(
 """Of answers 4xx, those that say to come again."""
 
 
+MOST_PAGES = 100
+"""Of a folder's list: of 1,000 files each; the largest models have some hundreds."""
+
+
 class _ObjectStorage:
     """What the kinds have in common."""
 
@@ -147,6 +151,7 @@ class S3Transport(_ObjectStorage):
         if answer.get("ETag") != file.pin:
             raise changed_error(file)
         async with answer["Body"] as body:
+            _check_range(answer, file, start, stop)
             left = stop - start
             while left > 0 and (piece := await body.read(min(transport.PIECE_BYTES, left))):
                 take(piece)
@@ -181,7 +186,7 @@ class GsTransport(_ObjectStorage):
         fields = "items(name,size,generation),nextPageToken"
         wanted = {"prefix": prefix, "delimiter": "/", "fields": fields}
         files: dict[str, RemoteFile] = {}
-        while True:
+        for _ in range(MOST_PAGES):
             page = await self._json(f"/storage/v1/b/{quote(bucket, safe='')}/o", wanted)
             for facts in page.get("items", ()):
                 name = str(facts["name"]).removeprefix(prefix)
@@ -190,6 +195,10 @@ class GsTransport(_ObjectStorage):
             if not page.get("nextPageToken"):
                 return files
             wanted["pageToken"] = str(page["nextPageToken"])
+        raise LazymergeError(
+            f"{url}: the storage lists more than {MOST_PAGES:,} pages of files. Name a folder that "
+            "holds a model and nothing else"
+        )
 
     async def _json(self, path: str, wanted: Mapping[str, str]) -> dict[str, Any]:
         async with await self._ask(f"{path}?{urlencode(wanted)}", {}) as answer:
@@ -231,6 +240,23 @@ class GsTransport(_ObjectStorage):
             ):
                 take(piece)
                 left -= len(piece)
+
+
+def _check_range(answer: Mapping[str, Any], file: RemoteFile, start: int, stop: int) -> None:
+    """Checks that an answer of S3 is the range that was asked for: not all that speaks like it
+    knows ranges, and what is between does not always let them through.
+
+    Raises:
+        LazymergeError: it is all of the file. PassingError: it is another range.
+    """
+    found = answer.get("ContentRange")
+    if found is None and (start, stop) != (0, file.size_bytes):
+        raise LazymergeError(
+            f"{file.url}: the storage sends no ranges of files, only whole ones. Use another "
+            "server (for s3: AWS_ENDPOINT_URL), or download the model"
+        )
+    if found is not None and found != f"bytes {start}-{stop - 1}/{file.size_bytes}":
+        raise PassingError("the storage answers with another range than was asked for")
 
 
 def _object_path(url: str) -> str:

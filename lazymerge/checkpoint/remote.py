@@ -14,13 +14,13 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import InputError, LazymergeError
+from .at_once import requesting
 from .broken_file import BrokenFileError
 from .folder import (
     CONFIG_LIMIT_BYTES,
@@ -230,9 +230,11 @@ class _Opening:
         Raises:
             AbsentError: there is no such folder.
         """
-        self._listed = persistently(self._url, lambda: self._transport.names(self._url))
-        if self._listed is not None:
-            names = [name for name in self._listed if is_plain_name(name) and name.isprintable()]
+        listed = persistently(self._url, lambda: self._transport.names(self._url))
+        if listed is not None:
+            # files are made by these names, here too
+            names = [name for name in listed if is_plain_name(name) and name.isprintable()]
+            self._listed = {name: listed[name] for name in names}
             if not names:
                 raise AbsentError(self._url)
             index = index_among(sorted(names))
@@ -248,7 +250,7 @@ class _Opening:
         for single, beside in ((SINGLE_NAME, [config]), (TORCH_SINGLE_NAME, [])):
             index = single + INDEX_SUFFIX
             small = [*beside, (index, INDEX_LIMIT_BYTES)]
-            with ThreadPoolExecutor(1) as pool:  # asked for at once, whichever there is
+            with requesting(1) as pool:  # asked for at once, whichever there is
                 is_there = pool.submit(self._begin, single)
                 _each(lambda pair: self.fetch_small(*pair), small)
             if index in self.files:
@@ -277,7 +279,7 @@ class _Opening:
     def _header(self, name: str) -> Header:
         if not self._begin(name):
             raise InputError(f"{self._url}/{name}: is not there")
-        file, first = self.files[name], self._starts[name]
+        file, first = self.files[name], self._starts.pop(name)
         if is_torch_name(name):
             return self._torch_header(name, file, first)
 
@@ -300,7 +302,7 @@ class _Opening:
                 "torch file lie stands at its end. Download the model, or use another server"
             )
         try:
-            with ThreadPoolExecutor(ENTRIES_AT_ONCE) as pool:
+            with requesting(ENTRIES_AT_ONCE) as pool:
                 source = FetchedBytes(first, file.size_bytes, fetch, pool)
                 header = parse_torch_file(source, name)
         except BrokenFileError as error:
@@ -354,9 +356,13 @@ class _Opening:
                 "It is not what its name says."
             )
         with open(os.path.join(self.folder.path, name), "xb") as stream:
-            stream.write(start)
-            if len(start) < file.size_bytes:
-                stream.write(self._read(name, len(start), file.size_bytes))
+
+            def keep(piece: Any) -> None:
+                stream.write(piece)
+
+            keep(start)
+            if len(start) < file.size_bytes:  # piece by piece: it may be 200 MB
+                read_range(self._transport, file, len(start), file.size_bytes, keep)
 
     def _read(self, name: str, start: int, stop: int) -> bytes:
         data = bytearray()
@@ -366,5 +372,5 @@ class _Opening:
 
 def _each(work: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
     """Does something with several things at once; results in their order."""
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+    with requesting(REQUESTS_AT_ONCE) as pool:
         return list(pool.map(work, items))

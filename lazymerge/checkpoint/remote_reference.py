@@ -48,7 +48,7 @@ def check_url(reference: str) -> str:
             f"a model of {plain}://{parts.netloc}: the address holds a ? or #. Signed addresses "
             "would stand in plans and manifests: give the storage's own credentials instead."
         )
-    if not reference.isprintable() or "\\" in reference or "::" in reference:
+    if not reference.isprintable() or "\\" in reference or "::" in parts.path:
         raise InputError(f"model {quoted(reference)}: is no plain address. Correct it.")
     if ".." in parts.path.split("/"):
         raise InputError(f"model {quoted(reference)}: holds .. in its path. Write it without.")

@@ -141,11 +141,16 @@ def read_range(reader: Reader, file: RemoteFile, start: int, stop: int, take: Ta
         LazymergeError: it cannot be read.
     """
     done = start
+    failed: list[BaseException] = []
 
     def count(piece: Any) -> None:
         nonlocal done
         piece = memoryview(piece)[: stop - done]
-        take(piece)
+        try:
+            take(piece)
+        except BaseException as error:
+            failed.append(error)  # it is not the network's, whatever it is taken for
+            raise
         done += len(piece)
 
     def once() -> int:
@@ -153,6 +158,8 @@ def read_range(reader: Reader, file: RemoteFile, start: int, stop: int, take: Ta
         try:
             reader.read(file, done, stop, count)
         except PassingError as error:
+            if failed:
+                raise failed[0] from None
             error.args = (f"{error} ({done - start:,} of {stop - start:,} bytes came)",)
             if done > before:
                 raise _ProgressError(*error.args) from None
@@ -218,9 +225,11 @@ def transport_of(scheme: str) -> Transport:
         from fsspec.config import conf  # type: ignore[import-untyped, unused-ignore]
 
         options: dict[str, Any] = {}
+        headers: dict[str, str] = {}
         if scheme in ("http", "https"):  # a netrc file and proxies, unless FSSPEC_HTTP says else
             given = (conf.get(scheme) or conf.get("http") or {}).get("client_kwargs") or {}
             options["client_kwargs"] = {"trust_env": True, **given}
+            headers = options["client_kwargs"].pop("headers", None) or {}
         elif scheme == "s3":  # what may pass is asked for again by `persistently`
             given = (conf.get(scheme) or {}).get("config_kwargs") or {}
             own = {"retries": {"total_max_attempts": 1}, "max_pool_connections": MOST_AT_ONCE}
@@ -236,7 +245,7 @@ def transport_of(scheme: str) -> Transport:
     from .web_server import HttpTransport
 
     if scheme in ("http", "https"):
-        return HttpTransport(filesystem)
+        return HttpTransport(filesystem, headers)
     return S3Transport(filesystem) if scheme == "s3" else GsTransport(filesystem)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import re
 import socket
 import ssl
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from ..errors import InputError, LazymergeError
@@ -25,6 +29,16 @@ PASSING_STATUSES = frozenset({408, 425, 429})
 MISDIRECTED = frozenset({"InvalidURL", "NonHttpUrlClientError", "TooManyRedirects"})
 """Errors of the client that an answer leads to; not all are in every version of it."""
 
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+MOST_REDIRECTS = 10
+
+OPTIONS = ("proxy", "proxy_headers", "ssl")
+"""Of fsspec's configuration, what requests are made with besides headers."""
+
+SLOW_SECONDS = 30.0
+LEAST_BYTES = 1 << 15
+"""In SLOW_SECONDS: at 1 KiB/s a chunk of 2 MiB would take more than half an hour."""
+
 NO_VERSION = "without version"
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -34,10 +48,17 @@ Host = tuple[str | None, int | None]
 
 
 class HttpTransport:
-    """Web servers."""
+    """Web servers.
 
-    def __init__(self, filesystem: Any) -> None:
+    Redirects are followed here, for the client would send all headers to wherever they lead.
+    """
+
+    def __init__(self, filesystem: Any, headers: Mapping[str, str]) -> None:
+        """headers: sent with every request, to hosts that the user has named alone."""
         self._filesystem = filesystem
+        self._headers = {**headers, **(filesystem.kwargs.get("headers") or {})}
+        given = filesystem.kwargs
+        self._options = {name: given[name] for name in OPTIONS if name in given}
         self._answering: set[Host] = set()
 
     def begin(self, url: str, count: int) -> tuple[RemoteFile, bytes]:
@@ -68,27 +89,62 @@ class HttpTransport:
     ) -> RemoteFile:
         import aiohttp  # type: ignore[import-not-found, unused-ignore]
 
-        session = await self._filesystem.set_session()
         headers = {"Accept-Encoding": "identity"}
         if known is None or known.has_ranges:
             headers["Range"] = f"bytes={start}-{stop - 1}"
-        timeout = aiohttp.ClientTimeout(
-            total=None,
-            sock_connect=transport.CONNECT_SECONDS,
-            sock_read=transport.SILENCE_SECONDS,
-        )
-        address = self._filesystem.encode_url(url)
         try:
-            async with session.get(address, headers=headers, timeout=timeout) as answer:
-                for each in (*answer.history, answer):
-                    self._answering.add((each.url.host, each.url.port))
+            async with self._answer(url, headers) as answer:
                 file = _answered(url, known, answer.status, answer.headers, start)
                 if answer.status == 416:  # an empty file has no ranges
                     return file
                 await _hand_on(answer.content, file, start, min(stop, file.size_bytes), take)
                 return file
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except (
+            aiohttp.ClientError,
+            asyncio.TimeoutError,  # which is no TimeoutError in Python 3.10
+            OSError,
+            ValueError,
+        ) as error:
             raise self._failed(url, known, error) from None
+
+    @asynccontextmanager
+    async def _answer(self, url: str, headers: Mapping[str, str]) -> AsyncIterator[Any]:
+        """The answer to a request, or to that where it is sent on to."""
+        import aiohttp
+        from yarl import URL
+
+        session = await self._filesystem.set_session()
+        timeout = aiohttp.ClientTimeout(
+            total=None,
+            sock_connect=transport.CONNECT_SECONDS,
+            sock_read=transport.SILENCE_SECONDS,
+        )
+        address, own = URL(self._filesystem.encode_url(url)), self._headers
+        for _ in range(MOST_REDIRECTS):
+            asked = session.get(
+                address,
+                headers={**own, **headers},
+                timeout=timeout,
+                allow_redirects=False,
+                **self._options,
+            )
+            # as a whole, too: the lines of an answer may come one by one
+            seconds = transport.CONNECT_SECONDS + transport.SILENCE_SECONDS
+            async with await asyncio.wait_for(asked, seconds) as answer:
+                self._answering.add((answer.url.host, answer.url.port))
+                target = answer.headers.get("Location")
+                if answer.status not in REDIRECTS or target is None:
+                    yield answer
+                    return
+            before, place = address, URL(target)
+            address = place if place.scheme else before.join(place)
+            if not address.host or address.scheme not in ("http", "https"):
+                raise _misdirected(url, "where nothing can be read")
+            if (before.scheme, address.scheme) == ("https", "http"):
+                raise _misdirected(url, "where nobody vouches for what comes (http://)")
+            if address.origin() != before.origin():
+                own = {}
+        raise _misdirected(url, "and on, without end")
 
     def _failed(self, url: str, known: RemoteFile | None, error: Exception) -> Exception:
         """What to raise for a client's error; without the address that was asked, for redirects
@@ -103,10 +159,7 @@ class HttpTransport:
                 "address, or have the certificate's issuer trusted (SSL_CERT_FILE)"
             )
         if {each.__name__ for each in type(error).__mro__} & MISDIRECTED:
-            return LazymergeError(
-                f"{url}: the server sends it on to where nothing can be read "
-                f"({type(error).__name__}). Correct the address"
-            )
+            return _misdirected(url, f"where nothing can be read ({type(error).__name__})")
         if isinstance(error, aiohttp.ClientConnectorError):
             host = (error.host, error.port)
             problem = _lasting_problem(error)
@@ -118,6 +171,10 @@ class HttpTransport:
         elif isinstance(error, ValueError) and not isinstance(error, aiohttp.ClientError):
             return LazymergeError(f"{url}: cannot be read ({type(error).__name__})")
         return PassingError(f"the connection failed ({_short(text)})")
+
+
+def _misdirected(url: str, where: str) -> LazymergeError:
+    return LazymergeError(f"{url}: the server sends it on to {where}. Correct the address")
 
 
 def _lasting_problem(error: Any) -> str | None:
@@ -141,10 +198,16 @@ async def _hand_on(content: Any, file: RemoteFile, start: int, stop: int, take: 
     """
     left = stop - start
     skipped = 0 if file.has_ranges else start
+    since, arrived = time.monotonic(), 0
     while left > 0:
         received, is_chunk_end = await content.readchunk()
         if not received and not is_chunk_end:
             return
+        arrived += len(received)
+        if (seconds := time.monotonic() - since) >= SLOW_SECONDS:
+            if arrived < LEAST_BYTES:
+                raise PassingError(f"{arrived:,} bytes came in {seconds:.0f} seconds")
+            since, arrived = time.monotonic(), 0
         piece = memoryview(received)[skipped:][:left]
         skipped = max(0, skipped - len(received))
         if piece:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
 from ..adapters import is_local, open_model
 from ..architecture.layouts import example, renamed
 from ..checkpoint import Checkpoint
+from ..checkpoint.at_once import requesting
 from ..checkpoint.fused import taken_apart
 from ..checkpoint.tensor import Adapter
 from ..errors import InputError, InputErrors
@@ -50,7 +50,7 @@ def _open_all(recipe: Recipe, paths: Mapping[str, str]) -> dict[str, Checkpoint]
     if are_here:
         opened = [open_one(reference) for reference in references]
     else:
-        with ThreadPoolExecutor(MODELS_AT_ONCE) as pool:
+        with requesting(MODELS_AT_ONCE) as pool:
             opened = list(pool.map(open_one, references))
     problems = [each for each in opened if isinstance(each, str)]
     if problems:

@@ -19,6 +19,9 @@ from .remote_inputs import Distant
 
 WAKE_SECONDS = 0.1
 
+CLOSE_SECONDS = 2.0
+"""How long an interruption waits for requests to end."""
+
 
 class ReadingStopped(Exception):
     """Nobody waits for it any more."""
@@ -73,12 +76,11 @@ def load(
 
         files[path].read(offset, layout.stops[-1], _until(stopped, take))
 
-    try:
-        _at_once(work, files, connections)
-    except BaseException:
+    def close() -> None:
         for descriptor in descriptors.values():
             os.close(descriptor)
-        raise
+
+    _at_once(work, files, connections, close)
     return descriptors
 
 
@@ -92,14 +94,23 @@ def _until(stopped: threading.Event, take: Take) -> Take:
 
 
 def _at_once(
-    work: Callable[[str, threading.Event], None], paths: Collection[str], most: int
+    work: Callable[[str, threading.Event], None],
+    paths: Collection[str],
+    most: int,
+    close: Callable[[], None] = lambda: None,
 ) -> None:
-    """Does something with several files at once. The first error ends all; so does Ctrl-C."""
+    """Does something with several files at once. The first error ends all; so does Ctrl-C.
+
+    close: is called where it fails, when none of them is worked on any more: soon, or where a
+    server is silent, as soon as that is over.
+    """
     waiting = list(paths)
     errors: list[BaseException] = []
     stopped = threading.Event()
 
-    def run() -> None:
+    ends = [threading.Event() for _ in range(min(most, len(waiting)))]
+
+    def run(ended: threading.Event) -> None:
         try:
             while waiting and not stopped.is_set():
                 work(waiting.pop(0), stopped)
@@ -110,21 +121,31 @@ def _at_once(
         except BaseException as error:
             errors.append(error)
             stopped.set()
+        finally:
+            ended.set()
 
     threads = [
-        threading.Thread(target=run, name=f"whole-{number}", daemon=True)
-        for number in range(min(most, len(waiting)))
+        threading.Thread(target=run, args=(ended,), name=f"whole-{number}", daemon=True)
+        for number, ended in enumerate(ends)
     ]
+
+    def close_later() -> None:
+        for thread, ended in zip(threads, ends, strict=True):
+            if thread.ident is not None:  # none of them may write when the files are closed
+                ended.wait()
+        close()
+
     try:
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(WAKE_SECONDS)
+        for ended in ends:  # not Thread.join, which errs when Ctrl-C interrupts it
+            while not ended.wait(WAKE_SECONDS):
+                pass
+        if errors:
+            raise errors[0]
     except BaseException:
         stopped.set()
-        for thread in threads:  # none of them may write when the files are closed
-            thread.join()
+        closing = threading.Thread(target=close_later, name="closing", daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
         raise
-    if errors:
-        raise errors[0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
+from ..checkpoint.at_once import requesting
 from ..engine.network import CONNECTIONS
 from ..engine.plan import Plan
 from ..engine.remote_inputs import Distant
@@ -35,7 +35,7 @@ def network_rate(plan: Plan, seconds: float = SAMPLE_SECONDS) -> float | None:
         return None
     deadline = time.perf_counter() + seconds
     share = len(ranges) / CONNECTIONS
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
+    with requesting(CONNECTIONS) as pool:
         rates = pool.map(
             lambda number: _rate(ranges[int(number * share) :], deadline), range(CONNECTIONS)
         )

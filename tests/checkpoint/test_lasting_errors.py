@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import ipaddress
+import signal
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +97,19 @@ class TestAtOnce:
             said = refused(f"{secure.address}/a")
         assert "the server's certificate is not accepted (self-signed certificate)" in said
 
+    def test_a_redirect_from_tls_to_none(
+        self, server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self_signed(tmp_path))
+        monkeypatch.setitem(fsspec_options(), "https", {"ssl": False})  # whoever it is
+        with range_server(server.root, context) as secure:
+            assert open_remote_model(f"{secure.address}/a").tensors
+            secure.redirects["a/config.json"] = f"{server.address}/a/config.json"
+            said = refused(f"{secure.address}/a")
+        assert "sends it on to where nobody vouches for what comes" in said
+        assert server.log == []
+
 
 class TestThatPasses:
     @pytest.fixture(autouse=True)
@@ -119,6 +136,14 @@ class TestThatPasses:
         with pytest.raises(LazymergeError, match=f"may not be read .*answers {status}") as caught:
             source.read("model.safetensors", 0, 10, lambda _: None)
         assert not isinstance(caught.value, InputError)
+
+
+def fsspec_options() -> dict[str, object]:
+    from fsspec.config import conf
+
+    remote._transport.cache_clear()
+    options: dict[str, object] = conf
+    return options
 
 
 def self_signed(folder: Path) -> Path:
@@ -152,3 +177,40 @@ def self_signed(folder: Path) -> Path:
         + certificate.public_bytes(serialization.Encoding.PEM)
     )
     return path
+
+
+class TestInterruptions:
+    def test_a_silent_server(self, tmp_path: Path) -> None:
+        """Ctrl-C ends a command, whatever it waits for."""
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            listening.settimeout(60)
+            recipe = tmp_path / "recipe.yml"
+            address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            recipe.write_text(
+                f"merge_method: linear\nmodels: [{{model: {address}/a}}, {{model: {address}/b}}]\n"
+                "parameters: {weight: 1}\n"
+            )
+            command = [sys.executable, "-m", "lazymerge", "plan", "--dry-run", str(recipe)]
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+                connection, _ = listening.accept()
+                time.sleep(0.3)  # it waits for the answer then
+                process.send_signal(signal.SIGINT)
+                _, said = process.communicate(timeout=10)
+                connection.close()
+        assert (process.returncode, said) == (130, "lazymerge: interrupted\n")
+
+    def test_a_writer_that_fails(self, server: RangeServer) -> None:
+        """What receives bytes may fail like the network, and is not asked again."""
+        source = open_remote_model(f"{server.address}/a").remote
+        assert source is not None
+        given: list[bytes] = []
+
+        def full(piece: memoryview) -> None:
+            given.append(bytes(piece))
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.raises(OSError, match="No space left"):
+            source.read("model.safetensors", 0, 10, full)
+        assert len(given) == 1

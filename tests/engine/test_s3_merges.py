@@ -12,7 +12,7 @@ import torch
 import yaml
 from lazymerge.checkpoint import remote
 from lazymerge.engine.run import run_plan
-from lazymerge.errors import InputError
+from lazymerge.errors import InputError, LazymergeError
 
 from conftest import write_checkpoint
 
@@ -130,3 +130,32 @@ def test_what_is_not_there(bucket: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'s3://nowhere/a'") as caught:
         lazymerge.plan(recipe("s3://nowhere", tmp_path / "r.yml"))
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("first_ignored", [0, 1])
+def test_a_storage_that_ignores_ranges(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_ignored: int
+) -> None:
+    """From the beginning, or what is between only later: it sends whole objects all the same."""
+    import s3fs
+
+    for name, seed in (("a", 1), ("b", 2)):
+        model(bucket, tmp_path, name, seed)
+    ask = s3fs.S3FileSystem._call_s3
+
+    async def ask_for_all(self: Any, method: str, *rest: Any, **options: Any) -> Any:
+        wanted = str(options.get("Range") or "")
+        if wanted and not (wanted.startswith("bytes=0-") and first_ignored):
+            del options["Range"]
+        return await ask(self, method, *rest, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", ask_for_all)
+    path = recipe("s3://models", tmp_path / "r.yml")
+    said = r"s3://models/\w/model.*sends no ranges of files"
+    if not first_ignored:
+        with pytest.raises(LazymergeError, match=said):
+            lazymerge.plan(path)
+        return
+    plan = lazymerge.plan(path)
+    with pytest.raises(LazymergeError, match=said):
+        run_plan(plan, tmp_path / "out", fsync=False)
