@@ -39,6 +39,7 @@ _PIECE_BYTES = 1 << 16
 _NAME = re.compile(r"(1_Pooling/)?[^/\\\0]+")
 """Files of the folder itself; of those in others, sentence-transformers' settings alone."""
 _TOKEN = re.compile(r"hf_\w+")
+_USER = re.compile(r"//[^/\s]*@")
 
 Moved = Callable[[int], None]
 """Told how many more bytes have arrived; less than 0: so many must be sent again."""
@@ -447,7 +448,7 @@ def _explained(repository: str, revision: str, name: str | None = None) -> Itera
     from huggingface_hub import constants, errors
 
     model = f"model {quoted(repository)}"
-    page = f"{constants.ENDPOINT}/{repository}"
+    page = f"{_endpoint()}/{repository}"
     try:
         yield
     except LazymergeError:
@@ -459,7 +460,7 @@ def _explained(repository: str, revision: str, name: str | None = None) -> Itera
         ) from None
     except errors.RepositoryNotFoundError:
         raise InputError(
-            f"{model}: is no local folder, and the Hub ({constants.ENDPOINT}) has no such model, "
+            f"{model}: is no local folder, and the Hub ({_endpoint()}) has no such model, "
             "or it is private. Correct the path or the id, or log in (hf auth login, or HF_TOKEN)."
         ) from None
     except errors.RevisionNotFoundError:
@@ -518,11 +519,9 @@ def _offline(model: str, name: str | None) -> str:
 
 
 def _unreachable(model: str, name: str | None, error: BaseException) -> HubUnreachableError:
-    from huggingface_hub import constants
-
     where = model if name is None else f"{model}: {name}"
     return HubUnreachableError(
-        f"{where}: cannot be had from {constants.ENDPOINT}: {_first_line(error)}. Try again, or "
+        f"{where}: cannot be had from {_endpoint()}: {_first_line(error)}. Try again, or "
         "name a local folder."
     )
 
@@ -533,7 +532,14 @@ def _first_line(error: BaseException) -> str:
         error = error.__context__  # a generator that did not stop says nothing of why
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
-    return _TOKEN.sub("hf_…", text[:200]).rstrip(".")
+    return _USER.sub("//", _TOKEN.sub("hf_…", text[:200])).rstrip(".")
+
+
+def _endpoint() -> str:
+    """The Hub's address for people, without a password that stands in it."""
+    from huggingface_hub import constants
+
+    return _USER.sub("//", constants.ENDPOINT)
 
 
 def _shell_words(wanted: HubReference) -> str:

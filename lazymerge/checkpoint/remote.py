@@ -170,7 +170,8 @@ def open_remote_model(reference: str, *, is_beside_wanted: bool = True) -> Check
     except AbsentError:
         raise InputError(f"model {quoted(reference)}: is not there. Correct the address.") from None
     except LazymergeError as error:
-        raise type(error)(f"model {quoted(reference)}: {error}") from None
+        text = str(error).replace(opening.folder.path, base)
+        raise type(error)(f"model {quoted(reference)}: {text}") from None
     try:
         checkpoint = open_folder(
             reference, Path(opening.folder.path), names=sorted(names), read_all=opening.headers

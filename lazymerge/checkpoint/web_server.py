@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from hashlib import blake2b
 from typing import Any
 
 from ..errors import InputError, LazymergeError
@@ -40,6 +41,9 @@ LEAST_BYTES = 1 << 15
 """In SLOW_SECONDS: at 1 KiB/s a chunk of 2 MiB would take more than half an hour."""
 
 NO_VERSION = "without version"
+
+LONGEST_PIN = 200
+"""Characters. The ETags of servers have 10 to 70."""
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _UNREACHABLE = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH})
@@ -241,7 +245,7 @@ def _answered(
             f"{url}: the server sends it packed ({_short(coding)}), though asked not to. Use "
             "another server, or download the model"
         )
-    pin = headers.get("ETag") or headers.get("Last-Modified") or NO_VERSION
+    pin = _pin(headers.get("ETag") or headers.get("Last-Modified") or NO_VERSION)
     if status == 416 and (headers.get("Content-Range") or "").strip() == "bytes */0":
         file = RemoteFile(url, 0, pin)
     elif status == 200:
@@ -256,6 +260,13 @@ def _answered(
     if known is not None and (file.size_bytes, file.pin) != (known.size_bytes, known.pin):
         raise changed_error(known)
     return file
+
+
+def _pin(named: str) -> str:
+    """A version as plans and messages hold it: by a hash where a server names it strangely."""
+    if len(named) <= LONGEST_PIN and named.isascii() and named.isprintable():
+        return named
+    return blake2b(named.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _whole(url: str, known: RemoteFile | None, headers: Any, pin: str) -> RemoteFile:

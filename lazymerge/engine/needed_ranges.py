@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..checkpoint.tensor import DTYPES
+from ..errors import InputError
 from ..graph.graph import Graph
 from ..graph.node import Read, Reduce, Write
 from ..graph.operation import reduce_operation
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 2 << 20
 """A quarter of a span of a bfloat16 input. What is fetched is let go of in such pieces; requests
 are for many of them."""
+
+MOST_CHUNKS = 1 << 22
+"""Of a merge: 8 TiB, twice what three models of 671B take in 16 bits. They are listed in memory,
+and a header of a hundred bytes may claim a tensor of exabytes."""
 
 assert CHUNK_BYTES % mmap.ALLOCATIONGRANULARITY == 0
 
@@ -71,13 +76,26 @@ def path_of(read: Read) -> str:
 
 
 def chunks_of(reads: Iterable[Read], max_gap_bytes: int = MAX_GAP_BYTES) -> dict[str, FileChunks]:
-    """The chunks of every file that is read, by path."""
+    """The chunks of every file that is read, by path.
+
+    Raises:
+        InputError: they are too many.
+    """
     ranges: dict[str, list[tuple[int, int]]] = {}
     for read in reads:
         if read.tensor.size_bytes:
             place = (read.tensor.start, read.tensor.stop_exclusive)
             ranges.setdefault(path_of(read), []).append(place)
-    return {path: _cut(united(sorted(set(each)), max_gap_bytes)) for path, each in ranges.items()}
+    joined = {path: united(sorted(set(each)), max_gap_bytes) for path, each in ranges.items()}
+    sizes = {path: sum(stop - start for start, stop in each) for path, each in joined.items()}
+    if sum(sizes.values()) > MOST_CHUNKS * CHUNK_BYTES:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise InputError(
+            f"{largest}: its header claims {sizes[largest]:,} bytes of tensors; at most "
+            f"{MOST_CHUNKS * CHUNK_BYTES:,} are fetched for a merge. It is not what its name says, "
+            "or download the models"
+        )
+    return {path: _cut(each) for path, each in joined.items()}
 
 
 def united(ranges: Sequence[tuple[int, int]], max_gap_bytes: int) -> list[tuple[int, int]]:

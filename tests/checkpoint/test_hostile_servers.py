@@ -150,6 +150,17 @@ class TestHub:
         ):
             self.read(source, address, monkeypatch)
 
+    def test_a_password_in_the_address(
+        self, source: HubSource, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """HF_ENDPOINT may hold one; messages do not."""
+        monkeypatch.setattr(transport, "TRIES", 1)
+        with pytest.raises(
+            LazymergeError, match=r"cannot be had from http://127\.0\.0\.1:9:"
+        ) as said:
+            self.read(source, "http://somebody:TheSecretOfATest@127.0.0.1:9", monkeypatch)
+        assert "TheSecretOfATest" not in str(said.value)
+
 
 @pytest.mark.parametrize("place", ["client_kwargs", "headers"])
 def test_headers_of_the_user_are_not_for_others(
@@ -191,3 +202,26 @@ def test_an_address_of_ip_version_6(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
         assert len(open_remote_model(f"{address}/a").tensors) == 1
         listening.shutdown()
+
+
+@pytest.mark.parametrize("etag", ['"' + "x" * 5000 + '"', '"\x9b31m\xff"', '"\u00e4"'])
+def test_strange_versions(tmp_path: Path, etag: str) -> None:
+    """They end up in plans and messages."""
+    write_checkpoint(tmp_path / "a", {"w": torch.ones(9)}, {"model_type": "llama"})
+    pins = []
+    with range_server(tmp_path) as server:
+        for each in (etag, etag, etag + "x"):
+            server.etag = each
+            pins.append(open_remote_model(f"{server.address}/a").files[0].pin)
+    assert all(pin and len(pin) == 32 and pin.isalnum() and pin.isascii() for pin in pins)
+    assert pins[0] == pins[1] != pins[2]
+
+
+def test_an_index_that_leads_elsewhere(tmp_path: Path) -> None:
+    """The message names the address, not this machine's folder."""
+    index = '{"weight_map": {"w": "../b/model.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with range_server(tmp_path) as server, pytest.raises(LazymergeError) as caught:
+        open_remote_model(server.address)
+    assert f"{server.address}/model.safetensors.index.json" in str(caught.value)
+    assert "'../b/model.safetensors' is not a plain file name" in str(caught.value)

@@ -14,6 +14,8 @@ import lazymerge
 import pytest
 import torch
 import yaml
+from lazymerge.checkpoint.transport import RemoteFile
+from lazymerge.checkpoint.web_server import HttpTransport
 from lazymerge.engine import fetching, remote_reading
 from lazymerge.engine.memory import CONNECTION_BYTES
 from lazymerge.engine.network import CONNECTIONS
@@ -455,3 +457,20 @@ def test_statistics(models: Path, server: RangeServer, tmp_path: Path) -> None:
         text = (tmp_path / out / "lazymerge-statistics.json").read_text()
         written.append(json.loads(text)["tensors"])
     assert written[1] == written[0]
+
+
+def test_a_header_that_claims_exabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before the chunks of it are listed, which would take all memory."""
+    size = 1 << 60
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+    header += " " * (-len(header) % 8)
+    start = len(header).to_bytes(8, "little") + header.encode()
+    file = RemoteFile("http://127.0.0.1:1/a/model.safetensors", len(start) + size, '"1"')
+    begin = lambda _, url, count: (file, start.ljust(count, b"\0"))  # noqa: E731
+    monkeypatch.setattr(HttpTransport, "begin", begin)
+    path = tmp_path / "recipe.yml"
+    path.write_text(
+        yaml.safe_dump({"merge_method": "passthrough", "models": [{"model": file.url}]})
+    )
+    with pytest.raises(InputError, match=r"claims 1,152,921,504,606,846,976 bytes of tensors"):
+        lazymerge.plan(path)
