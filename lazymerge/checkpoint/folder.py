@@ -504,6 +504,11 @@ def _explain_absent(reference: str, path: Path) -> str:
             f"model {quoted(reference)}: is neither a folder nor a regular file. Name a model's "
             f"folder or a {SUFFIX} file."
         )
+    if "://" in reference:
+        return (
+            f"model {quoted(reference)}: is no address that is read. Write hf://org/name[@revision],"
+            " or begin it with https://, http://, s3:// or gs://."
+        )
     resolved = Path(os.path.realpath(path))
     return (
         f"model {quoted(reference)}: not found (resolved to {resolved})."

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lazymerge.checkpoint import remote
+from lazymerge.checkpoint import open_checkpoint, remote
 from lazymerge.checkpoint.remote import open_remote_model
 from lazymerge.checkpoint.transport import RemoteFile, Take
+from lazymerge.errors import InputError
 
 from conftest import write_checkpoint
 
@@ -52,3 +53,9 @@ def test_names_that_lead_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert here == {"config.json", "good.tiktoken"}
     assert not target.exists()
     assert not Path(source.folder, "../outside.tiktoken").exists()
+
+
+@pytest.mark.parametrize("address", ["hf://org", "HTTPS://host/a", "ftp://host/a", "hf://o/n/f"])
+def test_no_address(address: str) -> None:
+    with pytest.raises(InputError, match=r"is no address that is read. Write hf://org/name"):
+        open_checkpoint(address)
