@@ -35,6 +35,9 @@ RETRIES = 2
 TIMEOUT_SECONDS = 30.0
 """Without an answer, or between two pieces of one."""
 
+SPARE_BYTES = 16 << 20
+"""Of a file that is downloaded, beyond twice its size: some ways of the library count roughly."""
+
 _PIECE_BYTES = 1 << 16
 _NAME = re.compile(r"(1_Pooling/)?[^/\\\0]+")
 """Files of the folder itself; of those in others, sentence-transformers' settings alone."""
@@ -264,7 +267,9 @@ def fetch(source: HubSource, name: str, moved: Moved | None = None) -> None:
         return
     from huggingface_hub import hf_hub_download
 
-    options: dict[str, Any] = {} if moved is None else {"tqdm_class": _counter(moved)}
+    options: dict[str, Any] = {}
+    if moved is not None:
+        options["tqdm_class"] = _counter(_bounded(source, name, moved))
     with _explained(source.repository, source.revision, name), _checked_names():
         hf_hub_download(
             source.repository,
@@ -287,6 +292,25 @@ def fetch(source: HubSource, name: str, moved: Moved | None = None) -> None:
             "and try again."
         )
     _remember(source)
+
+
+def _bounded(source: HubSource, name: str, moved: Moved) -> Moved:
+    """`moved`, which raises InputError where much more comes than the Hub lists: the library would
+    write it until the disk is full."""
+    came, most = 0, 2 * source.sizes[name] + SPARE_BYTES
+
+    def counted(more: int) -> None:
+        nonlocal came
+        came += more
+        if came > most:
+            raise InputError(
+                f"model {quoted(source.repository)}: the Hub lists {name} with "
+                f"{source.sizes[name]:,} bytes, and sends more than {most:,}. Do not use this Hub "
+                "unless you know why."
+            )
+        moved(more)
+
+    return counted
 
 
 def silently(_: int) -> None:

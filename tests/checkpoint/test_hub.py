@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lazymerge.checkpoint.hub import fetch, find_source, read_start
 from lazymerge.checkpoint.hub_reference import HubReference, hub_reference
 from lazymerge.errors import InputError, LazymergeError
 
+import hub_server
 from conftest import MakeCheckpoint, write_checkpoint
 from hub_server import TOKEN, HubServer
 
@@ -346,3 +349,33 @@ def test_a_header_that_is_none(hub: HubServer, tmp_path: Path) -> None:
     hub.publish("org/x", tmp_path / "x")
     message = refused("org/x")
     assert "org/x/model.safetensors: claims a header of" in message
+
+
+def test_a_config_without_an_end(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub lists its size, and sends on until the disk is full."""
+    write_checkpoint(tmp_path / "m", {"w": torch.ones(9)}, {"model_type": "llama"})
+    hub.publish("org/m", tmp_path / "m")
+    send = hub_server._Handler._send_file
+    sent = 0
+
+    def endlessly(
+        self: Any, hub: HubServer, name: str, commit: str, data: bytes, *, with_body: bool
+    ) -> None:
+        nonlocal sent
+        if not with_body or not name.endswith("/config.json"):
+            send(self, hub, name, commit, data, with_body=with_body)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        with suppress(OSError):
+            while sent < 30_000_000:
+                sent += self.wfile.write(bytes(1 << 16))
+
+    monkeypatch.setattr(hub_server._Handler, "_send_file", endlessly)
+    monkeypatch.setattr(hub_module, "SPARE_BYTES", 1_000_000)
+    with pytest.raises(InputError, match=r"config.json with 23 bytes, and sends more than 1,000"):
+        open_checkpoint("org/m")
+    assert sent < 30_000_000
