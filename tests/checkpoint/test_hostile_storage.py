@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lazymerge.checkpoint import open_checkpoint, remote
+from lazymerge.checkpoint.object_storage import GsTransport
 from lazymerge.checkpoint.remote import open_remote_model
 from lazymerge.checkpoint.transport import RemoteFile, Take
-from lazymerge.errors import InputError
+from lazymerge.errors import InputError, LazymergeError
 
 from conftest import write_checkpoint
 
@@ -59,3 +62,20 @@ def test_names_that_lead_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_no_address(address: str) -> None:
     with pytest.raises(InputError, match=r"is no address that is read. Write hf://org/name"):
         open_checkpoint(address)
+
+
+class EndlessList(GsTransport):
+    asked = 0
+
+    async def _json(self, path: str, wanted: Mapping[str, str]) -> dict[str, Any]:
+        self.asked += 1
+        items = [{"name": f"{wanted['prefix']}{self.asked}", "size": "1", "generation": "1"}]
+        return {"items": items, "nextPageToken": str(self.asked)}
+
+
+def test_a_list_without_an_end() -> None:
+    pytest.importorskip("aiohttp", reason="the extra [remote] is not installed")
+    storage = EndlessList(None)
+    with pytest.raises(LazymergeError, match=r"gs://bucket/a: .*more than 100 pages of files"):
+        storage.names("gs://bucket/a")
+    assert storage.asked == 100
