@@ -479,7 +479,9 @@ def test_a_shard_made_twice_at_once(server: StoreServer, models: Path) -> None:
             pass
 
     def make(_: int) -> Any:
-        return store_shard(work, shard, target, stamps_of(plan), Told())
+        record, held_bytes = store_shard(work, shard, target, stamps_of(plan), Told())
+        assert 0 < held_bytes <= shard.size_bytes
+        return record
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(make, range(2))
