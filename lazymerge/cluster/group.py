@@ -86,7 +86,8 @@ class GroupResult:
     number: the group's. worker: address of who made it.
     tensors: in the order in which they were finished. notes: that a person should know.
     bytes_read: in all passes. bytes_fetched: over the network, of inputs.
-    seconds: that it took. peak_bytes: the worker's peak resident set.
+    seconds: that it took. peak_bytes: the worker's peak resident set, and the most that
+        the group had of fetched inputs and of uploads.
     record: of a shard in a store.
     """
 

@@ -91,7 +91,7 @@ def make_group(group: Group) -> GroupResult:
         bytes_written=told.bytes_written,
         bytes_fetched=told.bytes_fetched,
         seconds=time.perf_counter() - began,
-        peak_bytes=peak_resident_bytes(),
+        peak_bytes=peak_resident_bytes() + told.held_bytes,
     )
 
 
@@ -111,7 +111,7 @@ def _make_with(group: Group, told: _Told, device: Device | None) -> None:
     """device: that computes, if one does."""
     if group.stored is not None:
         told.sign.check()
-        told.record = store_shard(
+        told.record, told.held_bytes = store_shard(
             _work(group, device),
             group.stored.shard,
             group.stored.target,
@@ -125,7 +125,7 @@ def _make_with(group: Group, told: _Told, device: Device | None) -> None:
     folder = Path(group.folder)
     writer = RangeWriter(folder, group.file, group.file_bytes, group.placements, group.token)
     try:
-        stream(
+        told.held_bytes = stream(
             _work(group, device),
             writer,
             group.stamps,
@@ -207,6 +207,7 @@ class _Told:
         self.tensors: list[FinishedTensor] = []
         self.notes: list[str] = []
         self.bytes_read = self.bytes_written = self.bytes_fetched = 0
+        self.held_bytes = 0
 
     def began(self, tensor: str) -> None:
         self._tensor = tensor

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,6 +239,16 @@ class TestRefusals:
             make_group(replace(group, limit_bytes=1 << 20))
         assert self.untouched(group, out)
 
+    @pytest.fixture
+    def forgotten(self) -> Iterator[None]:
+        """Plugins that a test loads are gone after it."""
+        before = set(sys.modules)
+        yield
+        for name in set(sys.modules) - before:
+            if name.startswith("lazymerge_plugin_"):
+                del sys.modules[name]
+
+    @pytest.mark.usefixtures("forgotten")
     def test_plugins_that_are_not_the_same(self, group: Group, tmp_path: Path) -> None:
         plugin = tmp_path / "mine.py"
         plugin.write_text("A = 1\n")

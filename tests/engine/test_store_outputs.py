@@ -375,6 +375,16 @@ def test_a_shard_that_somebody_replaces(server: StoreServer, models: Path) -> No
     assert_equal(server, models)
 
 
+def test_uploads_of_an_earlier_plan(server: StoreServer, models: Path) -> None:
+    """Of more shards; a worker that comes back cannot complete its upload any more."""
+    client = boto3.client("s3", endpoint_url=server.address)
+    for name in ("model-00009-of-00042.safetensors", "notes.bin"):
+        client.create_multipart_upload(Bucket="models", Key=f"out/merged/{name}")
+    lazymerge.run(plan_of(models), OUT)
+    left = client.list_multipart_uploads(Bucket="models")["Uploads"]
+    assert [upload["Key"] for upload in left] == ["out/merged/notes.bin"]
+
+
 def test_an_input_that_changes_and_is_put_back(
     server: StoreServer, models: Path, tmp_path: Path
 ) -> None:
@@ -479,7 +489,9 @@ def test_a_shard_made_twice_at_once(server: StoreServer, models: Path) -> None:
             pass
 
     def make(_: int) -> Any:
-        return store_shard(work, shard, target, stamps_of(plan), Told())
+        record, held_bytes = store_shard(work, shard, target, stamps_of(plan), Told())
+        assert 0 < held_bytes <= shard.size_bytes
+        return record
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(make, range(2))

@@ -33,6 +33,7 @@ from ...output.store.records import (
     StoreContents,
     document_bytes,
     is_of_plan,
+    is_own_object,
     look,
     read_record,
     record_name,
@@ -339,14 +340,14 @@ class _Run:
         )
 
     def abort_uploads(self) -> None:
-        """Throws away what runs that were killed have uploaded of shards, and not completed. Where
-        there are no locks, they may be of one that is alive."""
+        """Throws away what runs that were killed have uploaded of shards, and not completed, those
+        of other plans too: a worker that has not heard of it would complete them into this output.
+        Where there are no locks, they may be of one that is alive."""
         if not self.lock.is_supported:
             return
-        shards = {shard.file for shard in self.plan.shards}
         try:
             for upload in list(self.store.uploads()):
-                if upload.name in shards:
+                if is_own_object(upload.name):
                     self.store.abort(upload)
         except (UnsupportedError, InputError):  # it may write, and not look for these
             self.observer.noted(

@@ -39,11 +39,11 @@ def store_shard(
     check: Callable[[], None] = lambda: None,
     device: Device | None = None,
     strict: bool = False,
-) -> ShardRecord:
+) -> tuple[ShardRecord, int]:
     """Makes one shard in a store; returns what the object that says so holds, which has been put
-    beside it. As `store_shards`."""
+    beside it, and the most bytes that were in memory on their way. As `store_shards`."""
     records: list[ShardRecord] = []
-    store_shards(
+    held_bytes = store_shards(
         work,
         [shard],
         target,
@@ -54,7 +54,7 @@ def store_shard(
         device=device,
         strict=strict,
     )
-    return records[0]
+    return records[0], held_bytes
 
 
 def store_shards(
