@@ -71,8 +71,8 @@ _NEW = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def is_keepable(file: RemoteFile) -> bool:
-    """Whether a file's version is known: what has none could be followed by other bytes."""
-    return file.pin != "without version"
+    """Whether a file's version is known, and will not be that of other bytes."""
+    return file.pin != "without version" and file.is_lasting
 
 
 def held_bytes(folder: str, needed: Iterable[tuple[RemoteFile, Range]], piece_bytes: int) -> int:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ..errors import InputError, LazymergeError
@@ -76,12 +76,14 @@ class RemoteFile:
 
     url: as messages and plans name it; without credentials. size_bytes: of all of it.
     pin: which version it is. has_ranges: parts of it can be asked for; else only all of it.
+    is_lasting: no later version will have that pin.
     """
 
     url: str
     size_bytes: int
     pin: str
     has_ranges: bool = True
+    is_lasting: bool = field(default=True, compare=False)
 
 
 class Reader(Protocol):

@@ -10,6 +10,8 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from hashlib import blake2b
 from typing import Any
 
@@ -259,7 +261,23 @@ def _answered(
         file = RemoteFile(url, int(match[3]), pin)
     if known is not None and (file.size_bytes, file.pin) != (known.size_bytes, known.pin):
         raise changed_error(known)
-    return file
+    return replace(file, is_lasting=_is_lasting(headers))
+
+
+def _is_lasting(headers: Any) -> bool:
+    """Whether no later version of a file will be named as this one is: by an ETag that is not weak,
+    or by a time of change that is over, for those are told to the second.
+
+    Source: RFC 9110, 8.8.1 and 8.8.2.2.
+    """
+    etag = headers.get("ETag")
+    if etag:
+        return not etag.startswith("W/")
+    try:
+        changed = parsedate_to_datetime(headers.get("Last-Modified") or "")
+        return (parsedate_to_datetime(headers.get("Date") or "") - changed).total_seconds() >= 1
+    except (TypeError, ValueError, OverflowError):  # one is not there, or no date
+        return False
 
 
 def _pin(named: str) -> str:

@@ -225,3 +225,27 @@ def test_an_index_that_leads_elsewhere(tmp_path: Path) -> None:
         open_remote_model(server.address)
     assert f"{server.address}/model.safetensors.index.json" in str(caught.value)
     assert "'../b/model.safetensors' is not a plain file name" in str(caught.value)
+
+
+CHANGED = "Thu, 26 Nov 2026 10:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_lasting"),
+    [
+        ({"ETag": '"1"'}, True),
+        ({"ETag": 'W/"1"'}, False),
+        ({"ETag": 'W/"1"', "Last-Modified": CHANGED, "Date": CHANGED.replace("10", "11")}, False),
+        ({"Last-Modified": CHANGED, "Date": "Thu, 26 Nov 2026 10:00:01 GMT"}, True),
+        ({"Last-Modified": CHANGED, "Date": CHANGED}, False),
+        ({"Last-Modified": CHANGED}, False),
+        ({"Last-Modified": "yesterday", "Date": CHANGED}, False),
+        ({"Last-Modified": CHANGED, "Date": "Thu, 26 Nov 99999 10:00:01 GMT"}, False),
+        ({"Last-Modified": "Thu, 26 Nov 2026 10:00:00 -0000", "Date": CHANGED}, False),
+        ({}, False),
+    ],
+)
+def test_versions_that_will_not_be_those_of_other_bytes(
+    headers: dict[str, str], is_lasting: bool
+) -> None:
+    assert web_server._is_lasting(headers) is is_lasting

@@ -152,9 +152,10 @@ class TestCache:
         run_plan(plan, tmp_path / "second", fsync=False)
         assert output(tmp_path / "second") == local(server, tmp_path) != output(tmp_path / "first")
 
-    def test_a_model_without_version(self, server: RangeServer, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("etag", ["", 'W/"1"'])
+    def test_a_model_without_version(self, server: RangeServer, tmp_path: Path, etag: str) -> None:
         """Nobody could tell what it is followed by: nothing of it is kept."""
-        server.etag = ""
+        server.etag = etag
         cache = tmp_path / "cache"
         run_plan(remote(server, tmp_path, cache=cache), tmp_path / "first", fsync=False)
         assert held(cache) == 0
