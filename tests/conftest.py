@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from lazymerge.engine import run
+from lazymerge.cluster import worker
+from lazymerge.engine import comparison, run
 from lazymerge.engine.native import library
+from lazymerge.engine.store import run as store_run
+from lazymerge.inspection import scan
 from safetensors.torch import save_file
 
 from hub_server import TOKEN, HubServer, hub_server
@@ -81,7 +84,8 @@ def _small_process() -> Iterator[None]:
     it has run: here every run believes itself in a small one. tests/engine/test_runs.py says what
     happens in a large one, tests/engine/test_real_processes.py has real ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "resident_bytes", lambda: 0)
+        for module in (run, comparison, store_run, scan, worker):
+            patch.setattr(module, "resident_bytes", lambda: 0)
         yield
 
 

@@ -183,7 +183,8 @@ from pathlib import Path
 from merge_cases import RECIPES
 from merging import recipe_of
 from test_determinism import digests
-from lazymerge.engine.plan import Resources, make_plan
+from lazymerge.engine.planning import make_plan
+from lazymerge.engine.resources import Resources
 from lazymerge.engine.run import run_plan
 
 models, out = map(Path, sys.argv[1:])
