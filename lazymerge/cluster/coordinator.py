@@ -129,6 +129,8 @@ class DaskWorkforce:
         """
         self._address = address
         self._limit_bytes = limit_bytes
+        self.may_go_on = False
+        """Whether groups have been given away: workers may complete theirs when a run has ended."""
         self._threads = threads
         self._plugins = [(str(path.absolute()), plugin_digest(path)) for path in plugins]
 
@@ -250,6 +252,7 @@ class DaskWorkforce:
                 account = _Account(told, lost, made)
                 run = _Run(client, division, account, terms.token, device, self._address.text)
                 run.begin_with(workers)
+                self.may_go_on = True
                 run.to_the_end(check)
         return Taken(elsewhere_bytes=run.peak_bytes, facts={"cluster": run.facts()})
 

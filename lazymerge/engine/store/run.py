@@ -67,6 +67,9 @@ class ShardWorkforce(Protocol):
     is_elsewhere: bool
     """Whether that is done by other processes, which have limits of memory of their own."""
 
+    may_go_on: bool
+    """Whether they may still be at work, and complete a shard, when making them has failed."""
+
     def make_shards(
         self,
         plan: Plan,
@@ -86,6 +89,7 @@ class ThisProcessIntoStore:
     """The threads of this process."""
 
     is_elsewhere = False
+    may_go_on = False
 
     def make_shards(
         self,
@@ -162,7 +166,8 @@ def run_into_store(
         except AbandonedError:
             raise
         except BaseException:
-            run.remove_if_nothing_is_done()
+            if not workforce.may_go_on:  # else what is there is gone on with by the next run
+                run.remove_if_nothing_is_done()
             raise
 
 
