@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -42,7 +43,7 @@ MOST_PAGES = 100
 """Of a folder's list: of 1,000 files each; the largest models have some hundreds."""
 
 
-class _ObjectStorage:
+class _ObjectStorage(ABC):
     """What the kinds have in common."""
 
     has_answered = False
@@ -69,12 +70,9 @@ class _ObjectStorage:
                     raise failed[0] from None
                 raise
 
-    def check(self, file: RemoteFile) -> None:
-        """Every answer has been looked at."""
-
+    @abstractmethod
     async def _get(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
         """Hands a byte range on, by one request."""
-        raise NotImplementedError
 
     @contextmanager
     def _explained(self, url: str, known: RemoteFile | None = None) -> Iterator[None]:
@@ -138,6 +136,9 @@ class S3Transport(_ObjectStorage):
         start = bytearray()
         self.read(file, 0, min(count, file.size_bytes), start.extend)
         return file, bytes(start)
+
+    def check(self, file: RemoteFile) -> None:
+        """Every answer has been looked at."""
 
     async def _get(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
         bucket, key, _ = self._filesystem.split_path(file.url)
@@ -225,6 +226,9 @@ class GsTransport(_ObjectStorage):
             headers=filesystem._get_headers(dict(headers)),
             timeout=timeout,
         )
+
+    def check(self, file: RemoteFile) -> None:
+        """Every answer has been looked at."""
 
     async def _get(self, file: RemoteFile, start: int, stop: int, take: Take) -> None:
         path = f"/download{_object_path(file.url)}?alt=media&generation={file.pin}"

@@ -32,7 +32,8 @@ from ..checkpoint.tensor import DTYPES
 from ..errors import LazymergeError
 from ..graph.graph import Graph
 from ..graph.node import Read
-from .memory_files import empty_file, make_hole, pages, store
+from ..output.holes import make_hole
+from .memory_files import empty_file, pages, store
 from .needed_ranges import (
     chunks_of,
     last_stage,

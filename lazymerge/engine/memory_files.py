@@ -3,12 +3,9 @@ where something has been put."""
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-from collections.abc import Callable
-from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from ..errors import LazymergeError
 from .remote_inputs import Distant
@@ -44,21 +41,3 @@ def store(path: str, descriptor: int, piece: Any, offset: int) -> int:
             ) from error
         data, offset = data[written:], offset + written
     return offset
-
-
-_PUNCH_HOLE, _KEEP_SIZE = 2, 1  # linux/falloc.h
-
-
-@cache
-def _fallocate() -> Callable[[int, int, int, int], int]:
-    call = ctypes.CDLL(None, use_errno=True).fallocate
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    call.restype = ctypes.c_int
-    return cast("Callable[[int, int, int, int], int]", call)
-
-
-def make_hole(descriptor: int, start: int, length: int) -> None:
-    """Gives the memory of a range of a file in memory back."""
-    if _fallocate()(descriptor, _PUNCH_HOLE | _KEEP_SIZE, start, length):
-        error = ctypes.get_errno()
-        raise LazymergeError(f"cannot give memory back: {os.strerror(error)}")

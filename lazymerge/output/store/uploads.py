@@ -20,8 +20,6 @@ and that the next run aborts.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import threading
 import time
@@ -29,10 +27,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from typing import cast
 
 from ...errors import LazymergeError
+from ..holes import make_hole
 from ..layout import Placement, Shard, shard_header
 from .client import PIECE_BYTES, NoUploadError, Store, StoredObject, Upload
 from .records import FINGERPRINT_KEY, ShardRecord, TensorRecord, is_of_plan, new_record
@@ -357,7 +354,7 @@ class ShardUploads:
             etag = self._store.put(opened.shard.file, body, metadata=self._metadata())
         else:
             etag = self._upload_part(opened, part, body)
-        _make_hole(opened.descriptor, offset, size)
+        make_hole(opened.descriptor, offset, size)
         with self._changed:
             self._held -= size
             self._gone.add(opened.first + part)
@@ -468,22 +465,3 @@ class _Part:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while piece := self.read(PIECE_BYTES):
             yield piece
-
-
-_PUNCH_HOLE, _KEEP_SIZE = 2, 1  # linux/falloc.h
-
-
-@cache
-def _fallocate() -> Callable[[int, int, int, int], int]:
-    call = ctypes.CDLL(None, use_errno=True).fallocate
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    call.restype = ctypes.c_int
-    return cast("Callable[[int, int, int, int], int]", call)
-
-
-def _make_hole(descriptor: int, start: int, length: int) -> None:
-    """Gives the memory of a part back. start: a multiple of a page."""
-    length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-    if _fallocate()(descriptor, _PUNCH_HOLE | _KEEP_SIZE, start, length):
-        error = ctypes.get_errno()
-        raise LazymergeError(f"cannot give memory back: {os.strerror(error)}")
