@@ -20,6 +20,8 @@ from lazymerge.checkpoint.tensor import DTYPES, TensorInfo
 from lazymerge.errors import InputError
 from safetensors_bytes import entries_for, entry, with_prefix, write_file
 
+from open_files import open_files
+
 REMEDY = re.compile(
     "[Dd]ownload it again|Write the file again|Convert the model|git lfs pull|Spread"
 )
@@ -409,14 +411,14 @@ def test_things_that_are_no_regular_file(tmp_path: Path) -> None:
 
 def test_descriptors_are_closed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files(tmp_path)
     for content in (with_prefix(b"{}"), with_prefix(b"{]"), b"", with_prefix(b"{}", b"x")):
         path.write_bytes(content)
         with contextlib.suppress(InputError):
             read_header(path)
         with pytest.raises(InputError):
             read_header(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files(tmp_path) == before
 
 
 def test_the_collector_is_on_again_after_an_error(tmp_path: Path) -> None:

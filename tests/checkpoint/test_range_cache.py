@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,8 @@ class TestRoom:
         cache.close()
         for text in (b"0", b"", b"nonsense", b"9" * 19, b"9" * 40):
             (tmp_path / "cache" / "lock").write_bytes(text)
-            assert storage.read(opened(tmp_path)) == []
+            with closing(opened(tmp_path)) as cache:
+                assert storage.read(cache) == []
             assert taken_bytes(str(tmp_path / "cache")) == occupied(tmp_path)
 
 

@@ -30,6 +30,7 @@ from lazymerge.errors import LazymergeError
 from lazymerge.graph.node import Read
 
 from merging import bits
+from open_files import open_files
 
 ELEMENTS = 5000
 BLOCK = 1500
@@ -269,11 +270,11 @@ class TestFiles:
     def test_each_is_opened_once(self, tmp_path: Path) -> None:
         path = tmp_path / "f"
         path.write_bytes(b"12345")
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files(tmp_path)
         files = InputFiles()
         assert files.descriptor(str(path)) == files.descriptor(str(path))
         files.close()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_files(tmp_path) == before
 
     def test_an_absent_file_is_named(self, tmp_path: Path, files: InputFiles) -> None:
         with pytest.raises(LazymergeError, match=r"cannot open .*absent: No such file"):

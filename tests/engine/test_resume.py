@@ -36,6 +36,7 @@ from lazymerge.output.manifest import MANIFEST_NAME, MERGE_PATH, read_document
 from safetensors.torch import load_file, save_file
 
 from conftest import write_checkpoint
+from open_files import open_files
 
 NAMES = [f"model.layers.{number}.w" for number in range(6)]
 
@@ -328,7 +329,7 @@ def test_contents_compared_from_now_on(recipe: Path, tmp_path: Path) -> None:
 def test_a_constructor_that_fails_leaves_no_descriptor(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_files(tmp_path)
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -337,7 +338,7 @@ def test_a_constructor_that_fails_leaves_no_descriptor(
     with pytest.raises(DoesNotFitError):
         run_plan(planned(recipe), tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_files(tmp_path) == before
 
 
 def test_another_version(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

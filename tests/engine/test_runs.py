@@ -34,6 +34,7 @@ from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from conftest import needs_kernels, write_checkpoint
 from merging import plan_of, recipe_of
+from open_files import open_files
 
 BLOCK = 1000
 BLOCKS = 40  # of every tensor
@@ -307,7 +308,7 @@ def test_an_error_in_a_worker_is_raised_whenever_it_comes(
         if blocks == at:
             raise ZeroDivisionError(at)
 
-    descriptors = len(os.listdir("/proc/self/fd"))
+    opened = open_files(tmp_path)
     with pytest.raises(ZeroDivisionError, match=str(at)):
         run_plan(
             plan.with_resources(replace(RESOURCES, workers=workers, kernels=kernels_of(plan))),
@@ -317,7 +318,7 @@ def test_an_error_in_a_worker_is_raised_whenever_it_comes(
     # of four workers each may be in the middle of a tensor of its own
     is_any_kept = share == 1.0 or (share > 0 and workers == 1)
     assert_can_be_resumed(plan, tmp_path, tmp_path / "deeper" / "out", kept=is_any_kept)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_files(tmp_path) == opened
 
 
 def test_a_file_that_cannot_be_read(

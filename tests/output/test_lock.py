@@ -28,6 +28,8 @@ from lazymerge.output.lock import (
     lock_owner,
 )
 
+from open_files import open_files
+
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -327,7 +329,7 @@ def test_folder_and_file_come_and_go(tmp_path: Path) -> None:
 
 
 def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_files(tmp_path)
 
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -336,7 +338,7 @@ def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(DoesNotFitError):
         OutputLock(tmp_path)
     assert [*tmp_path.iterdir()] == []
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_files(tmp_path) == before
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from lazymerge.errors import DoesNotFitError, LazymergeError
 from lazymerge.output.layout import OutputTensor, Shard, lay_out, shard_header
 from lazymerge.output.writer import ShardWriter, sync_folder
 
+from open_files import open_files
+
 
 def shards_of(count: int = 6, elements: int = 1000, maximum: int = 10_000) -> tuple[Shard, ...]:
     return lay_out([OutputTensor(f"t{n}", "F32", (elements,)) for n in range(count)], maximum)
@@ -178,7 +180,7 @@ def test_errors_of_the_system(
     exit_code: int,
 ) -> None:
     writer = ShardWriter(tmp_path, shards_of(count=1))
-    descriptors = len(os.listdir("/proc/self/fd"))
+    opened = open_files(tmp_path)
     monkeypatch.setattr(os, function, raising(number))
 
     def write_all() -> None:
@@ -191,7 +193,7 @@ def test_errors_of_the_system(
     assert caught.value.exit_code == exit_code
     writer.discard()
     assert names_in(tmp_path) == []
-    assert len(os.listdir("/proc/self/fd")) == descriptors  # none is left open
+    assert open_files(tmp_path) == opened  # none is left open
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
@@ -244,7 +246,7 @@ def test_a_disk_that_cannot_write_a_folder(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_files(tmp_path)
     with pytest.raises(OSError, match="Input/output error"):
         sync_folder(tmp_path)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_files(tmp_path) == before
