@@ -140,7 +140,17 @@ def fetch_window_bytes(
     return min(left_bytes, max(0, connection_bytes(network) + useful - own_bytes))
 
 
-def _with_window(memory: MemoryPlan, fetches: FetchNeeds, network: Network) -> MemoryPlan:
+def least_fetch_bytes(workers: int, fetches: FetchNeeds | None, network: Network) -> int:
+    """What must be set aside for what lies elsewhere, so that no worker waits for another's."""
+    if fetches is None:
+        return 0
+    return connection_bytes(network) + workers * fetches.job_bytes + fetches.whole_bytes
+
+
+def with_window(memory: MemoryPlan, fetches: FetchNeeds | None, network: Network) -> MemoryPlan:
+    """The plan, with what is left of the limit for what is fetched ahead."""
+    if fetches is None:
+        return memory
     left = memory.limit_bytes - memory.projected_bytes
     more = fetch_window_bytes(left, memory.fetch_bytes, fetches, network)
     return replace(memory, fetch_bytes=memory.fetch_bytes + more, window_bytes=more)
@@ -154,7 +164,8 @@ def _with_uploads(memory: MemoryPlan, needs: StoreNeeds) -> MemoryPlan:
     return replace(memory, store_bytes=memory.store_bytes + max(0, min(left, more)))
 
 
-def _fetched_text(fetch_bytes: int, fetches: FetchNeeds | None) -> str:
+def fetched_text(fetch_bytes: int, fetches: FetchNeeds | None) -> str:
+    """Its part in what a merge needs, for people."""
     if fetches is None:
         return ""
     whole = (
@@ -263,6 +274,7 @@ def plan_memory(
             held_bytes,
             beside_bytes,
             planning_bytes,
+            fetches,
         )
     arena_bytes, hungriest = 0, ""
     statistics: list[int] = [0]
@@ -304,13 +316,7 @@ def plan_memory(
             mapped_bytes=count * window_bytes if is_mapped else 0,
             hungriest=hungriest,
             smallest_limit_bytes=smallest,
-            fetch_bytes=(
-                0
-                if fetches is None
-                else connection_bytes(execution.network)
-                + count * fetches.job_bytes
-                + fetches.whole_bytes
-            ),
+            fetch_bytes=least_fetch_bytes(count, fetches, execution.network),
             store_bytes=0 if store is None else store.smallest_bytes,
         )
 
@@ -319,12 +325,12 @@ def plan_memory(
         chosen = plan(count, smallest)
         if chosen.projected_bytes <= limit_bytes:
             chosen = chosen if store is None else _with_uploads(chosen, store)
-            return chosen if fetches is None else _with_window(chosen, fetches, execution.network)
+            return with_window(chosen, fetches, execution.network)
     raise DoesNotFitError(
         f"the merge needs {format_memory(smallest)} of memory with one worker, the limit is "
         f"{format_memory(limit_bytes)}: {format_memory(reserved)} for Python and its libraries, "
         f"{format_memory(arena_bytes)} of buffers (most for {hungriest}), "
         f"{format_memory(plan(1, 0).statistics_bytes)} of statistics"
-        f"{_fetched_text(plan(1, 0).fetch_bytes, fetches)}{_stored_text(plan(1, 0).store_bytes)}; "
+        f"{fetched_text(plan(1, 0).fetch_bytes, fetches)}{_stored_text(plan(1, 0).store_bytes)}; "
         f"the smallest limit that works is --memory {smallest // MIB}MiB"
     )

@@ -95,7 +95,7 @@ def fetch_needs_of(
     """What must be held of inputs that lie elsewhere; None where there are none.
 
     Raises:
-        InputError: an accelerator is to compute with them, or one comes as a whole only.
+        InputError: one comes as a whole only, and may not.
     """
     paths = remote_inputs(checkpoints.values(), streams=execution.streams)
     return needs_of_remote(graph, tasks, paths, execution)
@@ -111,7 +111,7 @@ def needs_of_remote(
     elsewhere; None is returned where there are none.
 
     Raises:
-        InputError: an accelerator is to compute with them, or one comes as a whole only.
+        InputError: one comes as a whole only, and may not.
     """
     if not paths:
         return None
@@ -123,11 +123,6 @@ def needs_of_remote(
     read = {path: paths[path] for path in chunks}
     check_ranges(read, network)
     whole = [path for path, file in read.items() if is_held_whole(file, network)]
-    if execution.device != "cpu":
-        raise InputError(
-            f"--device {execution.device} merges what is on the local disk only: leave it out, or "
-            f"download {next(iter(paths))}"
-        )
     ranged = {path: file for path, file in paths.items() if path not in whole}
     needs = fetch_needs(graph, tasks, ranged, execution.device)
     return replace(needs, whole_bytes=sum(chunks[path].held_bytes for path in whole))

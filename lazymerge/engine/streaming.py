@@ -7,11 +7,13 @@ a machine of a cluster with the group of tensors that it is given.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -51,6 +53,11 @@ PATIENCE_SECONDS = 1.0
 """How long an interrupted command waits for the blocks in flight; a block of 2^18 elements takes a
 millisecond, a function of the user's over a whole tensor may take a minute. Its process then ends
 all the same, within two seconds of the signal."""
+
+YIELDING_NICENESS = 5
+"""Of workers whose inputs come over the network, above the process's own: one thread has all that
+comes, and workers that take its processor slow all connections down. With two processors, ties over
+three models of 503 MB took 11% less time so; with 10 no less than with 5."""
 
 Stamps = Mapping[str, tuple[int, int]]
 """Sizes of files, and when they were modified last (nanoseconds since 1970), by path."""
@@ -173,7 +180,7 @@ def stream(
             if device is not None:
                 for worker in workers:
                     device.pin(worker.arena)
-            run_workers(scheduler, workers, check)
+            run_workers(scheduler, workers, check, yields=fetcher is not None)
         files.check()
     except AbandonedError as error:
         error.close_inputs = lambda: _close(files, fetcher)  # a worker may be reading on
@@ -275,11 +282,16 @@ class AbandonedError(KeyboardInterrupt):
 
 
 def run_workers(
-    scheduler: Scheduler, workers: Sequence[Worker], check: Callable[[], None] = lambda: None
+    scheduler: Scheduler,
+    workers: Sequence[Worker],
+    check: Callable[[], None] = lambda: None,
+    *,
+    yields: bool = False,
 ) -> None:
     """Runs all workers to the end; an error or an interruption stops them first.
 
     check: is called every WAKE_SECONDS; if it raises, the workers are stopped.
+    yields: to the process's other threads, where processors are short.
 
     Waits for events and not by Thread.join: a join that Ctrl-C interrupts may take a thread that
     still runs for one that has ended, and a worker must not write on while the output is being
@@ -288,6 +300,8 @@ def run_workers(
 
     def run_to_the_end(worker: Worker, ended: threading.Event) -> None:
         try:
+            if yields:
+                _yield_to_other_threads()
             worker.run()
         finally:
             ended.set()
@@ -317,6 +331,17 @@ def run_workers(
         thread.join()
     if scheduler.error is not None:
         raise scheduler.error
+
+
+def _yield_to_other_threads() -> None:
+    """Makes this thread nicer than those that have the network's bytes. Linux alone has a
+    niceness of threads."""
+    if sys.platform == "linux":
+        own = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(
+                os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + YIELDING_NICENESS
+            )
 
 
 def _wait_for(ends: Sequence[threading.Event], seconds: float | None) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lazymerge.engine.network import CONNECTIONS
 from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
+from lazymerge.engine.streaming import YIELDING_NICENESS
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
 
 from conftest import write_adapter, write_checkpoint
@@ -107,6 +109,26 @@ def test_bytes_equal_to_a_local_run(
     assert weights(tmp_path / "out") == local(models, tmp_path, method)
     assert not (tmp_path / "out" / "modeling.py").exists()
     assert "network" in dict(plan.facts())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_workers_yield_to_who_receives(
+    models: Path, server: RangeServer, tmp_path: Path, where: str
+) -> None:
+    """Where something is received; elsewhere they are like all other threads."""
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    seen: set[int] = set()
+
+    class Observer(Silent):
+        def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
+            seen.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    root = models if where == "here" else server.address
+    plan = lazymerge.plan(recipe(root, tmp_path / "recipe.yml"))
+    run_plan(plan, tmp_path / "out", fsync=False, observer=Observer())
+    assert seen == {own if where == "here" else min(19, own + YIELDING_NICENESS)}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 def smallest(plan: Plan) -> str:

@@ -2,7 +2,8 @@
 
     device   one arena: the buffers of every worker, each two blocks of its inputs and its output,
              the operation's own, and what reductions work in; and what torch adds to that
-    host     a worker's arena: pinned, two blocks of every input and of the output
+    host     a worker's arena: pinned, two blocks of every input and of the output; and inputs that
+             lie elsewhere, fetched ahead as for workers on the processor
 
 The device's own context (300 to 500 MB on NVIDIA GPUs) belongs to the driver and is not counted: no
 program can decide over it.
@@ -19,7 +20,17 @@ from ...graph.graph import Graph
 from ...sizes import format_memory
 from ..execution import Execution
 from ..likeness import Kind
-from ..memory import MIB, MemoryPlan, VramPlan, available_memory_bytes, table_bytes
+from ..memory import (
+    MIB,
+    MemoryPlan,
+    VramPlan,
+    available_memory_bytes,
+    fetched_text,
+    least_fetch_bytes,
+    table_bytes,
+    with_window,
+)
+from ..needed_ranges import FetchNeeds
 from ..stages import (
     DeviceLayout,
     joined_statistics_bytes,
@@ -77,6 +88,7 @@ def plan_device_memory(
     held_bytes: int = 0,
     beside_bytes: int = 0,
     planning_bytes: int = 0,
+    fetches: FetchNeeds | None = None,
 ) -> MemoryPlan:
     """Chooses the number of workers that fits both limits.
 
@@ -84,6 +96,7 @@ def plan_device_memory(
     held_bytes: what the process occupies already.
     beside_bytes: what the plan holds beside the graph.
     planning_bytes: what planning has taken for a while, when there were no buffers yet.
+    fetches: what must be held of inputs that lie elsewhere; None: there are none.
 
     Raises:
         DoesNotFitError: even one worker does not fit; the message names the smallest limit that
@@ -133,6 +146,7 @@ def plan_device_memory(
             mapped_bytes=count * window_bytes,
             hungriest=hungriest,
             smallest_limit_bytes=0,
+            fetch_bytes=least_fetch_bytes(count, fetches, execution.network),
             vram=VramPlan(
                 limit_bytes=execution.vram_limit_bytes,
                 projected_bytes=vram(count),
@@ -149,7 +163,8 @@ def plan_device_memory(
             f"the merge needs {format_memory(smallest)} of memory with one worker, the limit is "
             f"{format_memory(limit_bytes)}: {format_memory(reserved)} for Python and the libraries "
             f"of the device (an estimate), {format_memory(host_bytes)} of pinned buffers (most for "
-            f"{hungriest}), {format_memory(one.statistics_bytes)} of statistics; "
+            f"{hungriest}), {format_memory(one.statistics_bytes)} of statistics"
+            f"{fetched_text(one.fetch_bytes, fetches)}; "
             f"the smallest limit that works is --memory {smallest // MIB}MiB"
         )
     limit = execution.vram_limit_bytes
@@ -162,7 +177,8 @@ def plan_device_memory(
             break
     else:
         chosen = one
-    return replace(chosen, smallest_limit_bytes=smallest)
+    chosen = replace(chosen, smallest_limit_bytes=smallest)
+    return with_window(chosen, fetches, execution.network)
 
 
 def fit_to_device(plan: Plan, device: Device) -> Plan:
@@ -179,6 +195,7 @@ def memory_on_device(
     graph: Graph, kinds: Sequence[Kind], memory: MemoryPlan, execution: Execution, device: Device
 ) -> MemoryPlan:
     """What is planned of a run's memory as it can be on a device, with fewer workers if need be.
+    What is set aside for fetching stays as it is: fewer need no more.
 
     Raises:
         DoesNotFitError: the device has too little memory free.
@@ -194,13 +211,20 @@ def memory_on_device(
     fitting = plan_device_memory(
         graph,
         kinds,
-        memory.limit_bytes,
+        memory.limit_bytes - memory.fetch_bytes,
         memory.workers,
         replace(execution, vram_limit_bytes=usable),
         held_bytes=memory.reserved_bytes - len(graph) * NODE_BYTES,
     )
     assert fitting.vram is not None
-    return replace(fitting, vram=replace(fitting.vram, limit_bytes=limit or usable))
+    return replace(
+        fitting,
+        limit_bytes=memory.limit_bytes,
+        smallest_limit_bytes=memory.smallest_limit_bytes,
+        fetch_bytes=memory.fetch_bytes,
+        window_bytes=memory.window_bytes,
+        vram=replace(fitting.vram, limit_bytes=limit or usable),
+    )
 
 
 def open_lanes(device: Device, memory: MemoryPlan) -> list[Lane]:
