@@ -39,7 +39,7 @@ from .output.store.address import StoreAddress, local_place, place_of
 from .sizes import format_bytes, parse_size
 
 if TYPE_CHECKING:
-    from .cluster.coordinator import DaskWorkforce
+    from .cluster.workforce import DaskWorkforce
 
 
 def plan(
@@ -206,7 +206,7 @@ def run(
 
 def _workforce(cluster: str, worker_memory: int | str | None) -> DaskWorkforce:
     from .cluster.connection import parse_address
-    from .cluster.coordinator import DaskWorkforce
+    from .cluster.workforce import DaskWorkforce
 
     limit = parse_size(worker_memory) if isinstance(worker_memory, str) else worker_memory
     return DaskWorkforce(parse_address(cluster), limit_bytes=limit)

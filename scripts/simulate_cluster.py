@@ -117,7 +117,7 @@ def planned(recipe: Path) -> Plan:
 
 def divided(plan: Plan, workers: int, folder: Path) -> Division:
     from lazymerge.cluster.group import Division, Terms
-    from lazymerge.engine.run import stamps_of
+    from lazymerge.engine.stamps import stamps_of
 
     terms = Terms("token", str(folder), None, THREADS, False, False, True, {})
     return Division(plan, plan.tasks, workers, stamps_of(plan), terms)
@@ -162,10 +162,11 @@ def run_waiting(
 ) -> None:
     """The real run, with workers that wait: fixed_s for every group, and by its bytes at that rate.
 
-    giving: takes the place of _Run.to_the_end; is given the scheduler's process besides.
+    giving: takes the place of Coordinator.to_the_end; is given the scheduler's process besides.
     """
     from lazymerge.cluster import coordinator
     from lazymerge.cluster.connection import parse_address
+    from lazymerge.cluster.workforce import DaskWorkforce
     from lazymerge.engine import preparing
     from lazymerge.engine.run import run_plan
     from lazymerge.output import writer
@@ -174,13 +175,17 @@ def run_waiting(
         address, scheduler = stack.enter_context(cluster(workers, scratch))
         patches: list[tuple[Any, str, Any]] = [
             (coordinator, "make_group", partial(pretend, fixed_s, rate)),
-            (coordinator._Run, "to_the_end", lambda run, check: giving(run, check, scheduler)),
+            (
+                coordinator.Coordinator,
+                "to_the_end",
+                lambda run, check: giving(run, check, scheduler),
+            ),
             (writer, "_preallocate", os.ftruncate),  # a terabyte of holes
             (preparing, "check_disk", lambda *given, **named: None),
         ]
         for place, name, value in patches:
             stack.enter_context(mock.patch.object(place, name, value))
-        workforce = coordinator.DaskWorkforce(parse_address(address))
+        workforce = DaskWorkforce(parse_address(address))
         run_plan(plan, scratch / "out", overwrite=True, fsync=False, workforce=workforce)
 
 
@@ -190,7 +195,7 @@ def loop(
     """Gives all groups of a plan to workers that wait, as run_waiting says."""
     from lazymerge.cluster import coordinator
 
-    to_the_end = coordinator._Run.to_the_end
+    to_the_end = coordinator.Coordinator.to_the_end
     found: list[Loop] = []
 
     def timed(run: Any, check: Callable[[], None], scheduler: int) -> None:
@@ -217,7 +222,7 @@ def watched(plan: Plan, scratch: Path, workers: int) -> tuple[float, float]:
     seconds of a processor, every second."""
     from lazymerge.cluster import coordinator
 
-    to_the_end = coordinator._Run.to_the_end
+    to_the_end = coordinator.Coordinator.to_the_end
     marks: list[tuple[float, float, float]] = []
 
     def ended(run: Any, check: Callable[[], None], scheduler: int) -> None:

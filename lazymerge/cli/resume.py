@@ -31,7 +31,7 @@ from .running import (
 from .status import status
 
 if TYPE_CHECKING:
-    from ..cluster.coordinator import DaskWorkforce
+    from ..cluster.workforce import DaskWorkforce
     from ..engine.plan import Plan
 
 

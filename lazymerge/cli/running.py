@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..cluster.coordinator import DaskWorkforce
+    from ..cluster.workforce import DaskWorkforce
     from ..engine.intermediates import Output
     from ..engine.plan import Plan
     from ..engine.report import RunReport
@@ -65,7 +65,7 @@ def workforce_of(
     import warnings
 
     from ..cluster.connection import parse_address
-    from ..cluster.coordinator import DaskWorkforce
+    from ..cluster.workforce import DaskWorkforce
     from ..sizes import parse_size
     from .console import messages
 

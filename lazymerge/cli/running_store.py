@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .running import advice, document_of, notices_of, show_suspicions, suspicions_of, tell_report
 
 if TYPE_CHECKING:
-    from ..cluster.coordinator import DaskWorkforce
+    from ..cluster.workforce import DaskWorkforce
     from ..engine.plan import Plan
     from ..output.store.address import StoreAddress
     from .log_json import JsonLog

@@ -14,34 +14,22 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import secrets
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ..engine.complete import NonfiniteError
-from ..engine.plan import Plan
-from ..engine.run import Account, Taken, outgrows_cache
-from ..engine.stages import TensorTask
-from ..engine.store.shards import Target
-from ..engine.streaming import Stamps, Told
+from ..engine.streaming import Told
 from ..errors import LazymergeError
-from ..methods.plugins import plugin_digest
-from ..output.layout import Shard
-from ..output.store.client import Store
-from ..output.store.records import ShardRecord, record_name
-from ..output.writer import ShardWriter
-from .connection import ClusterAddress, check_versions, connected, line_of, workers_of
-from .destination import shown_in_folder, shown_in_store
-from .group import Division, GroupResult, Terms, packed_call
+from .connection import line_of, workers_of
+from .group import Division, GroupResult, packed_call
 from .interrupts import noted_interrupts
-from .worker import TOPIC, make_group, versions_here
+from .worker import TOPIC, make_group
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -110,156 +98,12 @@ class _Looked:
     workers: Mapping[str, int]
 
 
-class DaskWorkforce:
-    """The workers of a cluster, as what makes a run's tensors."""
-
-    is_elsewhere = True
-
-    def __init__(
-        self,
-        address: ClusterAddress,
-        *,
-        limit_bytes: int | None = None,
-        threads: int | None = None,
-        plugins: Sequence[Path] = (),
-    ) -> None:
-        """limit_bytes: bound of each worker process's memory; None: the worker's own.
-
-        threads: of each worker; None: as many as the worker has. plugins: files with methods.
-        """
-        self._address = address
-        self._limit_bytes = limit_bytes
-        self.may_go_on = False
-        """Whether groups have been given away: workers may complete theirs when a run has ended."""
-        self._threads = threads
-        self._plugins = [(str(path.absolute()), plugin_digest(path)) for path in plugins]
-
-    def make(
-        self,
-        plan: Plan,
-        tasks: Sequence[TensorTask],
-        writer: ShardWriter,
-        account: Account,
-        *,
-        stamps: Stamps,
-        folder: Path,
-        check: Callable[[], None],
-        fsync: bool,
-        strict: bool,
-    ) -> Taken:
-        """As Workforce.make.
-
-        Raises:
-            InputError: Dask is not installed, or workers have other versions.
-            LazymergeError: no scheduler answers, there are no workers, or workers fail.
-        """
-        return self._made_by_workers(
-            plan,
-            tasks,
-            account,
-            account.lost,
-            lambda result: None,
-            shown=lambda token: shown_in_folder(folder, token),
-            stamps=stamps,
-            folder=str(folder.absolute()),
-            target=None,
-            check=check,
-            # what this machine's workers have written is with this machine's system
-            syncs=fsync or not self._address.local_workers,
-            strict=strict,
-        )
-
-    def make_shards(
-        self,
-        plan: Plan,
-        shards: Sequence[Shard],
-        target: Target,
-        told: Told,
-        made: Callable[[ShardRecord], None],
-        *,
-        stamps: Stamps,
-        check: Callable[[], None],
-        strict: bool,
-    ) -> Taken:
-        """As ShardWorkforce.make_shards; raises as make does."""
-        files = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-        store = Store(target.address)
-
-        def lost(tensor: str) -> None:
-            store.remove([record_name(files[tensor])])
-
-        def keep(result: GroupResult) -> None:
-            assert result.record is not None
-            made(result.record)
-
-        return self._made_by_workers(
-            plan,
-            [task for task in plan.tasks if task.write.name in files],
-            told,
-            lost,
-            keep,
-            shown=lambda token: shown_in_store(target.address, token),
-            stamps=stamps,
-            folder=str(target.address),
-            target=target,
-            check=check,
-            syncs=False,
-            strict=strict,
-        )
-
-    def _made_by_workers(
-        self,
-        plan: Plan,
-        tasks: Sequence[TensorTask],
-        told: Told,
-        lost: Callable[[str], None],
-        made: Callable[[GroupResult], None],
-        *,
-        shown: Callable[[str], AbstractContextManager[None]],
-        stamps: Stamps,
-        folder: str,
-        target: Target | None,
-        check: Callable[[], None],
-        syncs: bool,
-        strict: bool,
-    ) -> Taken:
-        """lost: is told of a finished tensor that is to be made again. made: of every result.
-
-        shown: has a run's sign in the output.
-        """
-        if not tasks:
-            return Taken(elsewhere_bytes=0)
-        device = plan.execution.device
-        versions = versions_here()
-        with connected(self._address, threads=self._threads, device=device) as client:
-            for worker in check_versions(client, versions):
-                told.noted(f"{worker} does not answer; others make what it would")
-            terms = Terms(
-                token=secrets.token_hex(8),
-                folder=folder,
-                limit_bytes=self._limit_bytes,
-                threads=self._threads,
-                syncs=syncs,
-                strict=strict,
-                forgets=outgrows_cache(plan),
-                versions=versions,
-                plugins=self._plugins,
-                target=target,
-            )
-            workers = workers_of(client, device)
-            division = Division(plan, tasks, len(workers), stamps, terms)
-            with shown(terms.token):
-                account = _Account(told, lost, made)
-                run = _Run(client, division, account, terms.token, device, self._address.text)
-                run.begin_with(workers)
-                self.may_go_on = True
-                run.to_the_end(check)
-        return Taken(elsewhere_bytes=run.peak_bytes, facts={"cluster": run.facts()})
-
-
 @dataclass(frozen=True, slots=True)
-class _Account:
-    """Who is told what is done; as of DaskWorkforce._made_by_workers."""
+class Listeners:
+    """Who is told what is done.
+
+    lost: is told of a finished tensor that is to be made again. made: of every result.
+    """
 
     told: Told
     lost: Callable[[str], None]
@@ -281,22 +125,22 @@ async def _results(
     return results
 
 
-class _Run:
+class Coordinator:
     """The groups of one run, and who makes them."""
 
     def __init__(
         self,
         client: Client,
         division: Division,
-        account: _Account,
+        listeners: Listeners,
         token: str,
         device: str,
         address: str,
     ) -> None:
         self._client = client
         self._division = division
-        self._account = account
-        self._told = account.told
+        self._listeners = listeners
+        self._told = listeners.told
         self._token = token
         self._device = device
         self._address = address
@@ -605,7 +449,7 @@ class _Run:
                 self._told.noted(note)
         for tensor in result.tensors:
             self._told.finished(tensor)
-        self._account.made(result)
+        self._listeners.made(result)
         self._made.add(number)
         self._sums[number] = sums
         with suppress(ValueError):
@@ -621,7 +465,7 @@ class _Run:
         if not unlike:
             return
         for name in self._division.names(number):
-            self._account.lost(name)
+            self._listeners.lost(name)
         raise LazymergeError(
             f"tensor {unlike[0]} was made twice, and {worker} has made other bytes of the same "
             "inputs: a machine computes or reads wrongly. Find out which, and go on without it"

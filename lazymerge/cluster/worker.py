@@ -36,7 +36,7 @@ from ..engine.needs import needs_of_remote
 from ..engine.plan import torch_version
 from ..engine.store.memory import StoreNeeds, held_beside_client, store_needs
 from ..engine.store.shards import store_shard
-from ..engine.streaming import FinishedTensor, Work, stream
+from ..engine.streaming import Conditions, FinishedTensor, Work, stream
 from ..errors import DoesNotFitError, InputError, LazymergeError
 from ..methods.plugins import installed_versions, load_installed, load_plugin, plugin_digest
 from ..output.store.records import ShardRecord
@@ -109,17 +109,16 @@ def _make(group: Group) -> _Told:
 
 def _make_with(group: Group, told: _Told, device: Device | None) -> None:
     """device: that computes, if one does."""
+    conditions = Conditions(group.stamps, told.tell, group.strict)
     if group.stored is not None:
         told.sign.check()
         told.record, told.held_bytes = store_shard(
             _work(group, device),
             group.stored.shard,
             group.stored.target,
-            group.stamps,
             told,
+            conditions,
             device=device,
-            strict=group.strict,
-            check=told.tell,
         )
         return
     folder = Path(group.folder)
@@ -128,12 +127,10 @@ def _make_with(group: Group, told: _Told, device: Device | None) -> None:
         told.held_bytes = stream(
             _work(group, device),
             writer,
-            group.stamps,
             told,
+            conditions,
             where=group.folder,
             device=device,
-            strict=group.strict,
-            check=told.tell,
         )
         if group.syncs:
             writer.sync()

@@ -26,8 +26,8 @@ from .inputs import InputFiles, read_exactly
 from .memory import connection_bytes
 from .readahead import ReadAhead
 from .recent import Recent
-from .run import changed_since, stamps_of_models
 from .scheduler import Scheduler
+from .stamps import changed_since, stamps_of_models
 from .statistics import TensorStatistics
 from .streaming import one_torch_thread, run_workers
 from .worker import Worker

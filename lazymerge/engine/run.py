@@ -8,24 +8,18 @@ A run may end at any point, in any way, and another one goes on from there.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
-from ..checkpoint import Checkpoint
-from ..checkpoint.folder import SUFFIX
 from ..checkpoint.hub import Moved
-from ..errors import InputAtFaultError, InputError, LazymergeError
-from ..graph.node import Read
+from ..errors import InputAtFaultError, LazymergeError
 from ..output.folder import clear_output_folder
 from ..output.lock import OutputLock
 from ..output.manifest import MANIFEST_NAME, STATISTICS_NAME, write_document
-from ..output.writer import ShardWriter, sync_folder, write_error
+from ..output.writer import sync_folder, write_error
 from .baseline import peak_resident_bytes, resident_bytes, store_baseline
 from .complete import (
     bring_up_to_date,
@@ -41,17 +35,17 @@ from .device.interface import Device
 from .device.memory import fit_to_device
 from .download import download
 from .finishing import manifest, write_beside_weights
-from .inputs import ChangedInputError, changed_error
-from .memory import available_memory_bytes
+from .inputs import ChangedInputError
 from .nonfinite import examine
 from .plan import Plan
 from .preparing import Prepared, check_output, prepare
 from .report import Observer, RunReport, Silent
-from .stages import TensorTask
+from .stamps import check_inputs, check_unchanged, stamps_of
 from .statistics_file import write_statistics
-from .streaming import AbandonedError, FinishedTensor, Stamps, Told, stream, work_of
-from .timeline import Timeline
+from .streaming import AbandonedError, Conditions, FinishedTensor
+from .tally import Tally
 from .unfinished import was_begun_with_statistics
+from .workforce import ThisProcess, Workforce, most_bytes
 
 
 def run_plan(
@@ -256,27 +250,6 @@ def _nothing_to_do(plan: Plan, folder: Path, observer: Observer) -> RunReport:
     )
 
 
-CACHED_SHARE = 0.5
-"""Of the memory that is available: what a merge may leave in the page cache, inputs and output."""
-
-
-def outgrows_cache(plan: Plan) -> bool:
-    """Whether inputs and output are too large to stay in the page cache together.
-
-    What has been merged is then let out of it as the run goes on. The system would do so itself,
-    but late, page by page, and while workers wait: two 3B models of 13.7 GB and their merge on a
-    machine with 24 GB took 9.0 to 12.4 s from first block to last, and 2.2 to 2.6 s in this way.
-    Smaller ones stay: the next merge may want them.
-    """
-    inputs = {
-        (node.folder, node.tensor.file, node.tensor.start): node.tensor.size_bytes
-        for node in plan.graph
-        if isinstance(node, Read)
-    }
-    moved = sum(inputs.values()) + plan.bytes_written
-    return moved > CACHED_SHARE * available_memory_bytes()
-
-
 def prepare_inputs(
     plan: Plan, output: Path, *, overwrite: bool, moved: Moved | None = None
 ) -> None:
@@ -300,179 +273,12 @@ def prepare_inputs(
     check_inputs(plan)
 
 
-def stamps_of(plan: Plan) -> Stamps:
-    """Those of all input files now.
-
-    Raises:
-        LazymergeError: one is not there any more.
-    """
-    return stamps_of_models(plan.checkpoints.values(), plan.remote_inputs)
-
-
-def stamps_of_models(checkpoints: Iterable[Checkpoint], but: Container[str] = ()) -> Stamps:
-    """Those of all files of some models now. but: paths of files that are not on the local disk.
-
-    Raises:
-        LazymergeError: one is not there any more.
-    """
-    stamps = {}
-    for checkpoint in checkpoints:
-        for folder, files in checkpoint.files_by_folder:
-            for file in files:
-                path = os.path.join(folder, file.path)
-                if path in but:
-                    continue
-                try:
-                    status = os.stat(path)
-                except OSError as error:
-                    raise LazymergeError(f"{path} cannot be read: {error.strerror}") from error
-                stamps[path] = (status.st_size, status.st_mtime_ns)
-    return stamps
-
-
-def check_unchanged(before: Stamps, plan: Plan) -> None:
-    """Checks that no input was written to while it was merged.
-
-    Raises:
-        LazymergeError: one was.
-    """
-    changed_since(before, plan.checkpoints.values(), plan.remote_inputs)
-    for remote in plan.remote_inputs.values():
-        remote.check()
-
-
-def changed_since(
-    before: Stamps, checkpoints: Iterable[Checkpoint], but: Container[str] = ()
-) -> None:
-    """Checks that no file of some models was written to. but: as of stamps_of_models.
-
-    Raises:
-        LazymergeError: one was.
-    """
-    now = stamps_of_models(checkpoints, but)
-    for path, stamp in before.items():
-        if now[path] != stamp:
-            raise changed_error(path)
-
-
-def check_inputs(plan: Plan) -> None:
-    """Checks that the inputs are the files that were planned, and has the safetensors library
-    check the headers of its files once more by its own rules.
-
-    Raises:
-        InputError: one is not.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for checkpoint in plan.checkpoints.values():
-        for folder, file in (
-            (folder, file) for folder, files in checkpoint.files_by_folder for file in files
-        ):
-            if os.path.join(folder, file.path) in plan.remote_inputs:
-                continue  # its pin is looked at with every request
-            path = Path(folder) / file.path
-            try:
-                status = path.stat()
-                if path.suffix == SUFFIX:
-                    with safe_open(path, framework="np"):
-                        pass
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{path} cannot be read: {error}") from error
-            modified_ns = None if file.modified_ns is None else status.st_mtime_ns
-            if (status.st_size, modified_ns) != (file.size_bytes, file.modified_ns):
-                raise InputError(f"{path} has changed since the merge was planned; plan it again")
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What making an output's tensors has taken.
-
-    held_bytes: the most of fetched inputs that this process held at a time.
-    elsewhere_bytes: the largest peak resident set of the other processes that did it; None: this
-        one did.
-    facts: for the manifest.
-    """
-
-    held_bytes: int = 0
-    elsewhere_bytes: int | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Account(Told, Protocol):
-    """Is told what is done of an output, and may be told that it is not."""
-
-    def lost(self, tensor: str) -> None:
-        """A finished tensor is not what it should be: it is to be made again."""
-
-
-class Workforce(Protocol):
-    """Makes the tensors that an output lacks."""
-
-    is_elsewhere: bool
-    """Whether that is done by other processes, which have limits of memory of their own."""
-
-    def make(
-        self,
-        plan: Plan,
-        tasks: Sequence[TensorTask],
-        writer: ShardWriter,
-        account: Account,
-        *,
-        stamps: Stamps,
-        folder: Path,
-        check: Callable[[], None],
-        fsync: bool,
-        strict: bool,
-    ) -> Taken:
-        """As `stream`, of which the other parameters are.
-
-        writer: has the shards open. fsync: bytes are on disk before they are told of, where another
-            machine has written them.
-        """
-
-
-class ThisProcess:
-    """The threads of this process."""
-
-    is_elsewhere = False
-
-    def __init__(self, device: Device | None = None) -> None:
-        """device: the accelerator, where one computes."""
-        self._device = device
-
-    def make(
-        self,
-        plan: Plan,
-        tasks: Sequence[TensorTask],
-        writer: ShardWriter,
-        account: Account,
-        *,
-        stamps: Stamps,
-        folder: Path,
-        check: Callable[[], None],
-        fsync: bool,
-        strict: bool,
-    ) -> Taken:
-        held_bytes = stream(
-            work_of(plan, tasks, forgets=outgrows_cache(plan)),
-            writer,
-            stamps,
-            account,
-            where=folder,
-            check=check,
-            device=self._device,
-            strict=strict,
-        )
-        return Taken(held_bytes)
-
-
-class _Progress:
-    """Keeps account of what is done of an output."""
+class _FolderTally(Tally):
+    """Enters finished tensors in the journal, too."""
 
     def __init__(self, plan: Plan, prepared: Prepared, observer: Observer) -> None:
+        super().__init__(observer)
         self._prepared = prepared
-        self._observer = observer
-        self._lock = threading.Lock()
         self._places = {
             tensor.name: (shard.file, (tensor.start, tensor.stop_exclusive))
             for shard in plan.shards
@@ -480,26 +286,9 @@ class _Progress:
         }
         before = prepared.recovery.finished.items()
         self.nonfinite = {name: None for name, record in before if record.is_nonfinite}
-        self.bytes_read = self.bytes_written = self.bytes_fetched = 0
-        self.timeline = Timeline()
-        self.timeline.note(0, 0)
-
-    def began(self, tensor: str) -> None:
-        self._observer.began(tensor)
-
-    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
-        with self._lock:
-            self.bytes_read += bytes_read
-            self.bytes_written += bytes_written
-            self.timeline.note(self.bytes_read, self.bytes_written)
-        self._observer.moved(bytes_read, bytes_written, tensor)
-
-    def fetched(self, size_bytes: int) -> None:
-        with self._lock:
-            self.bytes_fetched += size_bytes
-        self._observer.fetched(size_bytes)
 
     def finished(self, tensor: FinishedTensor) -> None:
+        """A tensor is written."""
         prepared, name = self._prepared, tensor.name
         file, place = self._places[name]
         prepared.journal.finished(
@@ -521,18 +310,8 @@ class _Progress:
         self._observer.finished(name)
 
     def lost(self, tensor: str) -> None:
+        """A finished tensor is to be made again."""
         self._prepared.journal.lost(tensor)
-
-    def noted(self, message: str) -> None:
-        self._observer.noted(message)
-
-
-def most_bytes(taken: Taken) -> int:
-    """The most that a process of the run occupied: what is fetched is memory, though not of the
-    resident set."""
-    if taken.elsewhere_bytes is not None:
-        return taken.elsewhere_bytes
-    return peak_resident_bytes() + taken.held_bytes
 
 
 def _run(
@@ -550,7 +329,7 @@ def _run(
     began = time.perf_counter()
     stamps = stamps_of(plan)
     writer, before = prepared.writer, prepared.recovery.finished
-    done = _Progress(plan, prepared, observer)
+    done = _FolderTally(plan, prepared, observer)
     if strict and done.nonfinite:
         raise LazymergeError(nonfinite_error(next(iter(done.nonfinite))))
     observer.entered("merging")
@@ -559,11 +338,9 @@ def _run(
         [task for task in plan.tasks if task.write.name not in before],
         writer,
         done,
-        stamps=stamps,
+        Conditions(stamps, held.check, strict),
         folder=folder,
-        check=held.check,
         fsync=fsync,
-        strict=strict,
     )
     observer.entered("finishing")
     check_unchanged(stamps, plan)
@@ -577,7 +354,7 @@ def _run(
             sync_folder(folder)
     except OSError as error:
         raise write_error(Path(error.filename or folder), error) from error
-    done.timeline.note(done.bytes_read, done.bytes_written, is_last=True)
+    done.end()
     report = RunReport(
         output=str(folder.absolute()),
         seconds=time.perf_counter() - began,

@@ -117,30 +117,39 @@ class Told(Protocol):
         """Something that a person should know."""
 
 
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """On which workers go on.
+
+    stamps: what input files must be when they are opened.
+    check: is called every WAKE_SECONDS; if it raises, the workers are stopped.
+    strict: inf or nan in the output is an error.
+    """
+
+    stamps: Stamps
+    check: Callable[[], None] = lambda: None
+    strict: bool = False
+
+
 def stream(
     work: Work,
     writer: Writer,
-    stamps: Stamps,
     told: Told,
+    conditions: Conditions,
     *,
     where: Path | str,
-    check: Callable[[], None] = lambda: None,
     device: Device | None = None,
-    strict: bool = False,
 ) -> int:
     """Makes output tensors; returns the most bytes of fetched inputs that were held at a time.
 
-    stamps: what input files must be when they are opened.
     where: the output, for messages.
-    check: is called every WAKE_SECONDS; if it raises, the workers are stopped.
     device: the accelerator that computes, if one does.
-    strict: inf or nan is an error.
 
     Raises:
         LazymergeError: reading or writing fails, or a tensor holds inf or nan and may not.
         AbandonedError: interrupted, and workers still run.
     """
-    done = _Collector(work, told, strict=strict)
+    done = _Collector(work, told, strict=conditions.strict)
     scheduler = Scheduler(
         work.graph,
         work.tasks,
@@ -150,7 +159,7 @@ def stream(
         began=told.began,
     )
     fetcher = done.fetcher = _fetcher(work, scheduler, told)
-    files = InputFiles(stamps, None if fetcher is None else fetcher.descriptors)
+    files = InputFiles(conditions.stamps, None if fetcher is None else fetcher.descriptors)
     is_mapped = work.execution.read_mode == "mmap"
     recent = Recent(8 * work.memory.workers)
     read_ahead = ReadAhead(work.graph, work.tasks, files, work.execution.device)
@@ -180,7 +189,7 @@ def stream(
             if device is not None:
                 for worker in workers:
                     device.pin(worker.arena)
-            run_workers(scheduler, workers, check, yields=fetcher is not None)
+            run_workers(scheduler, workers, conditions.check, yields=fetcher is not None)
         files.check()
     except AbandonedError as error:
         error.close_inputs = lambda: _close(files, fetcher)  # a worker may be reading on

@@ -57,16 +57,16 @@ def _versions_are_believed(names: dict[str, Any]) -> None:
 
 
 def _dead_workers_are_believed() -> None:
-    from lazymerge.cluster.coordinator import _Run
+    from lazymerge.cluster.coordinator import Coordinator
     from lazymerge.engine.streaming import FinishedTensor
 
     def died(self: Any, attempt: Any) -> None:
         if attempt.number not in self._made:
             self._made.add(attempt.number)
             for name in self._division.names(attempt.number):
-                self._account.finished(FinishedTensor(name, "0" * 32, False, array("d")))
+                self._told.finished(FinishedTensor(name, "0" * 32, False, array("d")))
 
-    _Run._died = died  # type: ignore[method-assign]
+    Coordinator._died = died  # type: ignore[method-assign]
 
 
 def _silence_is_waited_for() -> None:
@@ -76,7 +76,7 @@ def _silence_is_waited_for() -> None:
 
 
 def _token_is_kept() -> None:
-    from lazymerge.cluster import coordinator
+    from lazymerge.cluster import workforce
     from lazymerge.output.folder import OWN_FOLDER
 
     @contextmanager
@@ -85,7 +85,7 @@ def _token_is_kept() -> None:
         (folder / f"cluster-{token}").touch()
         yield
 
-    names: dict[str, Any] = vars(coordinator)
+    names: dict[str, Any] = vars(workforce)
     names["shown_in_folder"] = shown
 
 
@@ -106,9 +106,9 @@ def _local_cluster_is_left() -> None:
 
 
 def _versions_are_not_compared() -> None:
-    from lazymerge.cluster import coordinator
+    from lazymerge.cluster import workforce
 
-    names: dict[str, Any] = vars(coordinator)
+    names: dict[str, Any] = vars(workforce)
     names["check_versions"] = lambda client, wanted: []
 
 

@@ -17,7 +17,7 @@ import pytest
 from cluster_cases import weights, write_models, write_recipe
 from lazymerge.cluster import group
 from lazymerge.cluster.connection import parse_address
-from lazymerge.cluster.coordinator import DaskWorkforce
+from lazymerge.cluster.workforce import DaskWorkforce
 from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan

@@ -18,10 +18,11 @@ import lazymerge
 import pytest
 from cluster_cases import weights, write_models, write_recipe
 from lazymerge.cluster import coordinator, group
+from lazymerge.cluster import workforce as workforces
 from lazymerge.cluster.connection import ClusterAddress
-from lazymerge.cluster.coordinator import DaskWorkforce
 from lazymerge.cluster.group import Group, GroupResult
 from lazymerge.cluster.worker import make_group
+from lazymerge.cluster.workforce import DaskWorkforce
 from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
@@ -192,7 +193,7 @@ def run(
 ) -> Notes:
     from contextlib import nullcontext
 
-    monkeypatch.setattr(coordinator, "connected", lambda *_, **__: nullcontext(client))
+    monkeypatch.setattr(workforces, "connected", lambda *_, **__: nullcontext(client))
     notes = Notes()
     workforce = DaskWorkforce(ClusterAddress("tls://fake:1"), threads=1)
     run_plan(plan, out, fsync=False, observer=notes, workforce=workforce, **options)
@@ -440,7 +441,7 @@ def test_two_workers_that_make_other_bytes(
 
     client.behaviours.update(b=wrong)
     out = tmp_path / "out"
-    original = coordinator._Run.to_the_end
+    original = coordinator.Coordinator.to_the_end
 
     def waits_for_b(self: Any, check: Callable[[], None]) -> None:
         """The run is not over before the other result comes."""
@@ -451,7 +452,7 @@ def test_two_workers_that_make_other_bytes(
             self._happened(self._events.get(timeout=60))
             self._take_ended()
 
-    monkeypatch.setattr(coordinator._Run, "to_the_end", waits_for_b)
+    monkeypatch.setattr(coordinator.Coordinator, "to_the_end", waits_for_b)
     with pytest.raises(LazymergeError, match="was made twice, and b has made other bytes"):
         run(plan, client, out, monkeypatch)
     monkeypatch.undo()

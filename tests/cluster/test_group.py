@@ -24,7 +24,7 @@ from lazymerge.cluster.destination import token_path
 from lazymerge.cluster.group import Division, Group, Terms
 from lazymerge.cluster.worker import make_group
 from lazymerge.engine.plan import Plan
-from lazymerge.engine.run import stamps_of
+from lazymerge.engine.stamps import stamps_of
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
 from lazymerge.methods.plugins import plugin_digest
 from lazymerge.output.layout import shard_header

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from lazymerge.engine import blocks, finishing, scheduler
+from lazymerge.engine import blocks, finishing, scheduler, workforce
 from lazymerge.engine import run as run_module
 from lazymerge.engine.execution import Kernels, ReadMode
 from lazymerge.engine.inputs import InputFiles
@@ -542,7 +542,7 @@ def test_what_outgrows_the_page_cache_is_let_out_of_it(
     monkeypatch.setattr(os, "posix_fadvise", advise)
     assert digests_of_tensors(plan, tmp_path / "again") == kept
     assert forgotten == []
-    monkeypatch.setattr(run_module, "available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(workforce, "available_memory_bytes", lambda: 1000)
     for read_mode in ("pread", "mmap"):
         forgotten.clear()
         execution = replace(plan.execution, read_mode=read_mode)

@@ -21,10 +21,10 @@ import torch
 import yaml
 from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
-from lazymerge.engine.run import stamps_of
+from lazymerge.engine.stamps import stamps_of
 from lazymerge.engine.store.run import run_into_store
 from lazymerge.engine.store.shards import Target, store_shard
-from lazymerge.engine.streaming import work_of
+from lazymerge.engine.streaming import Conditions, work_of
 from lazymerge.errors import InputError, LazymergeError
 from lazymerge.output.lock import LockedError
 from lazymerge.output.store import uploads
@@ -489,7 +489,7 @@ def test_a_shard_made_twice_at_once(server: StoreServer, models: Path) -> None:
             pass
 
     def make(_: int) -> Any:
-        record, held_bytes = store_shard(work, shard, target, stamps_of(plan), Told())
+        record, held_bytes = store_shard(work, shard, target, Told(), Conditions(stamps_of(plan)))
         assert 0 < held_bytes <= shard.size_bytes
         return record
 

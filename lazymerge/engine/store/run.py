@@ -11,9 +11,8 @@ is on the local disk but the small files, in a private folder, while they are up
 from __future__ import annotations
 
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +49,14 @@ from ..inputs import ChangedInputError
 from ..nonfinite import examine
 from ..plan import Plan
 from ..report import Observer, RunReport, Silent
-from ..run import Taken, check_inputs, check_unchanged, most_bytes, outgrows_cache, stamps_of
 from ..stages import bytes_read
+from ..stamps import check_inputs, check_unchanged, stamps_of
 from ..statistics_file import write_statistics
-from ..streaming import AbandonedError, FinishedTensor, Stamps, Told, work_of
+from ..streaming import AbandonedError, Conditions, FinishedTensor, Told, work_of
+from ..tally import Tally
 from ..timeline import Timeline
 from ..unfinished import beginning_of_manifest, check_hashes, content_hashes
+from ..workforce import Taken, most_bytes, outgrows_cache
 from .contents import check_prefix, complete_in_store, file_names
 from .memory import held_beside_client
 from .shards import Target, store_shards
@@ -77,10 +78,7 @@ class ShardWorkforce(Protocol):
         target: Target,
         told: Told,
         made: Made,
-        *,
-        stamps: Stamps,
-        check: Callable[[], None],
-        strict: bool,
+        conditions: Conditions,
     ) -> Taken:
         """As `store_shards`, with the same exceptions."""
 
@@ -98,17 +96,12 @@ class ThisProcessIntoStore:
         target: Target,
         told: Told,
         made: Made,
-        *,
-        stamps: Stamps,
-        check: Callable[[], None],
-        strict: bool,
+        conditions: Conditions,
     ) -> Taken:
         names = {tensor.name for shard in shards for tensor in shard.tensors}
         tasks = [task for task in plan.tasks if task.write.name in names]
         work = work_of(plan, tasks, forgets=outgrows_cache(plan))
-        return Taken(
-            store_shards(work, shards, target, stamps, told, made, check=check, strict=strict)
-        )
+        return Taken(store_shards(work, shards, target, told, made, conditions))
 
 
 def run_into_store(
@@ -378,7 +371,7 @@ class _Run:
         stamps = stamps_of(plan)
         left = len(plan.tensors) - sum(len(record.tensors) for record in before.values())
         self.observer.entered("merging")
-        account = _Account(self.observer, left)
+        tally = _StoreTally(self.observer, left)
         nonfinite = _nonfinite_of(before)
         if strict and nonfinite:
             raise LazymergeError(nonfinite_error(nonfinite[0]))
@@ -390,11 +383,9 @@ class _Run:
                     plan,
                     missing,
                     Target(self.store.address, plan.fingerprint),
-                    account,
+                    tally,
                     self._made,
-                    stamps=stamps,
-                    check=self.lock.check,
-                    strict=strict,
+                    Conditions(stamps, self.lock.check, strict),
                 )
             check_unchanged(stamps, plan)
         except ChangedInputError:  # what was made may be of another file, which may be put back
@@ -406,19 +397,19 @@ class _Run:
             store_baseline(plan.memory.libraries)
         self.lock.check()
         self.abort_uploads()  # of workers that are lost, and whose shards others have made
-        account.timeline.note(account.bytes_read, account.bytes_written, is_last=True)
+        tally.end()
         report = RunReport(
             output=str(self.store.address),
             seconds=time.perf_counter() - began,
-            bytes_read=account.bytes_read,
-            bytes_written=account.bytes_written,
-            bytes_fetched=account.bytes_fetched,
+            bytes_read=tally.bytes_read,
+            bytes_written=tally.bytes_written,
+            bytes_fetched=tally.bytes_fetched,
             measured_bytes=most_bytes(taken),
             cluster=taken.facts.get("cluster"),
             nonfinite=self._examined(),
             resumed_tensors=sum(len(record.tensors) for record in before.values()),
         )
-        self._finish(report, account.timeline)
+        self._finish(report, tally.timeline)
         return report
 
     def _made(self, record: ShardRecord) -> None:
@@ -503,43 +494,21 @@ def _nonfinite_of(records: Mapping[str, ShardRecord]) -> list[str]:
     ]
 
 
-class _Account:
-    """Keeps account of what is done of an output. When all tensors are made, the last of their
-    bytes are still to be uploaded."""
+class _StoreTally(Tally):
+    """When all tensors are made, the last of their bytes are still to be uploaded."""
 
     def __init__(self, observer: Observer, tensors: int) -> None:
         """tensors: that are to be made."""
-        self._observer = observer
+        super().__init__(observer)
         self._left = tensors
         if not tensors:
             observer.entered("finishing")
-        self._lock = threading.Lock()
-        self.bytes_read = self.bytes_written = self.bytes_fetched = 0
-        self.timeline = Timeline()
-        self.timeline.note(0, 0)
-
-    def began(self, tensor: str) -> None:
-        self._observer.began(tensor)
-
-    def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
-        with self._lock:
-            self.bytes_read += bytes_read
-            self.bytes_written += bytes_written
-            self.timeline.note(self.bytes_read, self.bytes_written)
-        self._observer.moved(bytes_read, bytes_written, tensor)
 
     def finished(self, tensor: FinishedTensor) -> None:
+        """A tensor is made."""
         self._observer.finished(tensor.name)
         with self._lock:
             self._left -= 1
             is_last = not self._left
         if is_last:
             self._observer.entered("finishing")
-
-    def noted(self, message: str) -> None:
-        self._observer.noted(message)
-
-    def fetched(self, size_bytes: int) -> None:
-        with self._lock:
-            self.bytes_fetched += size_bytes
-        self._observer.fetched(size_bytes)

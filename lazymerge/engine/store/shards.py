@@ -8,7 +8,7 @@ upload of its own, and the object is there as soon as the first of them is compl
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...output.layout import Shard
@@ -17,7 +17,7 @@ from ...output.store.client import Store
 from ...output.store.records import ShardRecord, TensorRecord
 from ...output.store.uploads import Made, ShardUploads
 from ..device.interface import Device
-from ..streaming import AbandonedError, FinishedTensor, Stamps, Told, Work, stream
+from ..streaming import AbandonedError, Conditions, FinishedTensor, Told, Work, stream
 from .memory import CLIENT_BYTES, store_needs
 
 
@@ -33,26 +33,16 @@ def store_shard(
     work: Work,
     shard: Shard,
     target: Target,
-    stamps: Stamps,
     told: Told,
+    conditions: Conditions,
     *,
-    check: Callable[[], None] = lambda: None,
     device: Device | None = None,
-    strict: bool = False,
 ) -> tuple[ShardRecord, int]:
     """Makes one shard in a store; returns what the object that says so holds, which has been put
     beside it, and the most bytes that were in memory on their way. As `store_shards`."""
     records: list[ShardRecord] = []
     held_bytes = store_shards(
-        work,
-        [shard],
-        target,
-        stamps,
-        told,
-        records.append,
-        check=check,
-        device=device,
-        strict=strict,
+        work, [shard], target, told, records.append, conditions, device=device
     )
     return records[0], held_bytes
 
@@ -61,13 +51,11 @@ def store_shards(
     work: Work,
     shards: Sequence[Shard],
     target: Target,
-    stamps: Stamps,
     told: Told,
     made: Made,
+    conditions: Conditions,
     *,
-    check: Callable[[], None] = lambda: None,
     device: Device | None = None,
-    strict: bool = False,
 ) -> int:
     """Makes shards in a store, in their order, and beside each the object that says that it is
     complete; returns the most bytes of them, and of fetched inputs, that were in memory at a time.
@@ -75,7 +63,7 @@ def store_shards(
     work: whose tasks are all tensors of the shards, and no others; `memory.store_bytes` of it is
         what they may occupy.
     made: is told of every shard that is complete, from another thread.
-    check, stamps, told, device, strict: as of `stream`.
+    told, conditions, device: as of `stream`.
 
     Raises:
         InputError: the store may not be written to.
@@ -99,20 +87,18 @@ def store_shards(
 
     def check_both() -> None:
         uploads.check()
-        check()
+        conditions.check()
 
     try:
         fetched = stream(
             ordered,
             uploads,
-            stamps,
             recorded,
+            replace(conditions, check=check_both),
             where=str(target.address),
-            check=check_both,
             device=device,
-            strict=strict,
         )
-        uploads.wait(check)
+        uploads.wait(conditions.check)
     except AbandonedError as error:
         _close_later(error, uploads)
         raise
