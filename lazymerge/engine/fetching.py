@@ -28,34 +28,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..checkpoint.range_cache import RangeCache, is_keepable
-from ..checkpoint.tensor import DTYPES
 from ..errors import LazymergeError
 from ..graph.graph import Graph
-from ..graph.node import Read
 from ..output.holes import make_hole
 from .memory_files import empty_file, pages, store
-from .needed_ranges import (
-    chunks_of,
-    last_stage,
-    path_of,
-    reads_of_task,
-    rows_between,
-    sampled_bytes,
-)
+from .needed_ranges import last_stage, path_of, sampled_bytes
 from .network import Network
 from .remote_inputs import CachedInput, Distant
 from .sample_requests import MOST_REQUEST_BYTES, SampleRequest, sample_requests
 from .scheduler import Job
 from .stages import TensorTask
+from .wanted_chunks import HELD, Key, WantedChunks, joined
 
 CLOSE_SECONDS = 2.0
 """How long the end of a run waits for requests to end."""
 
 WAKE_SECONDS = 0.1
 """How often who waits for bytes looks whether the run has been stopped."""
-
-Key = tuple[str, int]
-"""A chunk: path of its file, number."""
 
 
 @dataclass(slots=True)
@@ -70,17 +59,6 @@ class _Chunk:
     size_bytes: int
     pins: int = 0
     wanted: dict[int, int] = field(default_factory=dict)
-
-
-HELD = 1 << 62
-
-
-@dataclass(slots=True)
-class _Place:
-    """A chunk's part in a task. position: where it is in its tensor, 0 to 1. wanted: as _Chunk."""
-
-    position: float
-    wanted: int = 0
 
 
 class Fetcher:
@@ -120,14 +98,13 @@ class Fetcher:
             self._files = {path: _cached(file, cache) for path, file in files.items()}
         self._budget = budget_bytes
         self._is_stopped = is_stopped
-        reads = {read.id: read for task in tasks for read in self._remote_reads(task)}
-        self._layouts = chunks_of(reads.values(), network.gap_bytes)
+        self._wanted = WantedChunks(graph, tasks, files, network.gap_bytes)
+        self._layouts = self._wanted.layouts
         self._descriptors = {path: empty_file(path, files[path]) for path in self._layouts}
         self._chunks: dict[Key, _Chunk] = {}
         self._urgent: dict[Key, None] = {}
         self._queued: dict[Key, None] = {}
         self._again: dict[int, deque[Key]] = {}
-        self._places: dict[int, dict[Key, _Place]] = {}
         self._positions: dict[int, float] = {}
         self._done: set[int] = set()
         self._held = 0
@@ -162,13 +139,13 @@ class Fetcher:
         Raises:
             LazymergeError: it cannot be fetched.
         """
-        needed = self._keys_of(job)
+        needed = self._wanted.of_job(job)
         if not needed:
             return
         if self._is_picked(job, needed):
             self._pick(job, needed)
             return
-        size = sum(map(self._size, needed))
+        size = sum(map(self._wanted.size, needed))
         if size > self._budget:  # it would be waited for without end
             raise LazymergeError(
                 f"{job.task.write.name} needs {size:,} bytes of inputs that lie elsewhere at once, "
@@ -181,7 +158,7 @@ class Fetcher:
             for key in known:  # first, so that nothing of it has to make room
                 self._pin(key, job.task_index)
             for key in needed.keys() - set(known):
-                self._make_room(self._size(key))
+                self._make_room(self._wanted.size(key))
                 if key not in self._chunks:  # another worker may have asked for it
                     self._add_chunk(key, {})
                 self._pin(key, job.task_index)
@@ -192,7 +169,7 @@ class Fetcher:
 
     def release(self, job: Job) -> None:
         """Says that a job is done with what it has read."""
-        needed = self._keys_of(job)
+        needed = self._wanted.of_job(job)
         if not needed:
             return
         if self._is_picked(job, needed):
@@ -218,7 +195,7 @@ class Fetcher:
         """Whether what a job reads lies here and there, in more chunks than its share of the memory
         holds: then it is asked for piece by piece."""
         is_sample = len(job.pieces) == 1 and len(job.pieces[0]) > 1
-        return is_sample and sum(map(self._size, needed)) > self._share
+        return is_sample and sum(map(self._wanted.size, needed)) > self._share
 
     def _picked_bytes(self, job: Job) -> int:
         stage = job.task.stages[job.stage]
@@ -239,7 +216,7 @@ class Fetcher:
             }
         requests = sample_requests(
             reads,
-            _joined(job.pieces[0]),
+            joined(job.pieces[0]),
             self._layouts,
             self._network.gap_bytes,
             self._network.connections,
@@ -289,7 +266,7 @@ class Fetcher:
         """Says that an output tensor is complete."""
         with self._changed:
             self._done.add(task_index)
-            for key in self._places.pop(task_index, ()):
+            for key in self._wanted.forget(task_index):
                 chunk = self._chunks.get(key)
                 if chunk is not None:
                     chunk.wanted.pop(task_index, None)
@@ -333,83 +310,13 @@ class Fetcher:
                 file = self._files[path].identity
                 self.cache.protect(file, zip(layout.starts, layout.stops, strict=True))
 
-    # what is read
-
-    def _remote_reads(self, task: TensorTask) -> list[Read]:
-        return [read for read in reads_of_task(self._graph, task) if path_of(read) in self._files]
-
-    def _size(self, key: Key) -> int:
-        """Memory that a chunk takes, whole pages."""
-        layout, number = self._layouts[key[0]], key[1]
-        return pages(layout.starts[number], layout.stops[number])[1]
-
-    def _keys_of(self, job: Job) -> dict[Key, int]:
-        """The chunks that a job reads from, and how many bytes of each."""
-        stage = job.task.stages[job.stage]
-        keys: dict[Key, int] = {}
-        for read in self._graph.reads_of(stage.id):
-            if path_of(read) not in self._files:
-                continue
-            pieces = _joined([piece for block in job.pieces for piece in block])
-            if read.rows is not None:
-                pieces = _rows_of(read, pieces)
-            elif read.element_count != stage.element_count:
-                pieces = [(0, read.element_count)]
-            for start, stop in pieces:
-                self._add(keys, read, start, stop)
-        return keys
-
-    def _add(self, keys: dict[Key, int], read: Read, start: int, stop: int) -> None:
-        """start, stop: elements."""
-        path, item_bytes = path_of(read), DTYPES[read.dtype].item_bytes
-        first = read.tensor.start + start * item_bytes
-        last = read.tensor.start + stop * item_bytes
-        layout = self._layouts.get(path)
-        if layout is None:  # nothing but empty tensors
-            return
-        for number in layout.overlapping(first, last):
-            within = min(last, layout.stops[number]) - max(first, layout.starts[number])
-            keys[path, number] = keys.get((path, number), 0) + within
-
-    def _places_of(self, index: int) -> dict[Key, _Place]:
-        """All chunks of a task, in the order in which it comes to them."""
-        if index in self._places:
-            return self._places[index]
-        task = self._tasks[index]
-        last = last_stage(task)
-        streamed = {
-            read.id
-            for read in self._graph.reads_of(last.id)
-            if read.rows is None and read.element_count == last.element_count
-        }
-        found: dict[Key, _Place] = {}
-        for read in self._remote_reads(task):
-            keys: dict[Key, int] = {}
-            self._add(keys, read, 0, read.tensor.element_count)
-            for (path, number), size in keys.items():
-                begins = self._layouts[path].starts[number] - read.tensor.start
-                position = max(0.0, begins / read.tensor.size_bytes)
-                place = found.setdefault((path, number), _Place(position))
-                place.position = min(place.position, position)
-                place.wanted = place.wanted + size if read.id in streamed else HELD
-                place.wanted = min(place.wanted, HELD)
-        self._places[index] = dict(sorted(found.items(), key=lambda pair: pair[1].position))
-        return self._places[index]
-
-    def _all_chunks(self) -> Iterator[tuple[int, Key]]:
-        for index in range(len(self._tasks)):
-            if index in self._done:
-                continue
-            for key in self._places_of(index):
-                yield index, key
-
     # what is to be there; all of this with the lock
 
     def _begin(self, job: Job, needed: Mapping[Key, int]) -> None:
         """Takes note of where a task is; what of it lies ahead and has been let go of, or was never
         asked for, is to be fetched."""
         index = job.task_index
-        places = self._places_of(index)
+        places = self._wanted.of_task(index)
         position = min(places[key].position for key in needed)
         self._positions[index] = position
         self._again[index] = deque(
@@ -421,7 +328,7 @@ class Fetcher:
     def _pin(self, key: Key, index: int) -> None:
         chunk = self._chunks[key]
         chunk.pins += 1
-        chunk.wanted.setdefault(index, self._places_of(index)[key].wanted)
+        chunk.wanted.setdefault(index, self._wanted.of_task(index)[key].wanted)
         if chunk.state == "queued":
             self._queued.pop(key, None)
             self._urgent[key] = None
@@ -442,7 +349,7 @@ class Fetcher:
             if chunk.pins or chunk.state == "coming" or key in self._sifted:
                 continue
             index = min(chunk.wanted, default=1 << 62)
-            place = self._places_of(index)[key].position if chunk.wanted else 0.0
+            place = self._wanted.of_task(index)[key].position if chunk.wanted else 0.0
             is_behind = place < self._positions.get(index, 0.0)
             if last is None or (index, is_behind, place) > last[0]:
                 last = (index, is_behind, place), key
@@ -462,22 +369,22 @@ class Fetcher:
             if index in self._done:
                 pass
             elif chunk is not None:
-                chunk.wanted.setdefault(index, self._places_of(index)[key].wanted)
+                chunk.wanted.setdefault(index, self._wanted.of_task(index)[key].wanted)
             elif not self._ask(key, index):
                 return
             self._next = next(self._ahead, None)
 
     def _ask(self, key: Key, index: int) -> bool:
         """Whether there was room for a chunk."""
-        size = self._size(key)
+        size = self._wanted.size(key)
         if self._held + size > self._budget:
             return False
-        self._add_chunk(key, {index: self._places_of(index)[key].wanted})
+        self._add_chunk(key, {index: self._wanted.of_task(index)[key].wanted})
         self._queued[key] = None
         return True
 
     def _add_chunk(self, key: Key, wanted: dict[int, int]) -> None:
-        size = self._size(key)
+        size = self._wanted.size(key)
         self._chunks[key] = _Chunk("queued", size, wanted=wanted)
         self._held += size
         self._note_held()
@@ -514,6 +421,13 @@ class Fetcher:
         if self._closing or self._is_stopped():
             raise FetchingStopped
         self._changed.wait(WAKE_SECONDS)
+
+    def _all_chunks(self) -> Iterator[tuple[int, Key]]:
+        for index in range(len(self._tasks)):
+            if index in self._done:
+                continue
+            for key in self._wanted.of_task(index):
+                yield index, key
 
     # requests
 
@@ -595,30 +509,3 @@ class FetchingStopped(Exception):
 
 def _cached(file: Distant, cache: RangeCache) -> Distant:
     return CachedInput(file, cache) if is_keepable(file.identity) else file
-
-
-def _joined(pieces: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Element ranges, those that follow one another as one."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in pieces:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return joined
-
-
-def _rows_of(read: Read, pieces: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Where in the file the elements of an input in another order are, as element ranges of the
-    tensor."""
-    import numpy
-
-    found: list[tuple[int, int]] = []
-    for start, stop in pieces:
-        rows = rows_between(read, start, stop)
-        if len(rows):
-            ends = numpy.flatnonzero(numpy.diff(rows) != 1) + 1
-            for run in numpy.split(rows, ends):
-                first, last = int(run[0]), int(run[-1]) + 1
-                found.append((first * read.row_elements, last * read.row_elements))
-    return found
