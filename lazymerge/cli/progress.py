@@ -48,8 +48,8 @@ class Progress(Silent):
         self._bytes_to_write = sum(
             tensor.size_bytes for shard in plan.shards for tensor in shard.tensors
         )
-        self.total_bytes = plan.bytes_read + self._bytes_to_write
-        self.done_bytes = 0
+        self._planned_bytes = plan.bytes_read + self._bytes_to_write
+        self.done_bytes = self._written_bytes = 0
         self.tensors = 0
         self.current = ""
         self.phase: Phase | None = None
@@ -79,6 +79,7 @@ class Progress(Silent):
     def moved(self, bytes_read: int, bytes_written: int, tensor: str) -> None:
         with self._lock:
             self.done_bytes += bytes_read + bytes_written
+            self._written_bytes += bytes_written
             self.current = tensor
 
     def fetched(self, size_bytes: int) -> None:
@@ -100,6 +101,7 @@ class Progress(Silent):
 
     def resumed(self, bytes_read: int, bytes_written: int, tensors: int) -> None:
         self.done_bytes = bytes_read + bytes_written
+        self._written_bytes = bytes_written
         self.tensors = tensors
         self.bytes_to_fetch = 0  # what is left of it is not known
         if self._log is not None:
@@ -118,6 +120,13 @@ class Progress(Silent):
     def _say(self, message: str) -> None:
         if self._console is not None:
             self._console.print(message, soft_wrap=True)
+
+    @property
+    def total_bytes(self) -> int:
+        """What there is to read and write: as planned, or more where data takes more passes than
+        others do (ties over models that are nearly alike)."""
+        left = max(0, self._bytes_to_write - self._written_bytes)
+        return max(self._planned_bytes, self.done_bytes + left)
 
     @property
     def fraction(self) -> float:

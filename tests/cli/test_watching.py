@@ -58,6 +58,20 @@ def test_the_display(plan: Plan, width: int) -> None:
     assert PHASES["finishing"] in shown(progress, width)[2]
 
 
+def test_more_is_read_than_was_expected(plan: Plan) -> None:
+    """Where data takes more passes. What is left to be written is still ahead."""
+    progress = Progress(plan, None)
+    expected = progress.total_bytes
+    size = sum(tensor.size_bytes for shard in plan.shards for tensor in shard.tensors)
+    progress.moved(expected, 0, "w")
+    assert progress.total_bytes == expected + size
+    assert 0.4 < progress.fraction < 1
+    progress.moved(1000, size // 2, "w")
+    assert progress.total_bytes == expected + 1000 + size
+    progress.moved(0, size - size // 2, "w")
+    assert (progress.done_bytes, progress.fraction) == (progress.total_bytes, 1)
+
+
 def test_names_do_not_steer_the_terminal(plan: Plan) -> None:
     progress = Progress(plan, None)
     progress.entered("merging")
