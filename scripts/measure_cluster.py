@@ -34,8 +34,11 @@ MIB = 1 << 20
 MEMORY = "400MiB"
 
 
-def merge(recipe: Path, folder: Path, cluster: str) -> tuple[Run, int]:
-    """One run, and the highest peak of the processes that merged. cluster: empty: none."""
+def merge(recipe: Path, folder: Path, cluster: str) -> tuple[Run, int, int]:
+    """One run, the highest peak of the processes that merged, and what was planned of it.
+
+    cluster: empty: none.
+    """
     command = [sys.executable, "-m", "lazymerge", "run", str(recipe), "-o", str(folder / "out")]
     command += [
         "--overwrite",
@@ -49,14 +52,28 @@ def merge(recipe: Path, folder: Path, cluster: str) -> tuple[Run, int]:
     if cluster:
         command += ["--cluster", cluster]
     run = run_measured(command, lazymerge_environment(), folder / "log")
-    return run, int(json.loads(run.stdout)["measured_bytes"])
+    found = json.loads(run.stdout)
+    planned = found["cluster"]["projected_bytes"] if cluster else projected(recipe)
+    return run, int(found["measured_bytes"]), int(planned)
 
 
-def projected(recipe: Path, workers: int | None) -> int:
-    """The plan's peak of a process with so many threads."""
-    import lazymerge as lm
-
-    return lm.plan(recipe, memory=MEMORY, workers=workers).memory.projected_bytes
+def projected(recipe: Path) -> int:
+    """What `plan` says of a run in one process."""
+    command = [
+        sys.executable,
+        "-m",
+        "lazymerge",
+        "plan",
+        str(recipe),
+        "--dry-run",
+        "--memory",
+        MEMORY,
+        "--json",
+    ]
+    done = subprocess.run(
+        command, env=lazymerge_environment(), capture_output=True, text=True, check=True
+    )
+    return int(json.loads(done.stdout)["memory"]["projected_bytes"])
 
 
 def cluster_rows(workers: int, rounds: int) -> list[str]:
@@ -120,7 +137,7 @@ def report(folder: Path, size: str, counts: Sequence[int], rounds: int) -> None:
     inputs = recipe_inputs(document)
     moved = tensor_bytes(*inputs)
     ways = ["", *(f"local:{count}" for count in counts)]
-    runs: dict[str, list[tuple[Run, int]]] = {way: [] for way in ways}
+    runs: dict[str, list[tuple[Run, int, int]]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way in ways:
             warm_page_cache(inputs)
@@ -128,13 +145,15 @@ def report(folder: Path, size: str, counts: Sequence[int], rounds: int) -> None:
     print("| run | wall | processors | MB/s read | peak of a merging process | projected |")
     print("|---|---|---|---|---|---|")
     for way, found in runs.items():
-        wall = median(run.wall_s for run, _ in found)
-        spread = f"{min(r.wall_s for r, _ in found):.1f}-{max(r.wall_s for r, _ in found):.1f}"
-        peak = max(peak for _, peak in found)
+        walls = [run.wall_s for run, _, _ in found]
+        wall = median(walls)
+        spread = f"{min(walls):.1f}-{max(walls):.1f}"
+        peak = max(peak for _, peak, _ in found)
+        planned = max(planned for _, _, planned in found)
         print(
             f"| {way or 'one process'} | {wall:.2f} s ({spread}) "
-            f"| {median(run.cpu_s for run, _ in found):.1f} s | {moved / wall / 1e6:.0f} "
-            f"| {peak / MIB:.0f} MiB | {projected(recipe, None) / MIB:.0f} MiB |",
+            f"| {median(run.cpu_s for run, _, _ in found):.1f} s | {moved / wall / 1e6:.0f} "
+            f"| {peak / MIB:.0f} MiB | {planned / MIB:.0f} MiB |",
             flush=True,
         )
     print("\n| workers | importing Dask | starting | versions | ending |")

@@ -318,4 +318,5 @@ def _of_a_worker(cluster: Mapping[str, Any]) -> str:
     workers, groups, repeated = (cluster[key] for key in ("workers", "groups", "repeated"))
     again = f", {repeated} more than once" if repeated else ""
     made = f"{counted(workers, 'worker')} made {counted(groups, 'group')} of tensors"
-    return f"of a worker ({made}{again})"
+    projected = format_memory(cluster["projected_bytes"])
+    return f"of a worker (projected {projected}; {made}{again})"

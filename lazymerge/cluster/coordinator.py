@@ -164,7 +164,7 @@ class Coordinator:
         self._is_told = False
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._ended = threading.Event()
-        self.peak_bytes = 0
+        self.peak_bytes = self._projected_bytes = 0
 
     def begin_with(self, workers: Mapping[str, int]) -> None:
         """The workers that there are, by address, with their threads."""
@@ -177,6 +177,7 @@ class Coordinator:
             "workers": len(self._used),
             "groups": len(self._division),
             "repeated": self._submitted - len(self._division),
+            "projected_bytes": self._projected_bytes,
         }
 
     def to_the_end(self, check: Callable[[], None]) -> None:
@@ -435,6 +436,7 @@ class Coordinator:
     def _done(self, attempt: _Attempt, result: GroupResult) -> None:
         number = attempt.number
         self.peak_bytes = max(self.peak_bytes, result.peak_bytes)
+        self._projected_bytes = max(self._projected_bytes, result.projected_bytes)
         sums = {tensor.name: tensor.checksum for tensor in result.tensors}
         if number in self._made:
             self._compare(number, attempt.worker, sums)

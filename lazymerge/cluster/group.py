@@ -87,7 +87,8 @@ class GroupResult:
     tensors: in the order in which they were finished. notes: that a person should know.
     bytes_read: in all passes. bytes_fetched: over the network, of inputs.
     seconds: that it took. peak_bytes: the worker's peak resident set, and the most that
-        the group had of fetched inputs and of uploads.
+        the group had of fetched inputs and of uploads. projected_bytes: what the worker had
+        planned that to be at most.
     record: of a shard in a store.
     """
 
@@ -100,6 +101,7 @@ class GroupResult:
     bytes_fetched: int
     seconds: float
     peak_bytes: int
+    projected_bytes: int
     record: ShardRecord | None = None
 
 

@@ -92,6 +92,7 @@ def make_group(group: Group) -> GroupResult:
         bytes_fetched=told.bytes_fetched,
         seconds=time.perf_counter() - began,
         peak_bytes=peak_resident_bytes() + told.held_bytes,
+        projected_bytes=told.projected_bytes,
     )
 
 
@@ -112,8 +113,11 @@ def _make_with(group: Group, told: _Told, device: Device | None) -> None:
     conditions = Conditions(group.stamps, told.tell, group.strict)
     if group.stored is not None:
         told.sign.check()
+    work = _work(group, device)
+    told.projected_bytes = work.memory.projected_bytes
+    if group.stored is not None:
         told.record, told.held_bytes = store_shard(
-            _work(group, device),
+            work,
             group.stored.shard,
             group.stored.target,
             told,
@@ -125,7 +129,7 @@ def _make_with(group: Group, told: _Told, device: Device | None) -> None:
     writer = RangeWriter(folder, group.file, group.file_bytes, group.placements, group.token)
     try:
         told.held_bytes = stream(
-            _work(group, device),
+            work,
             writer,
             told,
             conditions,
@@ -204,7 +208,7 @@ class _Told:
         self.tensors: list[FinishedTensor] = []
         self.notes: list[str] = []
         self.bytes_read = self.bytes_written = self.bytes_fetched = 0
-        self.held_bytes = 0
+        self.held_bytes = self.projected_bytes = 0
 
     def began(self, tensor: str) -> None:
         self._tensor = tensor

@@ -80,7 +80,8 @@ class RunReport:
     measured_vram_bytes: the most that was allocated on an accelerator; device: its name.
     nonfinite: the output tensors that hold inf or nan, in the order of the output.
     cluster: where others made the tensors: the address, and how many workers made how many groups,
-        of which some were made more than once. measured_bytes is then that of the largest worker.
+        of which some were made more than once; measured_bytes is then that of the largest worker,
+        and projected_bytes among these what workers had planned at most.
     """
 
     output: str

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-COORDINATOR, SCHEDULER, STORAGE = "coordinator", "scheduler", "storage"
+COORDINATOR, SCHEDULER, STORAGE = "command", "scheduler", "storage"
 
 
 @dataclass(frozen=True, slots=True)

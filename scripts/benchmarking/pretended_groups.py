@@ -41,5 +41,6 @@ def pretend(fixed_s: float, rate_bytes_per_s: float, group: Group) -> GroupResul
         bytes_fetched=0,
         seconds=seconds,
         peak_bytes=0,
+        projected_bytes=0,
         notes=(),
     )

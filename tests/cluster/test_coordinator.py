@@ -222,7 +222,9 @@ def test_all_is_well(
         "workers": 3,
         "groups": len(client.given),
         "repeated": 0,
+        "projected_bytes": facts(tmp_path / "out")["projected_bytes"],
     }
+    assert facts(tmp_path / "out")["projected_bytes"] > 10 << 20
     assert notes.notes == []
     assert notes.bytes_moved == moved_by_one_process(plan, tmp_path / "alone")
     assert not (tmp_path / "out" / ".lazymerge").exists()
