@@ -205,7 +205,8 @@ class TestTheCommand:
         running.send_signal(number)
         _, said = running.communicate(timeout=60)
         assert running.returncode in (130, -signal.SIGKILL, 0)
-        assert "Traceback" not in said
+        if number != signal.SIGKILL:  # a worker that is just being started finds its start cut off
+            assert "Traceback" not in said
         while _with_mark(mark) and time.monotonic() < deadline + 30:
             time.sleep(0.1)
         assert not _with_mark(mark)
