@@ -40,8 +40,19 @@ PHASES: dict[Phase, str] = {
 class Progress(Silent):
     """Counts what the workers report."""
 
-    def __init__(self, plan: Plan, console: Console | None, log: JsonLog | None = None) -> None:
-        """console: for notes; None: there are none. log: is told everything, too."""
+    def __init__(
+        self,
+        plan: Plan,
+        console: Console | None,
+        log: JsonLog | None = None,
+        *,
+        is_elsewhere: bool = False,
+    ) -> None:
+        """console: for notes; None: there are none. log: is told everything, too.
+
+        is_elsewhere: other processes merge, and this one's memory is not what counts.
+        """
+        self._is_elsewhere = is_elsewhere
         self.plan = plan
         self._console = console
         self._log = log
@@ -193,8 +204,8 @@ class Progress(Silent):
         """All of it in a line."""
         percent = f"{self.fraction * 100:.0f} %"
         network = [f"fetched {self.network()}".replace(" · ", " at ")] if self.is_fetching else []
-        memory = f"memory {self._memory()}"
-        return ", ".join([percent, *self.figures(), *network, memory, self.doing()])
+        memory = [] if self._is_elsewhere else [f"memory {self._memory()}"]
+        return ", ".join([percent, *self.figures(), *network, *memory, self.doing()])
 
     def _memory(self) -> str:
         limit = format_memory(self.plan.memory.limit_bytes)
@@ -220,10 +231,12 @@ class Progress(Silent):
         if self.is_fetching:
             facts.add_row("network", Text(self.network()))
         facts.add_row("now", Text(self.doing()))
-        memory = Table.grid(padding=(0, 2))
-        share = resident_bytes() / max(1, self.plan.memory.limit_bytes)
-        memory.add_row(ProgressBar(total=1.0, completed=min(1.0, share), width=20), self._memory())
-        facts.add_row("memory", memory)
+        if not self._is_elsewhere:
+            memory = Table.grid(padding=(0, 2))
+            share = resident_bytes() / max(1, self.plan.memory.limit_bytes)
+            shown_share = ProgressBar(total=1.0, completed=min(1.0, share), width=20)
+            memory.add_row(shown_share, self._memory())
+            facts.add_row("memory", memory)
         with self._lock:
             slowest = sorted(self.slowest, reverse=True)
         for number, (seconds, tensor) in enumerate(slowest):
@@ -245,13 +258,18 @@ def _rate(history: deque[tuple[float, int]], done: int) -> float:
 
 @contextmanager
 def progress_display(
-    plan: Plan, console: Console, *, quiet: bool, log: JsonLog | None = None
+    plan: Plan,
+    console: Console,
+    *,
+    quiet: bool,
+    log: JsonLog | None = None,
+    is_elsewhere: bool = False,
 ) -> Iterator[Observer]:
     """Shows a run's progress while the block runs, and yields the observer to feed.
 
-    quiet: shows nothing. log: is told everything, even so.
+    quiet: shows nothing. log: is told everything, even so. is_elsewhere: as of Progress.
     """
-    progress = Progress(plan, None if quiet else console, log)
+    progress = Progress(plan, None if quiet else console, log, is_elsewhere=is_elsewhere)
     with _every(log.seconds if log else 0.0, progress.log_progress):
         if quiet:
             yield progress

@@ -212,7 +212,13 @@ def _run_and_report(
         with (
             says_how_to_resume(each.folder, command, quiet=quiet),
             says_what_is_complete(complete, each.folder, same, quiet=quiet),
-            progress_display(each.plan, console, quiet=quiet or as_json, log=log) as observer,
+            progress_display(
+                each.plan,
+                console,
+                quiet=quiet or as_json,
+                log=log,
+                is_elsewhere=workforce is not None,
+            ) as observer,
         ):
             report = run_plan(
                 each.plan,

@@ -53,7 +53,13 @@ def run_into_store_and_report(
     with _says_how_to_go_on(overwrite=overwrite, quiet=quiet):
         with download_display(made, console, quiet=quiet or as_json) as moved:
             prepare_store_inputs(made, address, overwrite=overwrite, moved=moved)
-        with progress_display(made, console, quiet=quiet or as_json, log=log) as observer:
+        with progress_display(
+            made,
+            console,
+            quiet=quiet or as_json,
+            log=log,
+            is_elsewhere=workforce is not None,
+        ) as observer:
             report = run_into_store(
                 made,
                 address,

@@ -58,6 +58,14 @@ def test_the_display(plan: Plan, width: int) -> None:
     assert PHASES["finishing"] in shown(progress, width)[2]
 
 
+def test_memory_of_this_process_is_not_shown_where_others_merge(plan: Plan) -> None:
+    progress = Progress(plan, None, is_elsewhere=True)
+    progress.entered("merging")
+    assert not [line for line in shown(progress, 80) if line.startswith("memory")]
+    assert "memory" not in progress.plain()
+    assert "memory" in Progress(plan, None).plain()
+
+
 def test_more_is_read_than_was_expected(plan: Plan) -> None:
     """Where data takes more passes. What is left to be written is still ahead."""
     progress = Progress(plan, None)
