@@ -52,12 +52,23 @@ class FolderSign:
 
     def check(self) -> None:
         """As Sign.check."""
-        try:
-            self._path.stat()
-        except FileNotFoundError:
-            raise LazymergeError(f"{self._path} is gone: the run has ended") from None
-        except OSError:
-            pass  # a filesystem that is not there for a moment
+        if not _is_there(self._path):
+            raise LazymergeError(f"{self._path} is gone: the run has ended")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a sign is there, or nobody can say, on a filesystem that is gone for a moment.
+
+    It is opened: an NFS client asks its server then, and may go by what it knew up to a minute ago
+    else. Source: nfs(5), close-to-open cache consistency.
+    """
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 class StoreSign:
@@ -140,7 +151,7 @@ class RangeWriter:
             ) from None
         except OSError as error:
             raise write_error(self._path, error) from error
-        if size_bytes != file_bytes or not token_path(folder, token).exists():
+        if size_bytes != file_bytes or not _is_there(token_path(folder, token)):
             self.close()
             raise LazymergeError(
                 f"{self._path} is not the file that the run writes: this machine has another "
