@@ -67,7 +67,7 @@ def small_numpy_buffers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(scheduler: Scheduler, workers: Sequence[Worker], wake: Any) -> None:
+    def work(scheduler: Scheduler, workers: Sequence[Worker], wake: Any, **_: bool) -> None:
         (worker,) = workers
         worker.run()
         if scheduler.error is not None:
@@ -180,10 +180,10 @@ def peak_of_work(plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch) -> i
     peaks = []
     inline = streaming.run_workers
 
-    def work(scheduler: Scheduler, workers: Sequence[Worker], wake: Any) -> None:
+    def work(scheduler: Scheduler, workers: Sequence[Worker], wake: Any, **more: bool) -> None:
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        inline(scheduler, workers, wake)
+        inline(scheduler, workers, wake, **more)
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
 
     with monkeypatch.context() as patch:

@@ -762,7 +762,7 @@ def test_inputs_stay_open_while_a_worker_reads(
         real_close(files)
         closed.set()
 
-    def work(*_: object) -> None:
+    def work(*_: object, **__: object) -> None:
         raise streaming.AbandonedError([running])
 
     monkeypatch.setattr(InputFiles, "close", close)
