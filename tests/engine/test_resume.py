@@ -24,9 +24,10 @@ from lazymerge.engine.inputs import InputFiles
 from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
 from lazymerge.engine.resources import Resources
-from lazymerge.engine.run import Taken, run_plan
+from lazymerge.engine.run import run_plan
 from lazymerge.engine.scheduler import Scheduler
 from lazymerge.engine.unfinished import difference, plan_of_unfinished
+from lazymerge.engine.workforce import Taken
 from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
 from lazymerge.output import lock as lock_module
 from lazymerge.output.folder import is_unfinished
