@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure merges of models on a web server: bytes per second, against plain parallel downloads.
 
-    python scripts/measure_remote.py [--latency 0.05] [--rate 100MB] [--size 512MB] [--runs 3]
+    python scripts/measure_remote.py [--latency 0.05] [--rate 100MB] [--size 512MB] [--runs 7]
 
 Makes models, serves them on the loopback interface from a process of its own, with a pause before
 every answer and a bound of every connection's rate, and prints the tables of docs/remote.md. It
@@ -72,6 +72,20 @@ def serve(root: Path, latency: float, rate: float, pipe: Connection) -> None:
             pipe.send((len(log), sum(int(stop) + 1 - int(start) for start, stop in ends)))
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of plain downloads, and of the runs that took turns with them."""
+
+    plain: list[float]
+    merged: list[float]
+
+    def columns(self, size: int) -> tuple[str, ...]:
+        """Rates, and how they compare. size: bytes that each has fetched."""
+        plain, middle = statistics.median(self.plain), statistics.median(self.merged)
+        shares = [f"{plain / seconds:.0%}" for seconds in sorted(self.merged, reverse=True)]
+        return rate(size, plain), rate(size, middle), f"{plain / middle:.0%}", spread(shares)
+
+
 @dataclass
 class Bench:
     """Models, and the server that they are on."""
@@ -110,13 +124,15 @@ class Bench:
         run_plan(plan, self.root / "out", fsync=False)
         return time.perf_counter() - began
 
-    def taking_turns(self, plan: Plan) -> tuple[float, list[float]]:
-        """The median of the plain downloads' seconds, and those of the runs."""
-        plain, merged = [], []
+    def taking_turns(self, *plans: Plan) -> list[Turns]:
+        """Runs of plans and plain downloads of what they fetch. All take turns, for the machine's own
+        speed changes from minute to minute."""
+        turns = [Turns([], []) for _ in plans]
         for _ in range(self.runs):
-            plain.append(download(plan))
-            merged.append(self.merge(plan))
-        return statistics.median(plain), merged
+            for plan, found in zip(plans, turns, strict=True):
+                found.plain.append(download(plan))
+                found.merged.append(self.merge(plan))
+        return turns
 
 
 @contextmanager
@@ -216,24 +232,12 @@ def spread(texts: list[str]) -> str:
     return first if first == last else f"{first.removesuffix(unit)} to {last}"
 
 
-def compared(bench: Bench, plan: Plan) -> tuple[str, ...]:
-    """Rates of downloads and runs, and how they compare."""
-    plain, merged = bench.taking_turns(plan)
-    size, middle = plan.bytes_to_fetch, statistics.median(merged)
-    slowest_first = sorted(merged, reverse=True)
-    return (
-        rate(size, plain),
-        rate(size, middle),
-        f"{plain / middle:.0%}",
-        spread([f"{plain / seconds:.0%}" for seconds in slowest_first]),
-    )
-
-
 def measure_methods(bench: Bench) -> None:
     rows = [("method", "fetched", "plain downloads", "merge", "", "of single runs")]
-    for method in METHODS:
-        plan = bench.plan(method)
-        rows.append((method, format_bytes(plan.bytes_to_fetch), *compared(bench, plan)))
+    plans = [bench.plan(method) for method in METHODS]
+    for method, plan, turns in zip(METHODS, plans, bench.taking_turns(*plans), strict=True):
+        size = plan.bytes_to_fetch
+        rows.append((method, format_bytes(size), *turns.columns(size)))
     table(*rows)
 
 
@@ -259,7 +263,8 @@ def measure_connections(bench: Bench) -> None:
     rows = [("`LAZYMERGE_CONNECTIONS`", "plain downloads", "linear", "", "of single runs")]
     for count in (1, 2, 4, 8, 16):
         plan = bench.plan("linear", connections=count)
-        rows.append((str(count), *compared(bench, plan)))
+        (turns,) = bench.taking_turns(plan)
+        rows.append((str(count), *turns.columns(plan.bytes_to_fetch)))
     table(*rows)
 
 
@@ -297,7 +302,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.05, help="seconds before every answer")
     parser.add_argument("--rate", default="100MB", help="of every connection, per second")
     parser.add_argument("--size", default="512MB", help="of every model")
-    parser.add_argument("--runs", type=int, default=5, help="of which the medians count")
+    parser.add_argument("--runs", type=int, default=7, help="of which the medians count")
     options = parser.parse_args()
     measures: dict[str, Callable[[Bench], None]] = {
         "methods": measure_methods,
