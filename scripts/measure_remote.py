@@ -125,8 +125,8 @@ class Bench:
         return time.perf_counter() - began
 
     def taking_turns(self, *plans: Plan) -> list[Turns]:
-        """Runs of plans and plain downloads of what they fetch. All take turns, for the machine's own
-        speed changes from minute to minute."""
+        """Runs of plans and plain downloads of what they fetch. All take turns, for the
+        machine's own speed changes from minute to minute."""
         turns = [Turns([], []) for _ in plans]
         for _ in range(self.runs):
             for plan, found in zip(plans, turns, strict=True):
