@@ -297,9 +297,26 @@ def workers_of(client: Client, device: str) -> dict[str, int]:
     Raises:
         OSError: the scheduler does not answer.
     """
+    return {address: int(facts["nthreads"]) for address, facts in _facts(client, device).items()}
+
+
+def paused_and_others(client: Client, device: str) -> tuple[frozenset[str], dict[str, int]]:
+    """The workers that begin nothing, for Dask finds that they hold too much memory; and all, as
+    workers_of.
+
+    Raises:
+        OSError: the scheduler does not answer.
+    """
+    found = _facts(client, device)
+    paused = frozenset(worker for worker, facts in found.items() if facts["status"] == "paused")
+    return paused, {address: int(facts["nthreads"]) for address, facts in found.items()}
+
+
+def _facts(client: Client, device: str) -> dict[str, Any]:
+    """What the scheduler knows of the workers that can compute, by address."""
     found = client.sync(_identity, client)["workers"]
     return {
-        address: int(facts["nthreads"])
+        address: facts
         for address, facts in found.items()
         if device == "cpu" or facts["resources"].get(GPU, 0) >= 1
     }

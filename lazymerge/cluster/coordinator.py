@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine.complete import NonfiniteError
 from ..engine.streaming import Told
 from ..errors import LazymergeError
-from .connection import line_of, workers_of
+from .connection import line_of, paused_and_others
 from .group import Division, GroupResult, packed_call
 from .interrupts import noted_interrupts
 from .worker import TOPIC, make_group
@@ -92,9 +92,13 @@ class _Attempt:
 
 @dataclass(frozen=True, slots=True)
 class _Looked:
-    """Which workers there are. at: when the scheduler was asked (monotonic seconds)."""
+    """Which workers there are. at: when the scheduler was asked (monotonic seconds).
+
+    paused: those that go on with what they make, and begin nothing.
+    """
 
     at: float
+    paused: frozenset[str]
     workers: Mapping[str, int]
 
 
@@ -160,6 +164,7 @@ class Coordinator:
         self._used: set[str] = set()
         self._able: set[str] = set()
         self._workers: Mapping[str, int] = {}
+        self._paused: frozenset[str] = frozenset()
         self._looked = self._had_workers = time.monotonic()
         self._is_told = False
         self._events: SimpleQueue[Any] = SimpleQueue()
@@ -217,14 +222,14 @@ class Coordinator:
         while not self._ended.wait(LOOK_SECONDS):
             with suppress(Exception):  # not now
                 at = time.monotonic()
-                self._events.put(_Looked(at, workers_of(self._client, self._device)))
+                self._events.put(_Looked(at, *paused_and_others(self._client, self._device)))
 
     def _happened(self, event: Any) -> None:
         if isinstance(event, str):
             if event in self._attempts:
                 self._ended_attempts.append(self._attempts.pop(event))
         elif isinstance(event, _Looked):
-            self._looked, self._workers = event.at, event.workers
+            self._looked, self._workers, self._paused = event.at, event.workers, event.paused
         else:
             _, told = event  # Dask's events come with their time
             if told["token"] == self._token:
@@ -255,17 +260,27 @@ class Coordinator:
         LazymergeError: the scheduler is gone, or there have been no workers for a while.
         """
         now = time.monotonic()
-        usable = [w for w in self._workers if self._bad[w] < MOST_FAILURES]
+        fit = [w for w in self._workers if self._bad[w] < MOST_FAILURES]
+        at_work = {a.worker for a in self._attempts.values() if now - a.told < SILENT_SECONDS}
+        usable = [w for w in fit if w not in self._paused or w in at_work]
         if self._client.status == "closed" or now - self._looked > SCHEDULER_SECONDS:
             raise LazymergeError(
                 f"the Dask scheduler at {self._address} does not answer any more; look after it, "
                 "and go on"
             )
-        if self._workers and not usable:
+        if self._workers and not fit:
             raise self._worst_failure()
         if usable:
             self._had_workers, self._is_told = now, False
         elif now - self._had_workers > WITHOUT_WORKERS_SECONDS:
+            if self._failures:
+                raise self._worst_failure()
+            if fit:
+                raise LazymergeError(
+                    f"Dask has had all workers of {self._address} paused for "
+                    f"{WITHOUT_WORKERS_SECONDS:.0f} seconds, for they hold too much memory; start "
+                    "them anew, with a larger --memory-limit, and go on"
+                )
             gpu = "" if self._device == "cpu" else ' with --resources "GPU=1"'
             raise LazymergeError(
                 f"{self._address} has had no worker{gpu} for {WITHOUT_WORKERS_SECONDS:.0f} "
@@ -273,7 +288,8 @@ class Coordinator:
             )
         elif now - self._had_workers > 5 * LOOK_SECONDS and not self._is_told:
             self._is_told = True
-            self._told.noted(f"{self._address} has no workers at the moment; waiting for some")
+            have = "has all workers paused by Dask" if fit else "has no workers"
+            self._told.noted(f"{self._address} {have} at the moment; waiting for some")
 
     def _worst_failure(self) -> LazymergeError:
         """What most of the failures were about."""
@@ -329,7 +345,8 @@ class Coordinator:
         busy = {attempt.worker for attempt in self._attempts.values()}
         slow: Iterator[int] | None = None
         for worker in self._workers:
-            if worker in busy or self._bad[worker] >= MOST_FAILURES:
+            is_idle = worker not in busy and worker not in self._paused
+            if not is_idle or self._bad[worker] >= MOST_FAILURES:
                 continue
             number = self._next_queued(worker)
             if number is None:
@@ -366,7 +383,8 @@ class Coordinator:
         failed = {address for address, _ in self._failures.get(number, ())}
         if worker not in failed:
             return False
-        return any(self._bad[w] < MOST_FAILURES and w not in failed for w in self._workers)
+        others = self._workers.keys() - self._paused - failed
+        return any(self._bad[other] < MOST_FAILURES for other in others)
 
     def _submit(self, number: int, worker: str) -> None:
         key = f"lazymerge-{self._token}-{number}-{self._submitted}"

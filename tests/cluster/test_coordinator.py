@@ -26,7 +26,7 @@ from lazymerge.cluster.workforce import DaskWorkforce
 from lazymerge.engine.plan import Plan
 from lazymerge.engine.report import Silent
 from lazymerge.engine.run import run_plan
-from lazymerge.errors import InputError, LazymergeError
+from lazymerge.errors import DoesNotFitError, InputError, LazymergeError
 
 distributed = pytest.importorskip("distributed", reason="the extra [dask] is not installed")
 
@@ -111,6 +111,7 @@ class FakeClient:
         self.behaviours: dict[str, Behaviour] = {}
         self.given: list[tuple[int, str]] = []
         self.status = "running"
+        self.paused: set[str] = set()
         self.versions: dict[str, dict[str, str]] = {}
         self.tell: Callable[[Any], None] = lambda event: None
 
@@ -133,7 +134,12 @@ class FakeClient:
     async def identity(self, n_workers: int) -> dict[str, Any]:
         assert n_workers == -1
         facts = {"nthreads": 1, "resources": {}}
-        return {"workers": dict.fromkeys(self.workers, facts)}
+        return {
+            "workers": {
+                worker: {**facts, "status": "paused" if worker in self.paused else "running"}
+                for worker in self.workers
+            }
+        }
 
     def subscribe_topic(self, topic: str, handler: Callable[[Any], None]) -> None:
         self.tell = handler
@@ -228,6 +234,61 @@ def test_all_is_well(
     assert notes.notes == []
     assert notes.bytes_moved == moved_by_one_process(plan, tmp_path / "alone")
     assert not (tmp_path / "out" / ".lazymerge").exists()
+
+
+class TestPausedWorkers:
+    """Dask has workers begin nothing that hold more memory than they should."""
+
+    def test_others_make_what_there_is(
+        self,
+        plan: Plan,
+        expected: Mapping[str, bytes],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        client = FakeClient("a", "b")
+
+        def makes_one(future: FakeFuture) -> None:
+            client.paused.add("b")
+            time.sleep(0.1)  # the scheduler has been asked since
+            good(future)
+
+        def makes_slowly(future: FakeFuture) -> None:
+            time.sleep(0.05)
+            good(future)
+
+        client.behaviours = {"a": makes_slowly, "b": makes_one}
+        monkeypatch.setattr(coordinator, "REPEAT_SECONDS", 60.0)
+        run(plan, client, tmp_path / "out", monkeypatch)
+        assert weights(tmp_path / "out") == expected
+        given = [worker for _, worker in client.given]
+        assert given.count("b") == 1
+        assert given.count("a") > 1
+
+    def test_all_of_them(self, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(coordinator, "WITHOUT_WORKERS_SECONDS", 0.5)
+        client = FakeClient("a", "b")
+        client.paused |= {"a", "b"}
+        for worker in ("a", "b"):
+            client.behaviours[worker] = hangs
+        monkeypatch.setattr(coordinator, "SILENT_SECONDS", 0.2)
+        with pytest.raises(LazymergeError, match=r"paused for .* larger --memory-limit"):
+            run(plan, client, tmp_path / "out", monkeypatch)
+
+    def test_what_has_failed_before_is_said(
+        self, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(coordinator, "WITHOUT_WORKERS_SECONDS", 0.5)
+        client = FakeClient("a")
+
+        def fails(future: FakeFuture) -> None:
+            client.paused.add("a")
+            time.sleep(0.1)
+            future.finish(DoesNotFitError("the smallest limit is 93MiB"))
+
+        client.behaviours["a"] = fails
+        with pytest.raises(DoesNotFitError, match="93MiB"):
+            run(plan, client, tmp_path / "out", monkeypatch)
 
 
 def test_a_worker_that_dies(
