@@ -261,7 +261,11 @@ class Coordinator:
         """
         now = time.monotonic()
         fit = [w for w in self._workers if self._bad[w] < MOST_FAILURES]
-        at_work = {a.worker for a in self._attempts.values() if now - a.told < SILENT_SECONDS}
+        at_work = {
+            attempt.worker
+            for attempt in self._attempts.values()
+            if attempt.told > attempt.began and now - attempt.told < SILENT_SECONDS
+        }
         usable = [w for w in fit if w not in self._paused or w in at_work]
         if self._client.status == "closed" or now - self._looked > SCHEDULER_SECONDS:
             raise LazymergeError(
