@@ -100,10 +100,10 @@ def test_what_is_set_aside_stays_so_on_a_small_device(server: RangeServer, tmp_p
         assert getattr(fitted, name) == getattr(before, name), name
 
 
-def test_of_several_devices_memory_is_planned_by_the_same_figures(
+def test_what_lies_elsewhere_adds_memory_for_fetching_alone(
     root: Path, server: RangeServer, tmp_path: Path
 ) -> None:
-    """What lies elsewhere adds what is fetched, and nothing else."""
+    """Buffers and device memory are those of local copies."""
     here = planned(root, tmp_path, "ties").memory
     there = planned(server.address, tmp_path, "ties").memory
     assert (here.arena_bytes, here.vram) == (there.arena_bytes, there.vram)
